@@ -1,0 +1,61 @@
+# Two commands do all the set-up: `make serve` runs the server, `make test` runs its tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+.DEFAULT_GOAL := help
+
+.PHONY: help serve test slow check bench lock clean
+
+help:  ## say what each command does
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+serve: $(VENV)/run.stamp  ## run the server on https://127.0.0.1:8443 with a demo device, state under ./data
+	@exec $(BIN)/uplinkd serve --demo
+
+test: $(VENV)/dev.stamp  ## run all tests but the slow ones
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+slow: $(VENV)/dev.stamp  ## run the slow tests: faults under load, large imports
+	$(BIN)/python -m pytest -m slow -v --timeout 600
+
+check: $(VENV)/dev.stamp  ## lint, types, import contracts and the fast tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/core tests/http tests/contracts
+
+bench: $(VENV)/bench.stamp  ## measure against nginx and FastAPI in one run (needs nginx and wrk)
+	$(BIN)/python -m bench
+
+COMPILE := $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+  --no-emit-find-links --custom-compile-command "make lock"
+
+lock: $(VENV)/bin/python  ## resolve the dependencies anew into requirements/*.txt
+	@$(BIN)/python -m pip install -q uv
+	$(COMPILE) --group build -o requirements/build.txt
+	$(COMPILE) pyproject.toml -o requirements/run.txt
+	$(COMPILE) pyproject.toml --group dev -o requirements/dev.txt
+	$(COMPILE) pyproject.toml --group dev --group bench -o requirements/bench.txt
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "uplinkd needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo "Python's venv module is missing; on Debian: apt-get install python3-venv"; exit 1; }
+
+$(VENV)/run.stamp: requirements/run.txt requirements/build.txt pyproject.toml | $(VENV)/bin/python
+	@echo "installing uplinkd into $(VENV) (about half a minute) …"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/run.txt -r requirements/build.txt
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/dev.stamp: requirements/dev.txt $(VENV)/run.stamp
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/bench.stamp: requirements/bench.txt $(VENV)/dev.stamp
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/bench.txt
+	@touch $@
+
+clean:  ## remove the virtual environment and caches, never ./data
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

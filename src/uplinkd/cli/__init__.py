@@ -1,0 +1,56 @@
+"""The `uplinkd` command. Each group lives in a module of its own, imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from uplinkd import __version__
+from uplinkd.core.errors import Rejected, Unavailable
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "serve": ("uplinkd.cli.serve", "serve"),
+    "settings": ("uplinkd.cli.serve", "show_settings"),
+    "product": ("uplinkd.cli.products", "product"),
+    "device": ("uplinkd.cli.devices", "device"),
+    "topic": ("uplinkd.cli.topics", "topic"),
+    "messages": ("uplinkd.cli.messages", "messages"),
+    "logs": ("uplinkd.cli.logs", "logs"),
+    "publish": ("uplinkd.cli.simulate", "publish"),
+    "sign": ("uplinkd.cli.simulate", "sign"),
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, name = COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="uplinkd")
+def uplinkd() -> None:
+    """An HTTPS access server for IoT devices, wire-compatible with Alibaba Cloud IoT Platform."""
+
+
+def main() -> None:
+    """Run the command. Exit codes: 0 done, 1 refused or failed (one line says why), 2 a wrong argument or setting."""
+    try:
+        uplinkd(prog_name="uplinkd")
+    except (Rejected, Unavailable) as fault:
+        for line in str(fault).splitlines():
+            click.echo(f"uplinkd: {line}", err=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)

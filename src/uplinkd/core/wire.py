@@ -1,0 +1,162 @@
+"""JSON on the wire: the login a device submits, and the bodies it is answered with.
+
+Rules marked † are ours where the platform's pages are silent; docs/en/protocol.md says them too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from uplinkd.core import signature
+from uplinkd.core.errors import MESSAGES, Code, Refused
+
+__all__ = ["MAX_LOGIN_BYTES", "Login", "login", "media_type_is", "published", "refusal", "token_issued"]
+
+MAX_LOGIN_BYTES = 4096
+MAX_CLIENT_ID = 64
+_REQUIRED = ("productKey", "deviceName", "clientId", "sign")
+_TIMESTAMP = re.compile(r"[0-9]{1,15}")
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """A well-formed login. `content` is what the server signs; `timestamp` is ms since 1970, None when not given."""
+
+    product_key: str
+    device_name: str
+    client_id: str
+    sign: str = field(repr=False)
+    method: str
+    timestamp: int | None
+    content: str
+
+
+class _Number(str):
+    """A JSON number kept as the text that was submitted, since that text is what the device signed."""
+
+    __slots__ = ()
+
+
+def media_type_is(content_type: str | None, wanted: str) -> bool:
+    """Whether a Content-Type header names `wanted`, parameters aside. A header that is missing does not contradict †."""
+    return content_type is None or content_type.partition(";")[0].strip().lower() == wanted
+
+
+def login(body: bytes) -> Login:
+    """The login in the body of POST /auth; raise Refused 10001 naming the member and the rule."""
+    if len(body) > MAX_LOGIN_BYTES:
+        raise Refused(Code.PARAM_ERROR, f"the body has {len(body)} bytes; at most {MAX_LOGIN_BYTES} are allowed")
+    if not body:
+        raise Refused(Code.PARAM_ERROR, "the body is empty; it must be a JSON object")
+    members = _members(body)
+    try:
+        return _checked(members)
+    except Refused as refused:
+        refused.product_key = members.get("productKey", "")[:64]
+        refused.device_name = members.get("deviceName", "")[:64]
+        raise
+
+
+def token_issued(token: str) -> bytes:
+    return b'{"code":0,"message":"success","info":{"token":"%b"}}' % token.encode()
+
+
+def published(message_id: int) -> bytes:
+    return b'{"code":0,"message":"success","info":{"messageId":%d}}' % message_id
+
+
+def refusal(code: Code, request_id: str) -> bytes:
+    """An error's body; without a `request_id` it has no info."""
+    info = b',"info":{"requestId":"%b"}' % request_id.encode() if request_id else b""
+    return b'{"code":%d,"message":"%b"%b}' % (code, MESSAGES[code].encode(), info)
+
+
+def _members(body: bytes) -> dict[str, str]:
+    """Name → value as submitted text; a string where the JSON has one, a _Number for a number, true and false in words."""
+    try:
+        pairs = _decoder.decode(body.decode())
+    except UnicodeDecodeError as error:
+        raise Refused(Code.PARAM_ERROR, f"the body is not UTF-8: byte {error.start} is wrong") from error
+    except json.JSONDecodeError as error:
+        raise Refused(Code.PARAM_ERROR, f"the body is not JSON: {error.msg} at character {error.pos}") from error
+    except RecursionError as error:
+        raise Refused(Code.PARAM_ERROR, "the body is not a login: it is nested too deeply") from error
+    if not isinstance(pairs, _Pairs):
+        raise Refused(Code.PARAM_ERROR, f"the body is a JSON {_kind(pairs)}; it must be an object")
+    members: dict[str, str] = {}
+    for name, value in pairs:
+        if name in members:
+            raise Refused(Code.PARAM_ERROR, f"the member {name!r} is there twice")  # † which one was signed?
+        if isinstance(value, bool):
+            value = "true" if value else "false"
+        elif not isinstance(value, str):  # † no text of null, an array or an object is certain to be what was signed
+            raise Refused(
+                Code.PARAM_ERROR, f"the member {name!r} is a JSON {_kind(value)}; it must be text or a number"
+            )
+        members[name] = value
+    return members
+
+
+def _checked(members: dict[str, str]) -> Login:
+    for name in _REQUIRED:
+        value = members.get(name)
+        if value is None:
+            raise Refused(Code.PARAM_ERROR, f"the member {name!r} is missing")
+        if isinstance(value, _Number) or not value:
+            what = "a number" if value else "empty"
+            raise Refused(Code.PARAM_ERROR, f"the member {name!r} is {what}; it must be a string that is not empty")
+    if len(members["clientId"]) > MAX_CLIENT_ID:
+        raise Refused(
+            Code.PARAM_ERROR, f"clientId has {len(members['clientId'])} characters; at most {MAX_CLIENT_ID} are allowed"
+        )
+    method = members.get("signmethod", signature.DEFAULT_METHOD).lower()
+    if method not in signature.METHODS:
+        known = ", ".join(signature.METHODS)
+        raise Refused(Code.PARAM_ERROR, f"signmethod {members['signmethod']!r} is not known; it is one of {known}")
+    timestamp = members.get("timestamp")
+    if timestamp is not None and not _TIMESTAMP.fullmatch(timestamp):
+        raise Refused(Code.PARAM_ERROR, f"timestamp {timestamp!r} is not a whole number of milliseconds since 1970")
+    content = signature.content_of(members)
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise Refused(
+            Code.PARAM_ERROR, "a member holds half of a UTF-16 surrogate pair, which is no character"
+        ) from error
+    return Login(
+        product_key=members["productKey"],
+        device_name=members["deviceName"],
+        client_id=members["clientId"],
+        sign=members["sign"],
+        method=method,
+        timestamp=None if timestamp is None else int(timestamp),
+        content=content,
+    )
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """An object's members in order, repeated names included."""
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise json.JSONDecodeError(f"{name} is not JSON", name, 0)
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, _Pairs):
+        return "object"
+    if isinstance(value, list):
+        return "array"
+    if isinstance(value, bool):
+        return "boolean"
+    return "number" if isinstance(value, _Number) else "string"
+
+
+_decoder = json.JSONDecoder(
+    object_pairs_hook=_Pairs, parse_int=_Number, parse_float=_Number, parse_constant=_no_constant
+)

@@ -1,0 +1,301 @@
+"""Every setting: one frozen Settings, read from uplinkd.toml, UPLINKD_* and flags under the same names.
+
+A later source wins: default, file, environment, flag. A name that is not here is refused, and so is a value that breaks
+its rule; the text names the source, the value and the rule.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import difflib
+import ipaddress
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+
+from uplinkd.core.errors import Rejected
+
+__all__ = ["Origins", "Settings", "address", "is_list", "load", "seconds", "shown"]
+
+ENVIRONMENT_PREFIX = "UPLINKD_"
+DEFAULT_FILE = Path("uplinkd.toml")
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SIZES = {"": 1, "B": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
+
+
+def seconds(value: object) -> object:
+    """Seconds from a number, or from text such as `90`, `15m`, `7d`."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?", value.strip())
+    if not match:
+        raise ValueError("a duration is a number of seconds, or a number with ms, s, m, h or d, such as 15m")
+    return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+def _bytes(value: object) -> object:
+    """Bytes from a number, or from text such as `1048576`, `1MiB`, `10GiB`."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:(B)|([KMGT])(?:i?B)?)?", value.strip(), re.IGNORECASE)
+    if not match:
+        raise ValueError("a size is a number of bytes, or a number with KiB, MiB, GiB or TiB, such as 10GiB")
+    return int(float(match[1]) * _SIZES[(match[3] or "").upper()])
+
+
+def _list(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _flag(value: object) -> object:
+    if isinstance(value, str):
+        known = {
+            "1": True,
+            "true": True,
+            "yes": True,
+            "on": True,
+            "0": False,
+            "false": False,
+            "no": False,
+            "off": False,
+        }
+        if value.strip().lower() not in known:
+            raise ValueError("a switch is true or false")
+        return known[value.strip().lower()]
+    return value
+
+
+def address(text: str) -> tuple[str, int]:
+    """(host, port) of `host:port` or `[v6]:port`; ValueError with the rule otherwise."""
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError("an address is host:port with a port from 0 to 65535, such as 127.0.0.1:8443 or [::1]:8443")
+    return host, int(port)
+
+
+def _address(text: str) -> str:
+    address(text)
+    return text
+
+
+def _trusted_address(text: str) -> str:
+    if not text:
+        return text
+    host, _ = address(text)
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError as error:
+        raise ValueError("the plain-text port needs an IP address, not a name") from error
+    if ip.is_unspecified or not ip.is_private:
+        raise ValueError(
+            "the plain-text port is for a TLS-terminating proxy: it listens on a loopback or private address alone, "
+            "such as 127.0.0.1:8080"
+        )
+    return text
+
+
+def _nats_url(text: str) -> str:
+    for url in filter(None, text.split(",")):
+        if not re.fullmatch(r"(nats|tls)://[^\s/]+", url.strip()):
+            raise ValueError(
+                "a NATS URL looks like nats://host:4222 or tls://user:password@host:4222; several by comma"
+            )
+    return text
+
+
+def _database_url(text: str) -> str:
+    if text and not text.startswith("sqlite:///"):
+        raise ValueError("this version keeps its registry in SQLite: sqlite:///path/to/registry.sqlite")
+    return text
+
+
+def _secret_key(value: SecretStr) -> SecretStr:
+    text = value.get_secret_value()
+    if text:
+        try:
+            key = base64.b64decode(text, validate=True)
+        except binascii.Error as error:
+            raise ValueError("the key is 32 bytes in base64; make one with: openssl rand -base64 32") from error
+        if len(key) != 32:
+            raise ValueError(
+                f"the key is 32 bytes in base64, this is {len(key)}; make one with: openssl rand -base64 32"
+            )
+    return value
+
+
+Seconds = Annotated[float, BeforeValidator(seconds)]
+Bytes = Annotated[int, BeforeValidator(_bytes)]
+Switch = Annotated[bool, BeforeValidator(_flag)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_list)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_list)]
+
+
+class Settings(BaseModel):
+    """All settings with their defaults; the description of each is its documentation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
+
+    data: Path = Field(Path("data"), description="folder that holds all state")
+    listen: Annotated[str, AfterValidator(_address)] = Field("127.0.0.1:8443", description="address of the HTTPS door")
+    plain_listen: Annotated[str, AfterValidator(_trusted_address)] = Field(
+        "", description="address of a plain-text port for a TLS-terminating proxy; empty: none"
+    )
+    workers: int = Field(0, ge=0, le=256, description="worker processes; 0: one for each core")
+    database_url: Annotated[str, AfterValidator(_database_url)] = Field(
+        "", description="registry database; empty: SQLite in the data folder"
+    )
+    nats_url: Annotated[str, AfterValidator(_nats_url)] = Field(
+        "", description="your own NATS servers, separated by commas; empty: one is started and looked after"
+    )
+    nats_server: str = Field(
+        "", description="nats-server binary to start; empty: the one that was installed with uplinkd"
+    )
+    secret_key: Annotated[SecretStr, AfterValidator(_secret_key)] = Field(
+        SecretStr(""),
+        description="key that encrypts secrets at rest, 32 bytes in base64; empty: a file in the data folder",
+    )
+    tls_cert: Paths = Field(
+        (), description="server certificate chain, PEM; one RSA and one ECDSA may stand side by side"
+    )
+    tls_key: Paths = Field((), description="private key of each tls_cert, in the same order")
+    tls_name: Names = Field((), description="further names and addresses in the certificate that uplinkd makes itself")
+
+    token_ttl: Seconds = Field(7 * 86400.0, ge=1, le=10 * 365 * 86400, description="life of a token")
+    timestamp_window: Seconds = Field(
+        900.0, ge=0, description="how far the timestamp of /auth may lie from the server's clock; 0: not checked"
+    )
+    device_rate: float = Field(30.0, ge=0, description="messages a second of one device, and its burst; 0: no limit")
+    device_bytes: Bytes = Field(
+        1024**2, ge=0, description="payload bytes a second of one device, and its burst; 0: no limit"
+    )
+    auth_rate: float = Field(30.0, ge=0, description="logins a minute of one device, and its burst; 0: no limit")
+    address_auth_rate: float = Field(
+        600.0, ge=0, description="refused logins a minute from one address, and its burst; 0: no limit"
+    )
+    online_timeout: Seconds = Field(
+        600.0, ge=1, description="a device counts as online this long after its last request"
+    )
+
+    keep_age: Seconds = Field(7 * 86400.0, ge=0, description="messages are kept this long; 0: no limit by age")
+    keep_bytes: Bytes = Field(
+        10 * 1024**3, ge=1024**2, description="messages are kept up to this size, the oldest go first"
+    )
+    publish_timeout: Seconds = Field(
+        1.5, gt=0, le=2, description="longest wait for the engine before a publish is refused"
+    )
+    log_age: Seconds = Field(7 * 86400.0, ge=1, description="refusals are kept this long")
+    log_entries: int = Field(100_000, ge=100, description="refusals are kept up to this number, the oldest go first")
+
+    head_timeout: Seconds = Field(10.0, gt=0, description="longest time for a request's head to arrive")
+    body_timeout: Seconds = Field(30.0, gt=0, description="longest time for a request's body to arrive")
+    idle_timeout: Seconds = Field(600.0, gt=0, description="an idle connection is closed after this time")
+    max_connections: int = Field(20_000, ge=1, description="connections of one worker; further ones are closed at once")
+    access_log: Switch = Field(False, description="log successes too, one line a request")
+
+    @property
+    def database(self) -> str:
+        """SQLAlchemy URL of the registry."""
+        return self.database_url or f"sqlite:///{self.data / 'registry.sqlite'}"
+
+
+Origins = dict[str, str]
+"""Where each setting's value came from: `default`, a file, `UPLINKD_…`, a flag."""
+
+
+def is_list(info: FieldInfo) -> bool:
+    """Whether the setting takes several values (a flag that may be repeated)."""
+    return get_origin(info.annotation) is tuple and bool(get_args(info.annotation))
+
+
+def shown(settings: Settings, name: str) -> str:
+    """The value as people write it; a secret only as `(set)` or empty, a URL without its password."""
+    value = getattr(settings, name)
+    if isinstance(value, SecretStr):
+        return "(set)" if value.get_secret_value() else ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(str(part) for part in value)
+    if isinstance(value, float):
+        return f"{value:g}" if value < 1e6 else f"{value:.0f}"
+    return re.sub(r"(://)[^@/\s,]+@", r"\1***@", str(value))
+
+
+def load(
+    flags: Mapping[str, Any] | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    file: Path | None = None,
+) -> tuple[Settings, Origins]:
+    """Settings from all sources, with the origin of each; raise Rejected with every fault named.
+
+    `flags` are those that were given (None values are left out); `file` must exist when it is named, else
+    `UPLINKD_CONFIG` or ./uplinkd.toml is read where it is there.
+    """
+    environment = os.environ if environment is None else environment
+    known = Settings.model_fields
+    values: dict[str, Any] = {}
+    origins: Origins = dict.fromkeys(known, "default")
+    faults: list[str] = []
+
+    def take(name: str, value: Any, origin: str) -> None:
+        if name in known:
+            values[name], origins[name] = value, origin
+        else:
+            faults.append(f"{origin}: there is no setting {name!r}{_nearest(name)}")
+
+    named = file or (Path(environment["UPLINKD_CONFIG"]) if environment.get("UPLINKD_CONFIG") else None)
+    path = named or DEFAULT_FILE
+    if named or path.exists():
+        for name, value in _read(path).items():
+            take(name, value, str(path))
+    for variable, text in environment.items():
+        if variable.startswith(ENVIRONMENT_PREFIX) and variable != "UPLINKD_CONFIG":
+            take(variable.removeprefix(ENVIRONMENT_PREFIX).lower(), text, variable)
+    for name, value in (flags or {}).items():
+        if value is not None and value != ():
+            take(name, value, "--" + name.replace("_", "-"))
+
+    settings = None
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        for fault in error.errors():
+            name = str(fault["loc"][0])
+            value = "…" if name == "secret_key" else repr(values.get(name))
+            faults.append(f"{origins.get(name, name)}: {name} = {value}: {_rule(fault['msg'])}")
+    if settings and len(settings.tls_cert) != len(settings.tls_key):
+        faults.append(
+            f"tls_cert names {len(settings.tls_cert)} files and tls_key {len(settings.tls_key)}: each certificate needs its key"
+        )
+    if faults or settings is None:
+        raise Rejected("\n".join(faults))
+    return settings, origins
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as stream:
+            return tomllib.load(stream)
+    except OSError as error:
+        raise Rejected(f"the settings file {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Rejected(f"the settings file {path} is not valid TOML: {error}") from error
+
+
+def _rule(message: str) -> str:
+    return message.removeprefix("Value error, ").replace("Input should be", "it should be")
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name, Settings.model_fields, n=1)
+    return f"; did you mean {near[0]!r}?" if near else "; `uplinkd settings` lists them"
