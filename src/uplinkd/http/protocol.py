@@ -1,0 +1,550 @@
+"""One connection: bytes → Request → gateway → bytes. Terse on purpose, so that nothing else need be.
+
+What old device SDKs force on every reply (measured, docs/en/protocol.md): `Content-Length` in exactly this case, no chunked
+answers, a status line with a reason of at most 17 characters, one write for the whole reply.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import re
+import secrets
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from typing import Any, cast
+
+import httptools
+
+from uplinkd.core import wire
+from uplinkd.core.errors import MESSAGES, Code, Refused
+from uplinkd.gateway import Gateway, Request, Wait
+from uplinkd.http.limits import Limits
+
+__all__ = ["Connection", "Door", "Outcome"]
+
+log = logging.getLogger("uplinkd.http")
+
+_REASONS = {
+    400: b"Bad Request",
+    404: b"Not Found",
+    405: b"Not Allowed",
+    408: b"Request Timeout",
+    411: b"Length Required",
+    413: b"Content Too Large",
+    417: b"Expect Failed",
+    431: b"Head Too Large",
+    505: b"Bad Version",
+}
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+# Input is parsed in slices, so that one read full of tiny requests cannot become thousands of waiting ones.
+_SLICE = 16 * 1024
+# Two of these, and a proxy before us may have acted on the other one.
+_ONCE = frozenset({b"host", b"password", b"content-type", b"expect"})
+_METHOD = re.compile(rb"([A-Za-z-]{1,20}) [/*]")
+_TOPIC_PREFIX = len(b"/topic")
+_DRAIN_PATIENCE = 0.3
+_NEVER = float("inf")
+
+
+class _Stage(enum.IntEnum):
+    """What the parser waits for."""
+
+    IDLE = 0
+    HEAD = 1
+    BODY = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a request ended, for the record; `status` is HTTP's, `reason` is for the operator."""
+
+    request_id: str
+    endpoint: str
+    status: int
+    code: Code
+    reason: str
+    address: str
+    product_key: str = ""
+    device_name: str = ""
+    topic: str = ""
+
+
+@dataclass(slots=True)
+class Door:
+    """What the connections of one worker share. `refused` records an Outcome; it must neither block nor raise."""
+
+    gateway: Gateway
+    limits: Limits
+    refused: Callable[[Outcome], None]
+    clock: Callable[[], float]
+    access_log: bool = False
+    now: float = 0.0
+    draining: bool = False
+    connections: set[Connection] = field(default_factory=set)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    ok: bytes = b""
+
+    def __post_init__(self) -> None:
+        self.tick()
+
+    def tick(self) -> None:
+        """Once in a fraction of a second: renew the coarse clock and the Date header, end what has overstayed."""
+        self.now = self.clock()
+        self.ok = (
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nDate: "
+            + formatdate(usegmt=True).encode()
+            + b"\r\nContent-Length: "
+        )
+        for connection in [each for each in self.connections if each.deadline <= self.now]:
+            connection.expire()
+
+    def drain(self) -> None:
+        """Answer what is under way, close what is idle; a request that is just arriving still gets its answer."""
+        self.draining = True
+        for connection in self.connections:
+            connection.drain()
+
+
+@dataclass(slots=True)
+class _Parsed:
+    method: bytes
+    url: bytes
+    content_type: str | None
+    password: str | None
+    body: bytes
+    keep_alive: bool
+    old: bool
+
+
+class Connection(asyncio.Protocol):
+    """One device's connection. Requests are answered in order, one at a time; further ones wait, bounded."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self._limits = door.limits
+        self._transport: asyncio.Transport | None = None
+        self._parser: Any = None
+        self._address = ""
+        self.deadline = _NEVER
+
+        self._held: deque[bytes] = deque()  # bytes not parsed yet
+        self._queue: deque[_Parsed] = deque()  # requests not answered yet
+        self._fault: tuple[int, str] | None = None  # why parsing ended, answered after the queue
+        self._answering = False
+        self._over = False  # nothing more will be answered
+        self._pumping = False
+        self._blocked = False  # the peer does not take its answers
+        self._paused = False
+
+        self._request: Request | None = None
+        self._endpoint = ""
+        self._path = b""
+        self._keep_alive = True
+        self._old = False
+        self._bare = False
+
+        self._stage = _Stage.IDLE
+        self._messages = 0
+        self._start_message()
+
+    def _start_message(self) -> None:
+        self._url = b""
+        self._head_bytes = 0
+        self._headers = 0
+        self._seen: set[bytes] | None = None
+        self._content_type: str | None = None
+        self._password: str | None = None
+        self._length: int | None = None
+        self._chunked = False
+        self._expect = False
+        self._body: bytes | bytearray = b""
+
+    # -- the transport's calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        door = self._door
+        if len(door.connections) >= self._limits.connections or door.draining:
+            self._over = True
+            self._transport.abort()
+            return
+        door.connections.add(self)
+        peer = transport.get_extra_info("peername")
+        self._address = peer[0] if peer else ""
+        self._parser = httptools.HttpRequestParser(self)
+        self.deadline = door.now + self._limits.idle_timeout
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._door.connections.discard(self)
+        self._over = True
+        self._transport = self._parser = None
+        self._queue.clear()
+        self._held.clear()
+
+    def eof_received(self) -> bool:
+        """Over plain TCP a peer may close its side first and still read its answer; TLS has no half-open state."""
+        if self._transport is None or not self._answering or self._transport.get_extra_info("sslcontext"):
+            return False
+        self._keep_alive = False
+        return True
+
+    def pause_writing(self) -> None:
+        self._blocked = True
+        self.deadline = self._door.now + self._limits.write_timeout
+
+    def resume_writing(self) -> None:
+        self._blocked = False
+        self._rest()
+        self._pump()
+
+    def data_received(self, data: bytes) -> None:
+        if self._over:
+            return
+        self._held.append(data)
+        if not self._answering and not self._blocked:
+            self._pump()
+        elif not self._paused and sum(map(len, self._held)) > self._limits.held_bytes:
+            self._paused = True
+            assert self._transport
+            self._transport.pause_reading()
+
+    # -- reading
+
+    def _pump(self) -> None:
+        """Answer what is parsed, then parse what is held, until an answer has to be waited for."""
+        if self._pumping:
+            return
+        self._pumping = True
+        try:
+            while not (self._answering or self._blocked or self._over):
+                if self._queue:
+                    self._handle(self._queue.popleft())
+                elif self._fault:
+                    self._keep_alive = self._bare = False
+                    self._path = self._url
+                    self._refuse(*self._fault)
+                elif self._held:
+                    self._feed(self._held.popleft())
+                else:
+                    break
+        finally:
+            self._pumping = False
+        if self._paused and not self._held and self._transport:
+            self._paused = False
+            self._transport.resume_reading()
+
+    def _feed(self, data: bytes) -> None:
+        if len(data) > _SLICE:
+            self._held.appendleft(data[_SLICE:])
+            data = data[:_SLICE]
+        stage, messages = self._stage, self._messages
+        if stage is _Stage.IDLE:
+            self.deadline = self._door.now + self._limits.head_timeout
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            # What follows a CONNECT or an Upgrade is not HTTP/1.1 for certain: answer, then close.
+            self._queue[-1].keep_alive = False
+        except httptools.HttpParserError as error:
+            # What follows a request that ends its connection is nobody's.
+            if self._fault is None and not (self._queue and not self._queue[-1].keep_alive):
+                self._fault = self._malformed(data, error)
+        if self._fault is None and stage is _Stage.HEAD and self._stage is _Stage.HEAD and messages == self._messages:
+            self._unfinished_head(len(data))
+
+    def _unfinished_head(self, size: int) -> None:
+        """Count what arrived of a header that is not complete: the parser keeps it and tells us nothing yet."""
+        self._head_bytes += size
+        if self._head_bytes > self._limits.head_bytes:
+            self._fault = (431, f"the head is larger than {self._limits.head_bytes} bytes")
+
+    def _malformed(self, data: bytes, error: Exception) -> tuple[int, str]:
+        method = _METHOD.match(data)
+        if isinstance(error, httptools.HttpParserInvalidMethodError) and method:
+            return 405, f"the method is {method[1].decode()}; only POST is known"
+        return 400, f"malformed HTTP: {error}"
+
+    # -- the parser's calls
+
+    def on_message_begin(self) -> None:
+        self._start_message()
+        self._stage = _Stage.HEAD
+        self._messages += 1
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+        self._count(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers += 1
+        if self._headers > self._limits.headers:
+            self._stop(431, f"there are more than {self._limits.headers} headers")
+        self._count(len(name) + len(value) + 4)
+        if self._stage is _Stage.BODY:  # a trailer means nothing to us
+            return
+        name = name.lower()
+        if name in _ONCE:
+            if self._seen is None:
+                self._seen = set()
+            if name in self._seen:
+                self._stop(400, f"the header {name.decode()} is there twice")
+            self._seen.add(name)
+            if name == b"password":
+                self._password = value.strip().decode("latin-1")
+            elif name == b"content-type":
+                self._content_type = value.decode("latin-1")
+            elif name == b"expect":
+                if value.strip().lower() != b"100-continue":
+                    self._stop(417, f"Expect is {value[:40]!r}; only 100-continue is known")
+                self._expect = True
+        elif name == b"content-length":
+            self._length = int(value)
+        elif name == b"transfer-encoding":
+            if value.strip().lower() != b"chunked":
+                self._stop(400, f"Transfer-Encoding is {value[:40]!r}; only chunked is known")
+            self._chunked = True
+
+    def on_headers_complete(self) -> None:
+        limits, parser = self._limits, self._parser
+        version = parser.get_http_version()
+        if version != "1.1":
+            if version != "1.0":
+                self._stop(505, f"the version is HTTP/{version}; HTTP/1.1 and 1.0 are known")
+            if self._chunked:
+                self._stop(400, "HTTP/1.0 has no Transfer-Encoding")
+            if self._length is None and parser.get_method() == b"POST":
+                self._stop(411, "an HTTP/1.0 request needs Content-Length")
+        if self._length is not None and self._length > limits.body_bytes:
+            self._stop(413, f"the body has {self._length} bytes; at most {limits.body_bytes} are allowed")
+        self._stage = _Stage.BODY
+        self._head_bytes = 0
+        self.deadline = self._door.now + limits.body_timeout
+        if self._expect and version == "1.1" and (self._length or self._chunked) and not self._queue:
+            assert self._transport
+            self._transport.write(_CONTINUE)
+
+    def on_body(self, body: bytes) -> None:
+        if not self._body:
+            self._body = body
+        else:
+            if isinstance(self._body, bytes):
+                self._body = bytearray(self._body)
+            self._body += body
+        if len(self._body) > self._limits.body_bytes:
+            self._stop(413, f"the body is larger than {self._limits.body_bytes} bytes")
+
+    def on_message_complete(self) -> None:
+        parser = self._parser
+        self._stage = _Stage.IDLE
+        self._queue.append(
+            _Parsed(
+                parser.get_method(),
+                self._url,
+                self._content_type,
+                self._password,
+                bytes(self._body),
+                parser.should_keep_alive(),
+                parser.get_http_version() == "1.0",
+            )
+        )
+
+    def _count(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > self._limits.head_bytes:
+            self._stop(431, f"the head is larger than {self._limits.head_bytes} bytes")
+
+    def _stop(self, status: int, reason: str) -> None:
+        self._fault = (status, reason)
+        raise ValueError(reason)
+
+    # -- answering
+
+    def _handle(self, parsed: _Parsed) -> None:
+        self._keep_alive = parsed.keep_alive
+        self._old = parsed.old
+        self._bare = parsed.method == b"HEAD"
+        url = parsed.url
+        if url[:1] != b"/" and url.count(b"/") >= 3:  # absolute-form, which every server must take (RFC 9112, 3.2.2)
+            url = b"/" + url.split(b"/", 3)[3]
+        path, mark, _ = url.partition(b"?")
+        self._path = path
+        if path.startswith(b"/topic/") or path == b"/topic":
+            self._endpoint = "topic"
+        elif path == b"/auth":
+            self._endpoint = "auth"
+        else:
+            self._refuse(404, "there is nothing at this path; /auth and /topic/${topic} are known")
+            return
+        if parsed.method != b"POST":
+            self._refuse(405, f"the method is {parsed.method.decode()}; only POST is known")
+            return
+        self._answering = True
+        self.deadline = _NEVER
+        topic = path[_TOPIC_PREFIX:]
+        self._request = Request(self._address, parsed.content_type, parsed.body, parsed.password, topic, bool(mark))
+        self._act(self._request)
+
+    def _act(self, request: Request) -> None:
+        """Ask the gateway; on Wait fetch the missing fact in a task and ask again."""
+        try:
+            if self._endpoint == "auth":
+                self._answer(wire.token_issued(self._door.gateway.authenticate(request)))
+            else:
+                self._door.gateway.publish(request, self._stored)
+        except Refused as refused:
+            self._answer_refused(refused)
+        except Wait as wait:
+            task = asyncio.get_running_loop().create_task(self._fetch(request, wait.fetch))
+            self._door.tasks.add(task)
+            task.add_done_callback(self._door.tasks.discard)
+        except Exception:
+            self._answer_bug()
+
+    async def _fetch(self, request: Request, fetch: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await fetch()
+        except Refused as refused:
+            self._answer_refused(refused)
+        except Exception:
+            self._answer_bug()
+        else:
+            self._act(request)
+
+    def _stored(self, message_id: int, fault: str) -> None:
+        """The engine's word on the publish under way."""
+        if fault:
+            self._answer_refused(Refused(Code.PUBLISH_MESSAGE_ERROR, fault))
+        else:
+            self._answer(wire.published(message_id))
+
+    def _answer_refused(self, refused: Refused) -> None:
+        request = self._request
+        assert request
+        outcome = Outcome(
+            secrets.token_hex(8),
+            self._endpoint,
+            200,
+            refused.code,
+            refused.reason,
+            self._address,
+            refused.product_key or request.product_key,
+            refused.device_name or request.device_name,
+            refused.topic or request.topic or request.path[:300].decode(errors="backslashreplace"),
+        )
+        self._door.refused(outcome)
+        self._answer(wire.refusal(refused.code, outcome.request_id), refused.code)
+
+    def _answer_bug(self) -> None:
+        log.exception("a fault of ours while answering POST /%s", self._endpoint)
+        self._answer_refused(Refused(Code.COMMON_ERROR, "a fault of uplinkd; its log has the traceback"))
+
+    def _answer(self, body: bytes, code: Code = Code.SUCCESS) -> None:
+        request, self._request = self._request, None
+        if self._transport is None:  # the device has gone; what it sent is stored all the same
+            return
+        if self._door.access_log and request:
+            log.info("%s POST /%s%s %d %s", self._address, self._endpoint, request.topic, code, MESSAGES[code])
+        if self._keep_alive and not self._old and not self._door.draining:
+            self._transport.write(b"%b%d\r\n\r\n%b" % (self._door.ok, len(body), body))
+        else:
+            self._transport.write(b"%b%d\r\n%b\r\n%b" % (self._door.ok, len(body), self._connection_header(), body))
+        self._answered()
+
+    def _refuse(self, status: int, reason: str) -> None:
+        """Answer with an HTTP status and code 10001. 404 and 405 carry the documented body and the id in a header."""
+        assert self._transport
+        path = self._path.partition(b"?")[0][:300].decode(errors="backslashreplace")
+        outcome = Outcome(secrets.token_hex(8), "http", status, Code.PARAM_ERROR, reason, self._address, topic=path)
+        self._door.refused(outcome)
+        body = wire.refusal(Code.PARAM_ERROR, "" if status in (404, 405) else outcome.request_id)
+        head = (
+            b"HTTP/1.1 %d %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\nX-Request-Id: %b\r\n%b%b\r\n"
+            % (
+                status,
+                _REASONS[status],
+                len(body),
+                outcome.request_id.encode(),
+                b"Allow: POST\r\n" if status == 405 else b"",
+                self._connection_header(),
+            )
+        )
+        self._transport.write(head if self._bare else head + body)
+        if self._fault:
+            self._over = True
+            self._held.clear()
+            self.deadline = self._door.now + self._limits.linger
+        else:
+            self._answered()
+
+    def _connection_header(self) -> bytes:
+        """Say what HTTP's default does not: this connection closes, or one of HTTP/1.0 does not."""
+        self._keep_alive = self._keep_alive and not self._door.draining
+        if self._keep_alive:
+            return b"Connection: keep-alive\r\n" if self._old else b""
+        return b"Connection: close\r\n"
+
+    def _answered(self) -> None:
+        self._answering = False
+        if self._keep_alive:
+            self._rest()
+            self._pump()
+        else:
+            self._close()
+
+    def _rest(self) -> None:
+        """Set the deadline for what is awaited now that nothing is being answered."""
+        limits = self._limits
+        if self._answering or self._over:
+            return
+        if self._blocked:
+            wait = limits.write_timeout
+        elif self._stage is _Stage.IDLE:
+            wait = limits.idle_timeout
+        else:
+            wait = limits.head_timeout if self._stage is _Stage.HEAD else limits.body_timeout
+        self.deadline = self._door.now + wait
+
+    # -- the end
+
+    def _close(self) -> None:
+        self._over = True
+        self._held.clear()
+        self._queue.clear()
+        self.deadline = self._door.now + self._limits.write_timeout
+        if self._transport:
+            self._transport.close()
+
+    def expire(self) -> None:
+        """The deadline has passed: what that means depends on what the peer owes us."""
+        if self._transport is None:
+            return
+        if self._blocked or (self._over and self._transport.is_closing()):
+            self._transport.abort()
+        elif self._over or self._stage is _Stage.IDLE:
+            self._close()
+        else:
+            part, wait = (
+                ("head", self._limits.head_timeout)
+                if self._stage is _Stage.HEAD
+                else ("body", self._limits.body_timeout)
+            )
+            self._fault = (408, f"the {part} did not arrive within {wait:g} s")
+            self._pump()
+
+    def drain(self) -> None:
+        """Close soon if idle; a request that is on its way in these 0.3 s is still answered."""
+        if self._stage is _Stage.IDLE and not self._answering and not self._over:
+            self.deadline = self._door.now + _DRAIN_PATIENCE
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a request has arrived, at least in part, that is not answered yet."""
+        return self._answering or bool(self._queue) or (self._stage is not _Stage.IDLE and not self._over)
+
+    def abort(self) -> None:
+        if self._transport:
+            self._transport.abort()
