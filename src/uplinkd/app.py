@@ -1,0 +1,300 @@
+"""The supervisor: prepares the data folder, starts the engine and the workers, restarts what dies, stops in order.
+
+It forks its workers and so stays without threads and without an event loop. Everything that workers share (sockets, the TLS
+context with its ticket keys, the flow control table) is made here, before the first fork, and outlives any of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import gc
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+
+from uplinkd.core.errors import Rejected, Unavailable
+from uplinkd.engine.embedded import Access, EmbeddedServer
+from uplinkd.flow import Flow
+from uplinkd.registry import open_registry
+from uplinkd.settings import Settings, address
+from uplinkd.tls import CertificateFiles, ensure_material, server_context
+from uplinkd.worker import DRAIN_SECONDS, Task, run
+
+__all__ = ["Started", "serve"]
+
+log = logging.getLogger("uplinkd")
+
+_READY_SECONDS = 20.0
+_WATCH_SECONDS = 0.1
+# A port or a lock of a server that was killed a moment ago is let go within this time.
+_PATIENCE_SECONDS = 2.0
+_STEADY_SECONDS = 5.0
+_LONGEST_PAUSE = 5.0
+_MATERIAL_SECONDS = 12 * 3600.0
+
+_fork = multiprocessing.get_context("fork")
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What there is to say once everything stands."""
+
+    settings: Settings
+    workers: int
+    tls: tuple[str, int]
+    plain: tuple[str, int] | None
+    authority: Path | None
+    engine: str
+
+
+def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: Callable[[Started], None]) -> None:
+    """Serve until SIGTERM or SIGINT. `prepare` is called before anything listens, `started` once all workers do.
+
+    Raise Rejected or Unavailable with one clear line when it cannot start.
+    """
+    with contextlib.ExitStack() as stack:
+        _data_folder(settings.data)
+        stack.enter_context(_lock(settings.data / "serve.lock"))
+        open_registry(settings).close()
+        prepare(settings)
+        certificates = ensure_material(settings)
+        context = server_context(certificates)
+        count = settings.workers or len(os.sched_getaffinity(0))
+        tls = _bind(address(settings.listen), count, "listen", stack)
+        plain = _bind(address(settings.plain_listen), count, "plain_listen", stack) if settings.plain_listen else []
+        engine = None
+        if settings.nats_url:
+            access = Access.of(settings)
+        else:
+            engine = EmbeddedServer.start(settings)
+            stack.callback(engine.stop)
+            access = engine.access
+        flow = Flow(settings, shared=count > 1)
+        stack.callback(flow.close)
+
+        supervisor = _Supervisor(settings, tls, plain, context, certificates, flow, access, engine)
+        with supervisor.signals():
+            supervisor.start()
+            authority = None if settings.tls_cert else settings.data / "tls" / "ca.pem"
+            started(
+                Started(
+                    settings,
+                    count,
+                    tls[0].getsockname()[:2],
+                    plain[0].getsockname()[:2] if plain else None,
+                    authority,
+                    "NATS JetStream, looked after by uplinkd" if engine else "your NATS servers",
+                )
+            )
+            supervisor.watch()
+
+
+@dataclass(slots=True)
+class _Worker:
+    process: BaseProcess
+    ready: multiprocessing.connection.Connection
+    since: float
+    fast_deaths: int = 0
+
+
+@dataclass(slots=True)
+class _Supervisor:
+    settings: Settings
+    tls: list[socket.socket]
+    plain: list[socket.socket]
+    context: ssl.SSLContext = field(repr=False)
+    certificates: list[CertificateFiles]
+    flow: Flow
+    access: Access
+    engine: EmbeddedServer | None
+    workers: list[_Worker | None] = field(default_factory=list)
+    pauses: dict[int, tuple[float, int]] = field(default_factory=dict)
+    lifeline: tuple[int, int] = (-1, -1)
+    stopping: int = 0
+
+    def start(self) -> None:
+        self.lifeline = os.pipe()
+        gc.collect()
+        self.workers = [self._spawn(slot) for slot in range(len(self.tls))]
+        end = time.monotonic() + _READY_SECONDS
+        for slot, worker in enumerate(self.workers):
+            assert worker
+            if not worker.ready.poll(max(0.0, end - time.monotonic())) or not worker.process.is_alive():
+                self.stop()
+                raise Unavailable(f"worker {slot + 1} did not start; its reason stands above")
+
+    def watch(self) -> None:
+        """Restart what dies until told to stop; then drain."""
+        material_due = time.monotonic() + _MATERIAL_SECONDS
+        while not self.stopping:
+            sentinels = [worker.process.sentinel for worker in self.workers if worker]
+            multiprocessing.connection.wait(sentinels, timeout=_WATCH_SECONDS)
+            if self.stopping:
+                break
+            if self.engine and not self.engine.poll():
+                self._restart_engine(self.engine)
+            self._restart_workers()
+            if time.monotonic() > material_due:
+                material_due = time.monotonic() + _MATERIAL_SECONDS
+                ensure_material(self.settings)
+        self.stop()
+
+    def stop(self) -> None:
+        """Let the workers answer what is under way, then end them."""
+        processes = [worker.process for worker in self.workers if worker]
+        for process in processes:
+            process.terminate()
+        end = time.monotonic() + DRAIN_SECONDS + 0.7
+        while any(process.is_alive() for process in processes) and time.monotonic() < end and self.stopping < 2:
+            multiprocessing.connection.wait([process.sentinel for process in processes if process.is_alive()], timeout=0.1)
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask for a stop; a second one for a quick stop."""
+
+        def ask(_signal: int, _frame: FrameType | None) -> None:
+            self.stopping += 1
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _spawn(self, slot: int) -> _Worker:
+        reading, writing = _fork.Pipe(duplex=False)
+        process = _fork.Process(target=self._child, args=(slot, writing), name=f"uplinkd worker {slot + 1}")
+        process.start()
+        writing.close()
+        return _Worker(process, reading, time.monotonic())
+
+    def _child(self, slot: int, ready: multiprocessing.connection.Connection) -> None:
+        """In the new process: keep only this worker's own sockets, then serve."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.close(self.lifeline[1])
+        for other in range(len(self.tls)):
+            if other != slot:
+                self.tls[other].close()
+                if self.plain:
+                    self.plain[other].close()
+        sockets: list[tuple[socket.socket, ssl.SSLContext | None]] = [(self.tls[slot], self.context)]
+        if self.plain:
+            sockets.append((self.plain[slot], None))
+        run(Task(self.settings, sockets, self.certificates, self.flow, self.access, ready, self.lifeline[0]))
+
+    def _restart_workers(self) -> None:
+        now = time.monotonic()
+        for slot, worker in enumerate(self.workers):
+            if worker and not worker.process.is_alive():
+                deaths = worker.fast_deaths + 1 if now - worker.since < _STEADY_SECONDS else 0
+                pause = min(0.1 * 2**deaths, _LONGEST_PAUSE) if deaths else 0.0
+                how = worker.process.exitcode
+                log.error("worker %d %s; it is started again", slot + 1, _end(how))
+                worker.ready.close()
+                self.flow.heal()
+                self.workers[slot] = None
+                self.pauses[slot] = (now + pause, deaths)
+            if self.workers[slot] is None and now >= self.pauses[slot][0]:
+                self.workers[slot] = fresh = self._spawn(slot)
+                fresh.fast_deaths = self.pauses.pop(slot)[1]
+
+    def _restart_engine(self, engine: EmbeddedServer) -> None:
+        log.error("nats-server has died; it is started again")
+        try:
+            engine.restart()
+        except (Rejected, Unavailable) as fault:
+            log.error("nats-server could not be started: %s", fault)  # noqa: TRY400 - the line says all
+            time.sleep(1)
+        else:
+            log.warning("nats-server is back")
+
+
+def _end(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        return f"was killed by {signal.Signals(-exit_code).name}"
+    return f"ended with exit code {exit_code}"
+
+
+def _data_folder(data: Path) -> None:
+    try:
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        probe = data / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise Rejected(f"the data folder {data} cannot be written: {error.strerror}; name another with --data") from error
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold `path` locked; the lock ends with this process, however it ends. Workers do not inherit it."""
+    with path.open("w") as file:
+        end = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > end:
+                    raise Rejected(f"another uplinkd serves from the data folder {path.parent}") from error
+                time.sleep(0.1)
+        yield
+
+
+def _bind(where: tuple[str, int], count: int, setting: str, stack: contextlib.ExitStack) -> list[socket.socket]:
+    """`count` listening sockets on one port, between which the kernel spreads connections.
+
+    The supervisor keeps them open: what waits in the queue of a worker that dies is served by its successor.
+    """
+    host, port = where
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return _listen(host, port, count, stack)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and time.monotonic() < end:
+                time.sleep(0.1)
+                continue
+            what = {
+                errno.EADDRINUSE: "is in use by another program",
+                errno.EACCES: "may not be used: ports below 1024 need a privilege",
+                errno.EADDRNOTAVAIL: "is not an address of this machine",
+            }.get(error.errno or 0, f"cannot be used: {error.strerror or error}")
+            raise Rejected(f"{host}:{port} {what}; name another with --{setting.replace('_', '-')}") from error
+
+
+def _listen(host: str, port: int, count: int, stack: contextlib.ExitStack) -> list[socket.socket]:
+    family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        # Without SO_REUSEPORT: another server's port must be an error, not a share of its connections.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(target)
+        target = probe.getsockname()
+    sockets = []
+    for _ in range(count):
+        sock = stack.enter_context(socket.socket(family, kind, protocol))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(target)
+        sockets.append(sock)
+    for sock in sockets:
+        sock.listen(4096)
+        sock.setblocking(False)
+    return sockets
