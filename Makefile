@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help serve test slow check bench lock clean
+.PHONY: help serve test slow lint check docs bench lock clean
 
 help:  ## say what each command does
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -18,12 +18,17 @@ test: $(VENV)/dev.stamp  ## run all tests but the slow ones
 slow: $(VENV)/dev.stamp  ## run the slow tests: faults under load, large imports
 	$(BIN)/python -m pytest -m slow -v --timeout 600
 
-check: $(VENV)/dev.stamp  ## lint, types, import contracts and the fast tests
+lint: $(VENV)/dev.stamp  ## style, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+check: lint  ## lint and the fast tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/core tests/http tests/contracts
+
+docs: $(VENV)/dev.stamp  ## write the tables of codes and settings into the documents
+	$(BIN)/python -m docs.generate
 
 bench: $(VENV)/bench.stamp  ## measure against nginx and FastAPI in one run (needs nginx and wrk)
 	$(BIN)/python -m bench

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from uplinkd.core import topics
 from uplinkd.core.errors import Code, Refused
 from uplinkd.core.model import Device, DeviceName, ProductKey, Right, TopicClass
-from uplinkd.core.subjects import from_subject, prefix_filters, to_subject
+from uplinkd.core.subjects import from_subject, filters_of, to_subject
 
 PK, DN = "a1GFjLP3xxC", "device123"
 CLASSES = (
@@ -144,7 +144,7 @@ def test_a_devices_filters_match_its_topics(key: str, name: str) -> None:
         if len(path) <= 128 and path.count("/") == len(path.split("/")) - 1 and "//" not in path:
             subject = to_subject(path)
             assert topics.owner(path) == (key, name)
-            for filters in (prefix_filters(key, name), prefix_filters(key, None), prefix_filters(None, None)):
+            for filters in (filters_of(key, name), filters_of(key, None), filters_of(None, None)):
                 assert any(_subject_matches(pattern, subject) for pattern in filters)
 
 

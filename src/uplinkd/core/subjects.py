@@ -7,7 +7,7 @@ space or control character would change what the subject means.
 
 from __future__ import annotations
 
-__all__ = ["from_subject", "prefix_filters", "to_subject"]
+__all__ = ["filters_of", "from_subject", "to_subject"]
 
 
 def to_subject(topic: str) -> str:
@@ -20,8 +20,11 @@ def from_subject(subject: str) -> str:
     return subject[1:].replace("//", "\0").replace(".", "/").replace("\0", ".")
 
 
-def prefix_filters(product_key: str | None, device_name: str | None) -> list[str]:
-    """Subject filters that match every topic of a product, or of one of its devices; all topics without either."""
+def filters_of(product_key: str | None, device_name: str | None) -> list[str]:
+    """Subject filters that match every topic of a product, or of one of its devices; all topics without a product.
+
+    No two of them overlap: JetStream does not take overlapping filters.
+    """
     if product_key is None:
         return ["/.>"]
     if device_name is None:

@@ -1,0 +1,156 @@
+"""`uplinkd messages`: what devices have reported, and what they are reporting."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+import click
+
+from uplinkd.cli.common import duration, json_option, local_time, print_json, printable, settings_options
+from uplinkd.core.errors import Rejected
+from uplinkd.core.model import Message
+from uplinkd.engine import Query, open_reader
+from uplinkd.engine.embedded import access_for
+from uplinkd.registry import open_registry
+from uplinkd.settings import Settings
+
+__all__ = ["messages"]
+
+MOST = 10_000
+
+
+@click.group()
+def messages() -> None:
+    """Look at stored messages, or watch them arrive."""
+
+
+def _query_options(command: Any) -> Any:
+    for option in (
+        click.option("--since", metavar="AGE", help="Not older than this, such as 10m or 7d."),
+        click.option("--topic", metavar="TOPIC", help="Of exactly this topic."),
+        click.option("--device", metavar="DN", help="Of this device."),
+        click.option("--product", metavar="PK", help="Of this product."),
+    ):
+        command = option(command)
+    return command
+
+
+@messages.command("list")
+@_query_options
+@click.option(
+    "--limit", type=click.IntRange(1, MOST), default=20, show_default=True, help="At most this many, the newest."
+)
+@json_option
+@settings_options("nats_url", "nats_server", "database_url")
+def list_messages(
+    settings: Settings,
+    product: str | None,
+    device: str | None,
+    topic: str | None,
+    since: str | None,
+    limit: int,
+    as_json: bool,
+) -> None:
+    """The newest messages, the latest last. Works whether a server runs or not."""
+    query = _query(settings, product, device, topic, since)
+    with access_for(settings) as access:
+
+        async def fetch() -> list[Message]:
+            reader = await open_reader(access)
+            try:
+                return await reader.latest(query, limit)
+            finally:
+                await reader.close()
+
+        found = asyncio.run(fetch())
+    if as_json:
+        print_json([_document(message) for message in found])
+    else:
+        for message in found:
+            _show(message)
+
+
+@messages.command("tail")
+@_query_options
+@json_option
+@settings_options("nats_url", "nats_server", "database_url")
+def tail_messages(
+    settings: Settings, product: str | None, device: str | None, topic: str | None, since: str | None, as_json: bool
+) -> None:
+    """Messages as they are stored, until Ctrl-C; with --since, first those since then."""
+    query = _query(settings, product, device, topic, since)
+    with access_for(settings, start=False) as access:
+
+        async def follow() -> None:
+            reader = await open_reader(access)
+            try:
+                async for message in reader.follow(query):
+                    if as_json:
+                        print_json(_document(message), one_line=True)
+                    else:
+                        _show(message)
+            finally:
+                await reader.close()
+
+        until_interrupted(follow())
+
+
+def until_interrupted(following: Coroutine[Any, Any, None]) -> None:
+    """Run until Ctrl-C, which is how such a command ends."""
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(following)
+
+
+def _query(settings: Settings, product: str | None, device: str | None, topic: str | None, since: str | None) -> Query:
+    if device and not product:
+        product = _product_of(settings, device)
+    oldest = round((time.time() - duration(since)) * 1000) if since else None
+    return Query(product, device, topic, oldest)
+
+
+def _product_of(settings: Settings, device: str) -> str:
+    """The product that has the device, when it is only one."""
+    registry = open_registry(settings)
+    try:
+        having = [product.key for product in registry.products() if registry.find_device(product.key, device)]
+    finally:
+        registry.close()
+    if len(having) != 1:
+        what = (
+            f"{len(having)} products have a device {device!r} ({', '.join(having)})"
+            if having
+            else f"no product has a device {device!r}"
+        )
+        raise Rejected(f"{what}; name the product with --product")
+    return having[0]
+
+
+def _document(message: Message) -> dict[str, object]:
+    return {
+        "messageId": message.id,
+        "topic": message.topic,
+        "productKey": message.product_key,
+        "deviceName": message.device_name,
+        "generateTime": message.generate_time,
+        "payload": base64.b64encode(message.payload).decode(),
+    }
+
+
+def _show(message: Message) -> None:
+    click.echo(
+        f"{local_time(message.generate_time)}  {message.id}  {printable(message.topic)}  {_payload(message.payload)}"
+    )
+
+
+def _payload(payload: bytes) -> str:
+    """Text as text, anything else as hex."""
+    with contextlib.suppress(UnicodeDecodeError):
+        text = payload.decode()
+        if all(char.isprintable() or char in "\t\r\n" for char in text):
+            return printable(text)
+    return payload.hex()

@@ -1,0 +1,66 @@
+"""The stream that holds all messages: how it must look, and how its sequence numbers become messageIds.
+
+messageId = base + sequence, where base is fixed when the stream is made: its time of making in ms, shifted left by 20. So ids
+rise in the order of storage, an id leads to its message by arithmetic, and a stream that is deleted and made again gives no
+id twice: its base lies beyond every id of the old one, for rates up to 2^20 messages a millisecond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from uplinkd.core.errors import Unavailable
+from uplinkd.settings import Settings
+
+__all__ = ["STREAM", "SUBJECTS", "base_of", "changed", "new_base", "wanted"]
+
+STREAM = "UPLINKD"
+SUBJECTS = "/.>"
+
+_BASE = "uplinkd.base"
+_BASE_SHIFT = 20
+
+
+def new_base(now: int) -> int:
+    """The base of a stream made at `now` (ms since 1970)."""
+    return now << _BASE_SHIFT
+
+
+def wanted(settings: Settings, base: int) -> dict[str, Any]:
+    """The stream's configuration, as the JetStream API takes it."""
+    return {
+        "name": STREAM,
+        "subjects": [SUBJECTS],
+        "retention": "limits",
+        "storage": "file",
+        "discard": "old",
+        "max_age": round(settings.keep_age * 1e9),
+        "max_bytes": settings.keep_bytes,
+        "max_msgs": -1,
+        "max_consumers": -1,
+        "num_replicas": 1,
+        "duplicate_window": 0 if not settings.keep_age else min(120 * 10**9, round(settings.keep_age * 1e9)),
+        "allow_direct": True,
+        "metadata": {_BASE: str(base)},
+    }
+
+
+def base_of(config: Mapping[str, Any]) -> int:
+    """The base of an existing stream; raise Unavailable when it is not one of ours."""
+    base = (config.get("metadata") or {}).get(_BASE, "")
+    if config.get("subjects") != [SUBJECTS] or not base.isdecimal():
+        raise Unavailable(
+            f"the NATS stream {STREAM} was not made by uplinkd (subjects {config.get('subjects')}, metadata {_BASE} = {base!r}); "
+            "rename or remove it, it is left as it is"
+        )
+    return int(base)
+
+
+def changed(config: Mapping[str, Any], settings: Settings) -> dict[str, Any] | None:
+    """The configuration to update to when age or size were set anew; None when they are as set."""
+    fresh = wanted(settings, base_of(config))
+    names = ("max_age", "max_bytes", "duplicate_window")
+    if all(config.get(name, 0) == fresh[name] for name in names):
+        return None
+    return {**config, **{name: fresh[name] for name in names}}

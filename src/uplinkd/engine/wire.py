@@ -1,0 +1,88 @@
+"""The NATS client protocol as bytes: the few operations that a publisher reads, parsed as they arrive, split anywhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+__all__ = ["ACK", "Reader", "Received", "ack_of"]
+
+ACK = re.compile(rb'MSG \S+\.(\d+) 1 \d+\r\n\{"stream":"[^"\\]*", ?"seq":(\d+)\}\r\n')
+"""A whole acknowledgement of a stored message, the one thing that comes a thousand times as often as all else."""
+
+_LONGEST_LINE = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One operation from the server: `name` is MSG, HMSG, INFO, PING, PONG, -ERR or +OK. `number` is what follows the last
+    dot of a message's subject, when that is a number, else -1; `sid` its subscription."""
+
+    name: str
+    text: str = ""
+    sid: int = 0
+    number: int = -1
+    header: bytes = b""
+    payload: bytes = b""
+
+
+class Reader:
+    """Takes bytes, gives operations. `acks` gives the plain acknowledgements at the front of what it holds."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+
+    def feed(self, data: bytes) -> None:
+        self._buffer = self._buffer + data if self._buffer else data
+
+    def acks(self) -> Iterator[tuple[int, int]]:
+        """(number, sequence) of each acknowledgement until something else comes."""
+        buffer, position = self._buffer, 0
+        match = ACK.match
+        while found := match(buffer, position):
+            position = found.end()
+            yield int(found[1]), int(found[2])
+        self._buffer = buffer[position:]
+
+    def next(self) -> Received | None:
+        """The next operation, or None until more bytes come; ValueError when this is not NATS."""
+        end = self._buffer.find(b"\r\n")
+        if end < 0:
+            if len(self._buffer) > _LONGEST_LINE:
+                raise ValueError("a line without an end")
+            return None
+        line = self._buffer[:end]
+        words = line.split()
+        name = words[0].upper() if words else b""
+        if name not in (b"MSG", b"HMSG"):
+            if name not in (b"INFO", b"PING", b"PONG", b"-ERR", b"+OK"):
+                raise ValueError(f"not the NATS protocol: {line[:40]!r}")
+            self._buffer = self._buffer[end + 2 :]
+            return Received(name.decode(), line[len(name) :].strip().decode(errors="replace"))
+        start, total = end + 2, int(words[-1])
+        if len(self._buffer) < start + total + 2:
+            return None
+        header_size = int(words[-2]) if name == b"HMSG" else 0
+        body = self._buffer[start : start + total]
+        self._buffer = self._buffer[start + total + 2 :]
+        last = words[1].rpartition(b".")[2]
+        number = int(last) if last.isdigit() else -1
+        return Received(name.decode(), words[1].decode(), int(words[2]), number, body[:header_size], body[header_size:])
+
+
+def ack_of(received: Received) -> tuple[int, str]:
+    """(sequence, "") of an acknowledgement, or (0, why not)."""
+    if received.header:
+        status = received.header.split(b"\r\n", 1)[0].removeprefix(b"NATS/1.0").strip().decode(errors="replace")
+        if status.startswith("503"):
+            return 0, "no stream takes this subject: JetStream is off, or the stream is gone"
+        return 0, f"the engine answered {status}"
+    try:
+        answer = json.loads(received.payload)
+        if error := answer.get("error"):
+            return 0, f"the engine did not store it: {error.get('description', error)}"
+        return int(answer["seq"]), ""
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return 0, "the engine's answer was not understood"

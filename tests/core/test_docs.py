@@ -1,0 +1,37 @@
+"""The documents say what the program says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from docs.generate import DOCUMENTS, ROOT, SETTINGS_ZH, render
+from uplinkd.settings import Settings
+
+EVERY = [(language, document) for language, documents in DOCUMENTS.items() for document in documents]
+
+
+@pytest.mark.parametrize(("language", "document"), EVERY, ids=lambda part: getattr(part, "name", part))
+def test_the_tables_are_the_programs_own(language: str, document: Path) -> None:
+    """A code or setting that changes changes its documents; `make docs` does it."""
+    assert render(document.read_text(), language) == document.read_text(), "run `make docs`"
+
+
+def test_every_setting_is_explained_in_chinese() -> None:
+    """No more and no fewer than there are."""
+    assert set(SETTINGS_ZH) == set(Settings.model_fields)
+
+
+@pytest.mark.parametrize("document", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*/*.md")), ids=lambda path: path.name)
+def test_links_between_documents_lead_somewhere(document: Path) -> None:
+    """No link to a page that is not there."""
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text()):
+        assert (document.parent / target).exists(), target
+
+
+def test_both_languages_have_the_same_pages() -> None:
+    """What is documented in one is documented in the other."""
+    pages = [{page.name for page in (ROOT / "docs" / language).glob("*.md")} for language in ("en", "zh")]
+    assert pages[0] == pages[1]
