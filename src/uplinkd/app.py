@@ -158,7 +158,9 @@ class _Supervisor:
             process.terminate()
         end = time.monotonic() + DRAIN_SECONDS + 0.7
         while any(process.is_alive() for process in processes) and time.monotonic() < end and self.stopping < 2:
-            multiprocessing.connection.wait([process.sentinel for process in processes if process.is_alive()], timeout=0.1)
+            multiprocessing.connection.wait(
+                [process.sentinel for process in processes if process.is_alive()], timeout=0.1
+            )
         for process in processes:
             if process.is_alive():
                 process.kill()
@@ -239,7 +241,9 @@ def _data_folder(data: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise Rejected(f"the data folder {data} cannot be written: {error.strerror}; name another with --data") from error
+        raise Rejected(
+            f"the data folder {data} cannot be written: {error.strerror}; name another with --data"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -281,7 +285,9 @@ def _bind(where: tuple[str, int], count: int, setting: str, stack: contextlib.Ex
 
 
 def _listen(host: str, port: int, count: int, stack: contextlib.ExitStack) -> list[socket.socket]:
-    family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    family, kind, protocol, _, target = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
     with socket.socket(family, kind, protocol) as probe:
         # Without SO_REUSEPORT: another server's port must be an error, not a share of its connections.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

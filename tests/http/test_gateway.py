@@ -185,6 +185,7 @@ async def test_a_login_that_cannot_be_recorded_is_20004(house: House, monkeypatc
         reply = await house.connect().ask(login_request())
         assert (reply.code, reply.json["message"]) == (20004, "update session error")
     monkeypatch.setattr(house.registry, "find_device", away)
+    house.cache.forget()
     assert (await house.connect().ask(login_request())).code == 20004
     assert "disk I/O error" in last_reason(house)
 

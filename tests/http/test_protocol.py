@@ -243,15 +243,14 @@ async def test_the_absolute_form_is_taken(house: House) -> None:
     assert (await house.connect().ask(raw)).code == 0
 
 
-async def test_an_upgrade_is_ignored_and_ends_the_connection(house: House) -> None:
-    """What follows it is not HTTP/1.1 for certain."""
+async def test_an_upgrade_is_refused(house: House) -> None:
+    """Another protocol is not spoken here, and nothing of the request is taken for one of ours."""
     peer = house.connect()
     body = json.dumps(login_body()).encode()
     peer.send(request("/auth", body, JSON, "Connection: Upgrade", "Upgrade: h2c") + b"PRI * HTTP/2.0\r\n")
     (reply,) = await peer.replies()
-    assert reply.code == 0
-    assert reply.headers["Connection"] == "close"
-    assert peer.transport.closed
+    assert (reply.status, reply.code) == (400, 10001)
+    assert "Upgrade" in house.outcomes[-1].reason
 
 
 async def test_connect_is_405(house: House) -> None:

@@ -79,7 +79,9 @@ def _banner(started: Started) -> None:
         f"  devices   {url}   (HTTPS, {started.workers} worker{'s' if started.workers > 1 else ''})",
     ]
     if started.plain:
-        lines.append(f"            http://{_reachable(started.plain[0])}:{started.plain[1]}   (plain text, for a proxy on this network)")
+        lines.append(
+            f"            http://{_reachable(started.plain[0])}:{started.plain[1]}   (plain text, for a proxy on this network)"
+        )
     if started.authority:
         lines.append(f"  CA        {started.authority.absolute()}   (give it to your devices and clients)")
     lines += [
@@ -108,7 +110,7 @@ def _first_message(started: Started, url: str) -> list[str]:
     trust = f"--cacert {shlex.quote(str(started.authority.absolute()))} " if started.authority else ""
     login = (
         f"curl -s {trust}{url}/auth -H 'Content-Type: application/json' -d \"$({me} sign {who} --body)\" "
-        "| sed 's/.*\"token\":\"\\([^\"]*\\)\".*/\\1/'"
+        '| sed \'s/.*"token":"\\([^"]*\\)".*/\\1/\''
     )
     return [
         "Send a first message, as a device would:",
@@ -144,7 +146,7 @@ def _reachable(host: str) -> str:
 
 def _command() -> str:
     """How this program is called from any folder."""
-    path = Path(os.path.abspath(sys.argv[0]))  # noqa: PTH100 - resolve() would leave a virtual environment
+    path = Path(os.path.abspath(sys.argv[0]))
     found = shutil.which("uplinkd")
     if found and Path(found) == path:
         return "uplinkd"

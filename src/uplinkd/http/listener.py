@@ -29,9 +29,13 @@ class Listener:
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
         for sock, context in self._sockets:
-            timeouts = {"ssl_handshake_timeout": _HANDSHAKE_TIMEOUT, "ssl_shutdown_timeout": _SHUTDOWN_TIMEOUT}
             server = await loop.create_server(
-                lambda: Connection(self._door), sock=sock, ssl=context, backlog=_BACKLOG, **(timeouts if context else {})
+                lambda: Connection(self._door),
+                sock=sock,
+                ssl=context,
+                backlog=_BACKLOG,
+                ssl_handshake_timeout=_HANDSHAKE_TIMEOUT if context else None,
+                ssl_shutdown_timeout=_SHUTDOWN_TIMEOUT if context else None,
             )
             self._servers.append(server)
 

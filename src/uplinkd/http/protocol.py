@@ -247,7 +247,7 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            # What follows a CONNECT or an Upgrade is not HTTP/1.1 for certain: answer, then close.
+            # What follows a CONNECT is not HTTP/1.1 for certain: answer, then close.
             self._queue[-1].keep_alive = False
         except httptools.HttpParserError as error:
             # What follows a request that ends its connection is nobody's.
@@ -340,6 +340,9 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         parser = self._parser
         self._stage = _Stage.IDLE
+        if parser.should_upgrade() and parser.get_method() != b"CONNECT":
+            # The parser takes the body for the other protocol's, so it cannot be ignored as RFC 9110, 7.8 would have it.
+            self._stop(400, "the request asks for another protocol (Upgrade); only HTTP/1.1 is spoken")
         self._queue.append(
             _Parsed(
                 parser.get_method(),

@@ -1,0 +1,268 @@
+"""`uplinkd device`: single devices, and whole fleets as CSV."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+
+from uplinkd.cli.common import interactive, json_option, local_time, print_json, print_table, settings_options, warn
+from uplinkd.cli.products import opened
+from uplinkd.core.errors import Rejected
+from uplinkd.core.model import Device
+from uplinkd.registry import ImportReport, Registry
+from uplinkd.registry.fleet import read_fleet, write_fleet
+from uplinkd.settings import Settings
+
+__all__ = ["device"]
+
+_options = settings_options("database_url", "secret_key", "online_timeout")
+_BAD_ROWS_SHOWN = 20
+
+
+@click.group()
+def device() -> None:
+    """Make, list, show, enable, disable, re-key and delete devices; import and export fleets."""
+
+
+@device.command()
+@click.argument("pk")
+@click.argument("name", required=False)
+@click.option("--secret", metavar="S", help="DeviceSecret to bring along; made when left out.")
+@json_option
+@_options
+def create(settings: Settings, pk: str, name: str | None, secret: str | None, as_json: bool) -> None:
+    """Make a device of the product PK; its NAME is made when left out."""
+    with opened(settings) as registry:
+        _show(settings, registry.create_device(pk, name, secret=secret), as_json)
+
+
+@device.command("list")
+@click.argument("pk")
+@click.option("--prefix", default="", metavar="P", help="Only names that begin so.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="At most this many.")
+@json_option
+@_options
+def list_devices(settings: Settings, pk: str, prefix: str, limit: int | None, as_json: bool) -> None:
+    """The devices of the product PK by name, without their secrets."""
+    with opened(settings) as registry:
+        found = list(itertools.islice(registry.devices(pk, prefix=prefix), limit))
+    if as_json:
+        print_json([_document(settings, each, secret=False) for each in found])
+    else:
+        rows = [(each.name, _state(settings, each), local_time(each.last_seen)) for each in found]
+        print_table(("DEVICE NAME", "STATE", "LAST SEEN"), rows)
+
+
+@device.command()
+@click.argument("pk")
+@click.argument("name")
+@json_option
+@_options
+def show(settings: Settings, pk: str, name: str, as_json: bool) -> None:
+    """One device with its secret and state."""
+    with opened(settings) as registry:
+        _show(settings, registry.device(pk, name), as_json)
+
+
+@device.command()
+@click.argument("pk")
+@click.argument("name")
+@json_option
+@_options
+def enable(settings: Settings, pk: str, name: str, as_json: bool) -> None:
+    """Let a disabled device in again; it has to sign in anew."""
+    with opened(settings) as registry:
+        _done(settings, registry.set_enabled(pk, name, True), "is enabled", as_json)
+
+
+@device.command()
+@click.argument("pk")
+@click.argument("name")
+@json_option
+@_options
+def disable(settings: Settings, pk: str, name: str, as_json: bool) -> None:
+    """Shut a device out; its tokens die within a second."""
+    with opened(settings) as registry:
+        _done(settings, registry.set_enabled(pk, name, False), "is disabled", as_json)
+
+
+@device.command("reset-secret")
+@click.argument("pk")
+@click.argument("name")
+@json_option
+@_options
+def reset_secret(settings: Settings, pk: str, name: str, as_json: bool) -> None:
+    """Give a device a new secret; its tokens die within a second."""
+    with opened(settings) as registry:
+        _show(settings, registry.reset_secret(pk, name), as_json)
+
+
+@device.command()
+@click.argument("pk")
+@click.argument("name")
+@json_option
+@_options
+def delete(settings: Settings, pk: str, name: str, as_json: bool) -> None:
+    """Delete a device; its tokens die within a second, its messages stay."""
+    with opened(settings) as registry:
+        registry.delete_device(pk, name)
+    if as_json:
+        print_json({"productKey": pk, "deviceName": name, "deleted": True})
+    else:
+        click.echo(f"device {name} of {pk} is deleted")
+
+
+@device.command("import")
+@click.argument("file", type=click.File("rb"))
+@click.option("--skip-bad", is_flag=True, help="Let the good rows in; without it one bad row keeps all out.")
+@json_option
+@_options
+def import_fleet(settings: Settings, file: BinaryIO, skip_bad: bool, as_json: bool) -> None:
+    """Import devices from a CSV FILE (- for standard input) with the columns ProductKey, DeviceName, DeviceSecret.
+
+    Products are made where needed, an empty DeviceSecret is made, devices that are there with the same secret are left as
+    they are. Bad rows are listed with their lines.
+    """
+    with opened(settings) as registry:
+        report = _import(registry, file, skip_bad=skip_bad)
+    if as_json:
+        print_json(
+            {
+                "stored": report.stored,
+                "read": report.read,
+                "created": report.created if report.stored else 0,
+                "unchanged": report.unchanged,
+                "secretsMade": report.secrets_made if report.stored else 0,
+                "productsCreated": report.products_created if report.stored else [],
+                "bad": [{"line": line, "reason": reason} for line, reason in report.bad],
+            }
+        )
+    else:
+        _tell(report)
+    if not report.stored:
+        sys.exit(1)
+
+
+@device.command()
+@click.argument("pk")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    help="File to write, readable by you alone; else standard output.",
+)
+@_options
+def export(settings: Settings, pk: str, output: Path | None) -> None:
+    """Write the devices of the product PK as CSV, with their secrets."""
+    with opened(settings) as registry:
+        registry.product(pk)
+        if output is None:
+            write_fleet(registry.devices(pk), sys.stdout)
+            return
+        try:
+            descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        except OSError as error:
+            raise Rejected(f"{output} cannot be written: {error.strerror}") from error
+        with os.fdopen(descriptor, "w", newline="", encoding="utf-8") as stream:
+            count = write_fleet(registry.devices(pk), stream)
+    warn(f"{count} devices written to {output}")
+
+
+def _import(registry: Registry, file: BinaryIO, *, skip_bad: bool) -> ImportReport:
+    if not interactive():
+        return registry.import_devices(read_fleet(file), skip_bad=skip_bad)
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("importing"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rows]} rows"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        size = os.fstat(file.fileno()).st_size if file.seekable() else None
+        bar = progress.add_task("", total=size or None, rows=0)
+        told = _teller(lambda rows: progress.update(bar, completed=file.tell() if size else 0, rows=rows))
+        report = registry.import_devices(read_fleet(file), skip_bad=skip_bad, progress=told)
+        progress.update(bar, completed=size or 1, total=size or 1, rows=report.read)
+    return report
+
+
+def _teller(tell: Callable[[int], None]) -> Callable[[int], None]:
+    """Tells at most ten times a second, and always the first and last."""
+    due = 0.0
+
+    def maybe(rows: int) -> None:
+        nonlocal due
+        if (now := time.monotonic()) >= due:
+            due = now + 0.1
+            tell(rows)
+
+    return maybe
+
+
+def _tell(report: ImportReport) -> None:
+    for line, reason in report.bad[:_BAD_ROWS_SHOWN]:
+        warn(f"line {line}: {reason}")
+    if len(report.bad) > _BAD_ROWS_SHOWN:
+        warn(f"… and {len(report.bad) - _BAD_ROWS_SHOWN} more bad rows; --json lists all")
+    if not report.stored:
+        warn(
+            f"{len(report.bad)} of {report.read} rows are bad, so none was imported; correct them, or leave them out with --skip-bad"
+        )
+        return
+    parts = [f"{report.created} devices imported"]
+    if report.unchanged:
+        parts.append(f"{report.unchanged} were there already")
+    if report.secrets_made:
+        parts.append(f"{report.secrets_made} got a new secret")
+    if report.products_created:
+        parts.append(f"products made: {', '.join(report.products_created)}")
+    if report.bad:
+        parts.append(f"{len(report.bad)} bad rows left out")
+    click.echo("; ".join(parts))
+
+
+def _document(settings: Settings, found: Device, *, secret: bool = True) -> dict[str, object]:
+    return {
+        "productKey": found.product_key,
+        "deviceName": found.name,
+        **({"deviceSecret": found.secret} if secret else {}),
+        "state": _state(settings, found),
+        "lastSeen": found.last_seen,
+        "createTime": found.created,
+        "activeTime": found.activated,
+    }
+
+
+def _show(settings: Settings, found: Device, as_json: bool) -> None:
+    if as_json:
+        print_json(_document(settings, found))
+        return
+    click.echo(
+        f"productKey    {found.product_key}\n"
+        f"deviceName    {found.name}\n"
+        f"deviceSecret  {found.secret}\n"
+        f"state         {_state(settings, found)}\n"
+        f"last seen     {local_time(found.last_seen)}"
+    )
+
+
+def _done(settings: Settings, found: Device, what: str, as_json: bool) -> None:
+    if as_json:
+        print_json(_document(settings, found, secret=False))
+    else:
+        click.echo(f"device {found.name} of {found.product_key} {what}")
+
+
+def _state(settings: Settings, found: Device) -> str:
+    return found.state(now=round(time.time() * 1000), online_timeout=round(settings.online_timeout * 1000)).value

@@ -1,0 +1,86 @@
+"""`uplinkd logs`: why devices were refused."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import click
+
+from uplinkd import journal
+from uplinkd.cli.common import duration, json_option, local_time, print_json, printable, settings_options
+from uplinkd.core.errors import MESSAGES, Code
+from uplinkd.journal import Refusal, Wanted
+from uplinkd.settings import Settings
+
+__all__ = ["logs"]
+
+
+@click.command()
+@click.argument("request_id", required=False)
+@click.option("--product", metavar="PK", help="Of this product.")
+@click.option("--device", metavar="DN", help="Of this device.")
+@click.option("--code", type=int, help="With this code, such as 20000.")
+@click.option("--since", metavar="AGE", help="Not older than this, such as 10m or 7d.")
+@click.option(
+    "--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="At most this many, the newest."
+)
+@click.option("--follow", "-f", is_flag=True, help="Go on with what is refused from now on, until Ctrl-C.")
+@json_option
+@settings_options()
+def logs(
+    settings: Settings,
+    request_id: str | None,
+    product: str | None,
+    device: str | None,
+    code: int | None,
+    since: str | None,
+    limit: int,
+    follow: bool,
+    as_json: bool,
+) -> None:
+    """Every refusal with its reason, the latest last; one of them by the REQUEST_ID that its device was given."""
+    oldest = round((time.time() - duration(since)) * 1000) if since else None
+    wanted = Wanted(request_id, product, device, code, oldest)
+    if follow:
+        with contextlib.suppress(KeyboardInterrupt):
+            for refusal in journal.follow(settings, wanted):
+                if as_json:
+                    print_json(_document(refusal), one_line=True)
+                else:
+                    _show(refusal)
+        return
+    found = journal.read(settings, wanted, limit)
+    if as_json:
+        print_json([_document(refusal) for refusal in found])
+        return
+    for refusal in found:
+        _show(refusal)
+    if not found:
+        click.echo("nothing was refused" + (" that matches" if wanted != Wanted() else ""), err=True)
+
+
+def _document(refusal: Refusal) -> dict[str, object]:
+    return {
+        "requestId": refusal.request_id,
+        "time": refusal.at,
+        "endpoint": refusal.endpoint,
+        "code": refusal.code,
+        "message": MESSAGES[Code(refusal.code)],
+        "status": refusal.status,
+        "productKey": refusal.product_key,
+        "deviceName": refusal.device_name,
+        "address": refusal.address,
+        "topic": refusal.topic,
+        "reason": refusal.reason,
+    }
+
+
+def _show(refusal: Refusal) -> None:
+    device = f"{refusal.product_key}/{refusal.device_name}" if refusal.device_name else "unknown device"
+    status = f" (HTTP {refusal.status})" if refusal.status != 200 else ""
+    what = f"{refusal.code} {MESSAGES[Code(refusal.code)]}{status}"
+    click.echo(f"{local_time(refusal.at)}  {refusal.request_id}  {what}  {printable(device)}  from {refusal.address}")
+    if refusal.topic:
+        click.echo(f"    topic   {printable(refusal.topic)}")
+    click.echo(f"    reason  {printable(refusal.reason)}")

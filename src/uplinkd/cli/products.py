@@ -1,0 +1,93 @@
+"""`uplinkd product`: kinds of devices."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import click
+
+from uplinkd.cli.common import json_option, local_time, print_json, print_table, settings_options
+from uplinkd.core.model import Product
+from uplinkd.registry import Registry, open_registry
+from uplinkd.settings import Settings
+
+__all__ = ["opened", "product", "registry_options"]
+
+registry_options = settings_options("database_url", "secret_key")
+
+
+@contextlib.contextmanager
+def opened(settings: Settings) -> Iterator[Registry]:
+    """The registry for one command; a running server sees what it changes within a second."""
+    registry = open_registry(settings)
+    try:
+        yield registry
+    finally:
+        registry.close()
+
+
+@click.group()
+def product() -> None:
+    """Make, list, show and delete products."""
+
+
+@product.command()
+@click.argument("name")
+@click.option("--key", metavar="PK", help="ProductKey to bring along; made when left out.")
+@click.option("--secret", metavar="S", help="ProductSecret to bring along; made when left out.")
+@json_option
+@registry_options
+def create(settings: Settings, name: str, key: str | None, secret: str | None, as_json: bool) -> None:
+    """Make a product called NAME, with the platform's default topic classes."""
+    with opened(settings) as registry:
+        _show(registry.create_product(name, key=key, secret=secret), as_json)
+
+
+@product.command("list")
+@json_option
+@registry_options
+def list_products(settings: Settings, as_json: bool) -> None:
+    """All products, without their secrets."""
+    with opened(settings) as registry:
+        found = registry.products()
+    if as_json:
+        print_json([{"productKey": each.key, "name": each.name, "createTime": each.created} for each in found])
+    else:
+        print_table(
+            ("PRODUCT KEY", "NAME", "MADE"), [(each.key, each.name, local_time(each.created)) for each in found]
+        )
+
+
+@product.command()
+@click.argument("pk")
+@json_option
+@registry_options
+def show(settings: Settings, pk: str, as_json: bool) -> None:
+    """One product with its secret."""
+    with opened(settings) as registry:
+        _show(registry.product(pk), as_json)
+
+
+@product.command()
+@click.argument("pk")
+@click.option("--with-devices", is_flag=True, help="Delete its devices too.")
+@json_option
+@registry_options
+def delete(settings: Settings, pk: str, with_devices: bool, as_json: bool) -> None:
+    """Delete a product; one that has devices only with --with-devices."""
+    with opened(settings) as registry:
+        devices = registry.delete_product(pk, with_devices=with_devices)
+    if as_json:
+        print_json({"productKey": pk, "deleted": True, "devices": devices})
+    else:
+        click.echo(f"product {pk} is deleted" + (f", and its {devices} devices" if devices else ""))
+
+
+def _show(found: Product, as_json: bool) -> None:
+    if as_json:
+        print_json(
+            {"productKey": found.key, "productSecret": found.secret, "name": found.name, "createTime": found.created}
+        )
+    else:
+        click.echo(f"productKey     {found.key}\nproductSecret  {found.secret}\nname           {found.name}")

@@ -1,0 +1,143 @@
+"""`uplinkd publish` and `uplinkd sign`: what a device does, done by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from uplinkd.cli.common import json_option, print_json, printable, settings_options
+from uplinkd.client import Answered, Device, login_body
+from uplinkd.core import signature
+from uplinkd.core.errors import EXPLANATIONS, Code, Rejected
+from uplinkd.registry import open_registry
+from uplinkd.settings import Settings, address
+
+__all__ = ["publish", "sign"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_product = click.option("--product", required=True, metavar="PK", help="ProductKey.")
+_device = click.option("--device", required=True, metavar="DN", help="DeviceName.")
+_secret = click.option("--secret", metavar="S", help="DeviceSecret; without it the local registry is asked.")
+
+
+def _method(default: str) -> Callable[[F], F]:
+    known = click.Choice(list(signature.METHODS), case_sensitive=False)
+    return click.option("--method", type=known, default=default, show_default=True, help="Method of the sign.")
+
+
+@click.command()
+@click.argument("topic")
+@click.argument("payload", default="")
+@_product
+@_device
+@_secret
+@click.option("--url", help="The server  [default: where the settings say that it listens].")
+@click.option("--ca", type=click.Path(path_type=Path), help="CA to trust  [default: tls/ca.pem in the data folder].")
+@_method("hmacsha256")
+@json_option
+@settings_options("listen", "database_url", "secret_key")
+def publish(
+    settings: Settings,
+    topic: str,
+    payload: str,
+    product: str,
+    device: str,
+    secret: str | None,
+    url: str | None,
+    ca: Path | None,
+    method: str,
+    as_json: bool,
+) -> None:
+    """Act as a device, the whole way: sign in, then report PAYLOAD to TOPIC. A PAYLOAD of - is read from standard input."""
+    body = sys.stdin.buffer.read() if payload == "-" else payload.encode(errors="surrogateescape")
+    if not topic.startswith("/"):
+        raise Rejected(f"topic {topic!r}: it begins with a slash, such as /{product}/{device}/user/update")
+    own = settings.data / "tls" / "ca.pem"
+    actor = Device(url or _local_url(settings), product, device, secret or _known_secret(settings, product, device),
+                   ca=ca or (own if own.exists() else None))  # fmt: skip
+    try:
+        message_id = actor.publish(actor.authenticate(method.lower()), topic, body)
+    except Answered as answer:
+        _explain(answer, as_json)
+        sys.exit(1)
+    finally:
+        actor.close()
+    if as_json:
+        print_json({"code": 0, "message": "success", "messageId": message_id, "topic": topic})
+    else:
+        click.echo(f"stored as messageId {message_id}: {len(body)} bytes to {printable(topic)}")
+
+
+@click.command()
+@_product
+@_device
+@_secret
+@click.option("--client-id", metavar="ID", help="clientId  [default: PK.DN].")
+@click.option("--timestamp", metavar="MS", help="Milliseconds since 1970; left out by default.")
+@_method("hmacsha1")
+@click.option("--body", "only_body", is_flag=True, help="Print the JSON body of POST /auth alone, for curl -d.")
+@json_option
+@settings_options("database_url", "secret_key")
+def sign(
+    settings: Settings,
+    product: str,
+    device: str,
+    secret: str | None,
+    client_id: str | None,
+    timestamp: str | None,
+    method: str,
+    only_body: bool,
+    as_json: bool,
+) -> None:
+    """Show what a device signs and what comes out."""
+    if timestamp is not None and not timestamp.isdecimal():
+        raise Rejected(f"timestamp {timestamp!r} is not a whole number of milliseconds since 1970")
+    if client_id is not None and not 1 <= len(client_id) <= 64:
+        raise Rejected(f"clientId has {len(client_id)} characters; 1 to 64 are allowed")
+    key = secret or _known_secret(settings, product, device)
+    body = login_body(product, device, key, client_id=client_id, timestamp=timestamp, method=method.lower())
+    members: dict[str, str] = json.loads(body)
+    content = signature.content_of(members)
+    if only_body:
+        click.echo(body)
+    elif as_json:
+        print_json({"content": content, "sign": members["sign"], "signmethod": members["signmethod"], "body": members})
+    else:
+        click.echo(
+            f"content     {printable(content)}\nsignmethod  {members['signmethod']}\nsign        {members['sign']}"
+        )
+
+
+def _known_secret(settings: Settings, product: str, device: str) -> str:
+    registry = open_registry(settings)
+    try:
+        return registry.device(product, device).secret
+    finally:
+        registry.close()
+
+
+def _local_url(settings: Settings) -> str:
+    host, port = address(settings.listen)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - turns it into what one can connect to
+    return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+
+
+def _explain(answer: Answered, as_json: bool) -> None:
+    known = EXPLANATIONS.get(Code(answer.code)) if answer.code in set(Code) else None
+    if as_json:
+        print_json(
+            {"code": answer.code, "message": answer.message, "status": answer.status, "requestId": answer.request_id}
+        )
+        return
+    lines = [f"refused: {answer.code} {answer.message} (HTTP {answer.status})"]
+    if known:
+        lines += [f"  it means    {known.means}", f"  what to do  {known.do}"]
+    if answer.request_id:
+        lines.append(f"  the reason  uplinkd logs {answer.request_id}")
+    click.echo("\n".join(lines), err=True)

@@ -1,0 +1,111 @@
+"""Acts as a device over HTTPS: signs in, reports, and says in words what went wrong. Standard library alone."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import ssl
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from uplinkd.core import signature
+from uplinkd.core.errors import Rejected, Unavailable
+
+__all__ = ["Answered", "Device", "login_body"]
+
+_SECONDS = 10
+
+
+class Answered(Exception):  # noqa: N818 - an answer, not an error of ours
+    """The server said no."""
+
+    def __init__(self, status: int, code: int, message: str, request_id: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.request_id = request_id
+
+
+class Device:
+    """One device on one connection; `close` ends it."""
+
+    def __init__(self, url: str, product_key: str, device_name: str, secret: str, *, ca: Path | None = None) -> None:
+        self._url = url.rstrip("/")
+        self._names = (product_key, device_name)
+        self._secret = secret
+        parts = urlsplit(self._url)
+        if parts.scheme not in ("https", "http") or not parts.hostname:
+            raise Rejected(f"{url!r} is not a URL such as https://127.0.0.1:8443")
+        if parts.scheme == "https":
+            try:
+                context = ssl.create_default_context(cafile=str(ca) if ca else None)
+            except (OSError, ssl.SSLError) as error:
+                raise Rejected(f"the CA file {ca} cannot be used: {error.strerror or error}") from error
+            self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                parts.hostname, parts.port, timeout=_SECONDS, context=context
+            )
+        else:
+            self._connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=_SECONDS)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def authenticate(self, method: str = "hmacsha256") -> str:
+        """A token; raise Answered or Unavailable."""
+        body = login_body(*self._names, self._secret, method=method)
+        answer = self._post("/auth", body.encode(), {"Content-Type": "application/json"})
+        return str(answer["info"]["token"])
+
+    def publish(self, token: str, topic: str, payload: bytes) -> int:
+        """The messageId of a stored message; raise Answered or Unavailable."""
+        headers = {"Content-Type": "application/octet-stream", "password": token}
+        answer = self._post("/topic" + quote(topic, safe="/@:._-"), payload, headers)
+        return int(answer["info"]["messageId"])
+
+    def _post(self, path: str, body: bytes, headers: dict[str, str]) -> Any:
+        try:
+            self._connection.request("POST", path, body, headers)
+            response = self._connection.getresponse()
+            text = response.read(64 * 1024)
+        except ssl.SSLCertVerificationError as error:
+            raise Unavailable(
+                f"the certificate of {self._url} is not trusted: {error.verify_message}; name its CA with --ca, for a server of "
+                "this machine it is tls/ca.pem in the data folder"
+            ) from error
+        except ConnectionRefusedError as error:
+            raise Unavailable(f"nothing listens at {self._url}; is `uplinkd serve` running?") from error
+        except TimeoutError as error:
+            raise Unavailable(f"{self._url} did not answer within {_SECONDS} s") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise Unavailable(f"{self._url} could not be talked to: {error or type(error).__name__}") from error
+        try:
+            answer = json.loads(text)
+            code, message = int(answer["code"]), str(answer["message"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise Unavailable(f"{self._url} answered {response.status} with something that is not uplinkd's") from error
+        if code != 0:
+            request_id = (answer.get("info") or {}).get("requestId") or response.getheader("X-Request-Id") or ""
+            raise Answered(response.status, code, message, str(request_id))
+        return answer
+
+
+def login_body(
+    product_key: str,
+    device_name: str,
+    secret: str,
+    *,
+    client_id: str | None = None,
+    timestamp: str | None = None,
+    method: str = "hmacsha256",
+) -> str:
+    """The JSON of POST /auth, signed; `client_id` defaults to `productKey.deviceName`, as the C SDK has it."""
+    members = {
+        "productKey": product_key,
+        "deviceName": device_name,
+        "clientId": client_id or f"{product_key}.{device_name}"[:64],
+        **({"timestamp": timestamp} if timestamp else {}),
+    }
+    sign = signature.sign(secret, signature.content_of(members), method)
+    return json.dumps({**members, "signmethod": method, "sign": sign, "version": "default"}, ensure_ascii=False)

@@ -1,0 +1,237 @@
+"""The record of refusals: every no that a device was given, with the reason, for the operator who searches.
+
+SQLite in a file of its own: it is append-mostly, written by several workers, read by the command line at any time, and may be
+deleted without harm to anything else. The standard library's driver, since it is one table and three statements.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+from uplinkd.core.errors import Unavailable
+from uplinkd.observe import Occasionally
+from uplinkd.settings import Settings
+
+__all__ = ["Journal", "Refusal", "Wanted", "follow", "read"]
+
+log = logging.getLogger("uplinkd.journal")
+
+_FLUSH_SECONDS = 0.2
+_PRUNE_SECONDS = 30.0
+_WAITING = 5000
+_LONGEST_REASON = 8192
+_BUSY_SECONDS = 5.0
+_POLL_SECONDS = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One no. `endpoint` is auth, topic or http (before it was known), `status` HTTP's, `at` in ms since 1970."""
+
+    request_id: str
+    at: int
+    endpoint: str
+    code: int
+    status: int
+    product_key: str
+    device_name: str
+    address: str
+    topic: str
+    reason: str
+
+
+_COLUMNS = ", ".join(field.name for field in fields(Refusal))
+_INSERT = f"INSERT INTO refusals ({_COLUMNS}) VALUES ({', '.join('?' for _ in fields(Refusal))})"  # noqa: S608 - names of ours
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS refusals (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, request_id TEXT NOT NULL, at INTEGER NOT NULL, endpoint TEXT NOT NULL,
+  code INTEGER NOT NULL, status INTEGER NOT NULL, product_key TEXT NOT NULL, device_name TEXT NOT NULL,
+  address TEXT NOT NULL, topic TEXT NOT NULL, reason TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS refusals_request ON refusals (request_id);
+CREATE INDEX IF NOT EXISTS refusals_device ON refusals (device_name, id);
+CREATE INDEX IF NOT EXISTS refusals_at ON refusals (at);
+"""
+
+
+class Journal:
+    """One worker's pen. `record` is cheap and never fails; `run` writes in a thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._path = journal_file(settings)
+        self._age = round(settings.log_age * 1000)
+        self._entries = settings.log_entries
+        self._waiting: list[Refusal] = []
+        self._dropped = 0
+        self._prune_due = 0.0
+        self._connection: sqlite3.Connection | None = None
+        self._thread = ThreadPoolExecutor(1, "journal")
+        self._warn = Occasionally(30)
+
+    def record(self, refusal: Refusal) -> None:
+        """Keep `refusal` for the next write; over 5,000 of them in 0.2 s are counted instead."""
+        if len(self._waiting) < _WAITING:
+            self._waiting.append(refusal)
+        else:
+            self._dropped += 1
+
+    async def run(self) -> None:
+        """Write what was recorded, until cancelled."""
+        while True:
+            await asyncio.sleep(_FLUSH_SECONDS)
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Write what waits; what cannot be written waits on, as far as there is room."""
+        waiting, self._waiting = self._waiting, []
+        dropped, self._dropped = self._dropped, 0
+        if dropped:
+            waiting.append(_summary(waiting[-1], dropped))
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._write, waiting)
+        except (sqlite3.Error, OSError) as error:
+            self._waiting = [*waiting, *self._waiting][:_WAITING]
+            if self._warn():
+                log.warning("refusals cannot be recorded in %s: %s", self._path, error)
+
+    async def close(self) -> None:
+        await self.flush()
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._disconnect)
+        self._thread.shutdown()
+
+    def _write(self, refusals: list[Refusal]) -> None:
+        now = time.monotonic()
+        if not refusals and now < self._prune_due:
+            return
+        if self._connection is None:
+            self._connection = _open(self._path)
+        connection = self._connection
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.executemany(_INSERT, [(*astuple(each)[:-1], each.reason[:_LONGEST_REASON]) for each in refusals])
+            if now >= self._prune_due:
+                self._prune_due = now + _PRUNE_SECONDS
+                connection.execute("DELETE FROM refusals WHERE at < ?", (round(time.time() * 1000) - self._age,))
+                connection.execute(
+                    "DELETE FROM refusals WHERE id <= (SELECT max(id) FROM refusals) - ?", (self._entries,)
+                )
+            connection.execute("COMMIT")
+        except BaseException:
+            # The file may have been deleted or the disk be full: begin anew at the next write.
+            self._disconnect()
+            raise
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection:
+            with contextlib.suppress(sqlite3.Error):
+                connection.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which refusals; None means any. `since` in ms."""
+
+    request_id: str | None = None
+    product: str | None = None
+    device: str | None = None
+    code: int | None = None
+    since: int | None = None
+
+
+def read(settings: Settings, wanted: Wanted, limit: int) -> list[Refusal]:
+    """The newest `limit` that match, oldest of them first; raise Unavailable when the record cannot be read."""
+    with _reading(settings) as connection:
+        if connection is None:
+            return []
+        where, values = _where(wanted)
+        sql = f"SELECT {_COLUMNS} FROM refusals WHERE {where} ORDER BY id DESC LIMIT ?"  # noqa: S608 - names of ours
+        return [Refusal(*row) for row in connection.execute(sql, (*values, limit))][::-1]
+
+
+def follow(settings: Settings, wanted: Wanted) -> Iterator[Refusal]:
+    """Those that match as they are recorded, for ever; those since `wanted.since` first, where it is given."""
+    last = 0
+    if wanted.since is None:
+        with _reading(settings) as connection:
+            last = connection.execute("SELECT coalesce(max(id), 0) FROM refusals").fetchone()[0] if connection else 0
+    while True:
+        with _reading(settings) as connection:
+            if connection:
+                where, values = _where(wanted)
+                sql = f"SELECT id, {_COLUMNS} FROM refusals WHERE id > ? AND {where} ORDER BY id LIMIT 1000"  # noqa: S608
+                rows = connection.execute(sql, (last, *values)).fetchall()
+            else:
+                rows = []
+        for row in rows:
+            last = row[0]
+            yield Refusal(*row[1:])
+        if not rows:
+            time.sleep(_POLL_SECONDS)
+
+
+def journal_file(settings: Settings) -> Path:
+    return settings.data / "journal.sqlite"
+
+
+def _summary(last: Refusal, dropped: int) -> Refusal:
+    return Refusal(
+        "",
+        last.at,
+        "http",
+        last.code,
+        last.status,
+        "",
+        "",
+        "",
+        "",
+        f"{dropped} further refusals came too fast to be recorded",
+    )
+
+
+def _where(wanted: Wanted) -> tuple[str, list[object]]:
+    given = {
+        "request_id = ?": wanted.request_id,
+        "product_key = ?": wanted.product,
+        "device_name = ?": wanted.device,
+        "code = ?": wanted.code,
+        "at >= ?": wanted.since,
+    }
+    parts = {part: value for part, value in given.items() if value is not None}
+    return " AND ".join(parts) or "1", list(parts.values())
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # for its mode: SQLite would let everybody read it
+    connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")  # a record may miss its last lines after a power cut
+        connection.executescript(_SCHEMA)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+@contextlib.contextmanager
+def _reading(settings: Settings) -> Iterator[sqlite3.Connection | None]:
+    """A connection for reading, None while nothing was ever recorded."""
+    path = journal_file(settings)
+    if not path.exists():
+        yield None
+        return
+    try:
+        with contextlib.closing(_open(path)) as connection:
+            yield connection
+    except sqlite3.Error as error:
+        raise Unavailable(f"the record of refusals {path} cannot be read: {error}") from error

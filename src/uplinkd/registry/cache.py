@@ -1,0 +1,184 @@
+"""What a worker holds of the registry: devices and their rights, dropped as soon as the registry says that they changed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from uplinkd.core.errors import NotFound, Unavailable
+from uplinkd.core.model import Device, TopicClass
+from uplinkd.observe import Occasionally
+from uplinkd.registry import Registry
+
+__all__ = ["DeviceCache", "Entry"]
+
+log = logging.getLogger("uplinkd.registry")
+
+T = TypeVar("T")
+
+_POLL_SECONDS = 0.25
+_FLUSH_SECONDS = 1.0
+# `lastSeen` of a busy device is written this often; for people it is precise enough, for the database it is cheap.
+_SEEN_MILLISECONDS = 5000
+_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Rights:
+    """A product's topic classes, shared by its devices."""
+
+    classes: tuple[TopicClass, ...]
+    publish_levels: frozenset[str]
+
+
+class Entry:
+    """One device with its rights, as a gateway needs it. `seen` is the latest time that was recorded, ms."""
+
+    __slots__ = ("classes", "device", "publish_levels", "seen")
+
+    def __init__(self, device: Device, rights: _Rights) -> None:
+        self.device = device
+        self.classes = rights.classes
+        self.publish_levels = rights.publish_levels
+        self.seen = 0
+
+
+class DeviceCache:
+    """Hits are dictionary look-ups; misses are read in a thread. At most `capacity` devices, the oldest go first."""
+
+    def __init__(self, registry: Registry, *, capacity: int = 100_000) -> None:
+        self._registry = registry
+        self._capacity = capacity
+        self._by_id: dict[int, Entry] = {}
+        self._by_name: dict[tuple[str, str], Entry] = {}
+        self._rights: dict[str, _Rights] = {}
+        self._seen: dict[int, int] = {}
+        self._cursor = registry.changes_cursor()
+        self._forgotten = 0  # counts what was dropped, so that what is loaded meanwhile is known to be stale
+        self._threads = ThreadPoolExecutor(_THREADS, "registry")
+        self._warn = Occasionally(10)
+
+    def get(self, device_id: int) -> Entry | None:
+        return self._by_id.get(device_id)
+
+    def get_by_name(self, product_key: str, name: str) -> Entry | None:
+        return self._by_name.get((product_key, name))
+
+    async def load(self, device_id: int) -> Entry | None:
+        """The device as the registry knows it now, None when it does not; raise Unavailable."""
+        return await self._load(lambda: self._registry.find_device_by_id(device_id))
+
+    async def load_by_name(self, product_key: str, name: str) -> Entry | None:
+        return await self._load(lambda: self._registry.find_device(product_key, name))
+
+    async def activate(self, device: Device, at: int) -> Entry | None:
+        """Record the first login at `at` (ms); return the device anew. Raise Unavailable when that cannot be recorded."""
+        await self._in_thread(lambda: self._registry.activate(device.id, at))
+        return await self.load(device.id)
+
+    def saw(self, device_id: int, now: int) -> None:
+        """Note a request of the device at `now` (ms); written soon."""
+        entry = self._by_id.get(device_id)
+        if entry is None:
+            self._seen[device_id] = now
+        elif now - entry.seen >= _SEEN_MILLISECONDS:
+            entry.seen = self._seen[device_id] = now
+
+    def forget(self) -> None:
+        """Drop everything that is held."""
+        self._forgotten += 1
+        self._by_id.clear()
+        self._by_name.clear()
+        self._rights.clear()
+
+    async def run(self) -> None:
+        """Follow the registry's changes and write what was seen, until cancelled. An outage is waited out."""
+        due = 0.0
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_POLL_SECONDS)
+            try:
+                await self.follow()
+                if loop.time() >= due:
+                    due = loop.time() + _FLUSH_SECONDS
+                    await self.flush()
+            except Unavailable as fault:
+                if self._warn():
+                    log.warning("%s; devices that are known go on", fault)
+
+    async def follow(self) -> None:
+        """Drop what has changed since the last call."""
+        self._cursor, changed = await self._in_thread(lambda: self._registry.changes(self._cursor))
+        for change in changed:
+            if not change.product_key:
+                self.forget()
+            elif change.device_id is not None:
+                self._forgotten += 1
+                self._drop(change.device_id)
+            else:
+                self._forgotten += 1
+                self._rights.pop(change.product_key, None)
+                for entry in [each for each in self._by_id.values() if each.device.product_key == change.product_key]:
+                    self._drop(entry.device.id)
+
+    async def flush(self) -> None:
+        """Write what was seen; what cannot be written is kept for the next time."""
+        seen, self._seen = self._seen, {}
+        if not seen:
+            return
+        try:
+            await self._in_thread(lambda: self._registry.seen(list(seen.items())))
+        except Unavailable:
+            self._seen = {**seen, **self._seen}
+            raise
+
+    async def close(self) -> None:
+        with contextlib.suppress(Unavailable):
+            await self.flush()
+        self._threads.shutdown()
+
+    async def _load(self, find: Callable[[], Device | None]) -> Entry | None:
+        before = self._forgotten
+        found = await self._in_thread(lambda: self._read(find))
+        if found is None:
+            return None
+        device, rights = found
+        entry = Entry(device, self._rights.get(device.product_key, rights))
+        if before == self._forgotten:
+            self._rights.setdefault(device.product_key, rights)
+            self._keep(entry)
+        return entry
+
+    def _read(self, find: Callable[[], Device | None]) -> tuple[Device, _Rights] | None:
+        """In a thread: the device and, unless they are held already, its product's classes."""
+        device = find()
+        if device is None:
+            return None
+        rights = self._rights.get(device.product_key)
+        if rights is None:
+            try:
+                classes = tuple(self._registry.topic_classes(device.product_key))
+            except NotFound:  # deleted between the two look-ups
+                return None
+            rights = _Rights(classes, frozenset(item.levels for item in classes if item.right.publishes))
+        return device, rights
+
+    def _keep(self, entry: Entry) -> None:
+        device = entry.device
+        self._drop(device.id)
+        while len(self._by_id) >= self._capacity:
+            self._drop(next(iter(self._by_id)))
+        self._by_id[device.id] = self._by_name[device.product_key, device.name] = entry
+
+    def _drop(self, device_id: int) -> None:
+        entry = self._by_id.pop(device_id, None)
+        if entry:
+            self._by_name.pop((entry.device.product_key, entry.device.name), None)
+
+    async def _in_thread(self, act: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, act)
