@@ -28,6 +28,14 @@ def environment(**more: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("UPLINKD_")} | more
 
 
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits to be collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def cli(*arguments: str, data: Path, check: bool = True, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     """Run one command on the data folder."""
     done = subprocess.run(

@@ -24,7 +24,9 @@ def test_every_setting_is_explained_in_chinese() -> None:
     assert set(SETTINGS_ZH) == set(Settings.model_fields)
 
 
-@pytest.mark.parametrize("document", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*/*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*/*.md")), ids=lambda path: path.name
+)
 def test_links_between_documents_lead_somewhere(document: Path) -> None:
     """No link to a page that is not there."""
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text()):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house import UPLINKD, Device, Server, cli, cli_json, environment, login_body, serving
+from tests.house import UPLINKD, Device, Server, alive, cli, cli_json, environment, login_body, serving
 
 pytestmark = pytest.mark.xdist_group("e2e")
 
@@ -230,7 +230,7 @@ async def test_a_stop_drains_within_five_seconds(tmp_path: Path, number: int) ->
         assert b'"code":0' in answer
         assert server.process.wait(6) == 0
         assert time.monotonic() - started < 5
-        assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+        assert not [pid for pid in children if alive(pid)]
         await slow.close()
         await idle.close()
         assert "Traceback" not in server.log.read_text()
