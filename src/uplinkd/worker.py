@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 import ssl
@@ -35,6 +36,7 @@ log = logging.getLogger("uplinkd")
 
 DRAIN_SECONDS = 4.0
 _RENEWAL_SECONDS = 2.0
+_CLOSING_SECONDS = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,8 @@ async def _serve(task: Task) -> None:
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait([stopped, *duties], return_when=asyncio.FIRST_COMPLETED)
     loop.remove_reader(task.lifeline)
+    # Whatever may hang: without a supervisor there is nobody else to end this process.
+    loop.call_later(DRAIN_SECONDS + _CLOSING_SECONDS, os._exit, 1)
     cut = await listener.drain(within=DRAIN_SECONDS)
     if cut:
         log.warning("%d requests had not fully arrived within %g s of the stop and were cut", cut, DRAIN_SECONDS)

@@ -37,6 +37,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
 # What waits for a connection, or in the socket's buffer for a server that does not read.
 _HELD_BYTES = 8 * 1024**2
 _HELD_COUNT = 20_000
+# While a batch is under way the next one gathers, up to this many: a server on the same core costs less that way, and an
+# idle one is not made to wait. 32 connections, one core for all: 22,000 messages/s without, see docs/en/performance.md.
+_FULL_BATCH = 64
 _ADVISORIES = f"$JS.EVENT.ADVISORY.STREAM.*.{STREAM}"
 
 _Publish = tuple[bytes, bytes, Done, float]
@@ -225,8 +228,10 @@ class JetStreamPublisher:
     async def _look_after(self, wire: _Wire) -> None:
         """Until the connection ends: see that the server answers, and that the stream is still the same."""
         while not wire.ended:
+            # Not wait_for: before Python 3.12 it loses a cancellation that comes in the same turn as what it waits for.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(wire.stirred.wait(), _PING_SECONDS)
+                async with asyncio.timeout(_PING_SECONDS):
+                    await wire.stirred.wait()
             if wire.ended:
                 return
             if wire.stirred.is_set():
@@ -258,6 +263,9 @@ class _Wire(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._reader = Reader()
         self._out: list[bytes] = []
+        self._batch_end = 0  # the number of the last publish that was sent
+        self._answered = 0  # the highest number that was answered
+        self._scheduled = False
         self._inbox = f"_INBOX.{secrets.token_hex(8)}"
         self._reply = f" {self._inbox}.".encode()
         self._pongs: deque[asyncio.Future[None]] = deque()
@@ -286,12 +294,16 @@ class _Wire(asyncio.Protocol):
             while True:
                 for number, sequence in reader.acks():
                     acknowledged(number, sequence)
+                    self._answered = number
                 received = reader.next()
                 if received is None:
-                    return
+                    break
                 self._take(received)
         except ValueError as error:
             self.fail(str(error))
+        if self._out and not self._scheduled and self._answered >= self._batch_end:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.ended = True
@@ -324,6 +336,7 @@ class _Wire(asyncio.Protocol):
 
     def _take_message(self, received: Received) -> None:
         if received.sid == 1:
+            self._answered = received.number
             sequence, reason = ack_of(received)
             if reason:
                 self._owner.refused(received.number, reason)
@@ -388,9 +401,11 @@ class _Wire(asyncio.Protocol):
         return await future
 
     def publish(self, subject: bytes, number: int, payload: bytes) -> None:
-        if not self._out:
-            self._loop.call_soon(self._flush)
         self._out.append(b"PUB %b%b%d %d\r\n%b\r\n" % (subject, self._reply, number, len(payload), payload))
+        self._last = number
+        if not self._scheduled and (self._answered >= self._batch_end or len(self._out) >= _FULL_BATCH):
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
 
     def fail(self, reason: str) -> None:
         self._reason = reason
@@ -403,8 +418,10 @@ class _Wire(asyncio.Protocol):
             self._transport.close()
 
     def _flush(self) -> None:
+        self._scheduled = False
         out, self._out = self._out, []
         if out and self._transport and not self.ended:
+            self._batch_end = self._last
             self._transport.write(b"".join(out))
 
     def _send(self, data: bytes) -> None:

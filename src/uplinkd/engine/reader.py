@@ -63,6 +63,10 @@ class JetStreamReader:
         await self._client.close()
         await asyncio.sleep(0)  # its transport closes in the next turn of the loop
 
+    async def count(self) -> int:
+        """How many messages are stored."""
+        return int((await self._jetstream.stream_info(STREAM)).state.messages)
+
     async def latest(self, query: Query, limit: int) -> list[Message]:
         """The newest `limit` messages that match, oldest of them first.
 
