@@ -7,7 +7,6 @@ answers, a status line with a reason of at most 17 characters, one write for the
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 import re
 import secrets
@@ -15,7 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from email.utils import formatdate
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import httptools
 
@@ -42,20 +41,28 @@ _REASONS = {
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # Input is parsed in slices, so that one read full of tiny requests cannot become thousands of waiting ones.
 _SLICE = 16 * 1024
-# Two of these, and a proxy before us may have acted on the other one.
-_ONCE = frozenset({b"host", b"password", b"content-type", b"expect"})
+
+
+# The headers that mean something here.
+_OTHER, _CONTENT_TYPE, _PASSWORD, _HOST, _EXPECT, _LENGTH, _ENCODING = range(7)
+_HEADERS = {
+    b"content-type": _CONTENT_TYPE,
+    b"password": _PASSWORD,
+    b"host": _HOST,
+    b"expect": _EXPECT,
+    b"content-length": _LENGTH,
+    b"transfer-encoding": _ENCODING,
+}
+# The spellings that nearly every request has need no lower().
+_SPELLINGS = {name: kind for known, kind in _HEADERS.items() for name in (known, known.title())}
 _METHOD = re.compile(rb"([A-Za-z-]{1,20}) [/*]")
 _TOPIC_PREFIX = len(b"/topic")
 _DRAIN_PATIENCE = 0.3
 _NEVER = float("inf")
 
 
-class _Stage(enum.IntEnum):
-    """What the parser waits for."""
-
-    IDLE = 0
-    HEAD = 1
-    BODY = 2
+# What the parser waits for. Plain numbers: before Python 3.12 each look-up of an enum's member costs as much as a call.
+_IDLE, _HEAD, _BODY = range(3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +116,7 @@ class Door:
             connection.drain()
 
 
-@dataclass(slots=True)
-class _Parsed:
+class _Parsed(NamedTuple):
     method: bytes
     url: bytes
     content_type: str | None
@@ -144,18 +150,20 @@ class Connection(asyncio.Protocol):
         self._endpoint = ""
         self._path = b""
         self._keep_alive = True
-        self._old = False
+        self._answer_old = False
         self._bare = False
 
-        self._stage = _Stage.IDLE
+        self._stage = _IDLE
         self._messages = 0
+        self._counting = False
         self._start_message()
 
     def _start_message(self) -> None:
         self._url = b""
         self._head_bytes = 0
         self._headers = 0
-        self._seen: set[bytes] | None = None
+        self._seen = 0  # a bit for each header that means something
+        self._old = False
         self._content_type: str | None = None
         self._password: str | None = None
         self._length: int | None = None
@@ -242,18 +250,20 @@ class Connection(asyncio.Protocol):
             self._held.appendleft(data[_SLICE:])
             data = data[:_SLICE]
         stage, messages = self._stage, self._messages
-        if stage is _Stage.IDLE:
+        if stage == _IDLE:
             self.deadline = self._door.now + self._limits.head_timeout
+        # A head that comes whole in less than the limit need not be counted.
+        self._counting = stage == _HEAD or len(data) > self._limits.head_bytes
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             # What follows a CONNECT is not HTTP/1.1 for certain: answer, then close.
-            self._queue[-1].keep_alive = False
+            self._queue[-1] = self._queue[-1]._replace(keep_alive=False)
         except httptools.HttpParserError as error:
             # What follows a request that ends its connection is nobody's.
             if self._fault is None and not (self._queue and not self._queue[-1].keep_alive):
                 self._fault = self._malformed(data, error)
-        if self._fault is None and stage is _Stage.HEAD and self._stage is _Stage.HEAD and messages == self._messages:
+        if self._fault is None and stage == _HEAD and self._stage == _HEAD and messages == self._messages:
             self._unfinished_head(len(data))
 
     def _unfinished_head(self, size: int) -> None:
@@ -272,38 +282,41 @@ class Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._start_message()
-        self._stage = _Stage.HEAD
+        self._stage = _HEAD
         self._messages += 1
 
     def on_url(self, url: bytes) -> None:
         self._url += url
-        self._count(len(url))
+        if self._counting:
+            self._count(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers += 1
-        if self._headers > self._limits.headers:
-            self._stop(431, f"there are more than {self._limits.headers} headers")
-        self._count(len(name) + len(value) + 4)
-        if self._stage is _Stage.BODY:  # a trailer means nothing to us
+        if self._counting:
+            self._count(len(name) + len(value) + 4)
+        kind = _SPELLINGS.get(name)
+        if kind is None:
+            kind = _HEADERS.get(name.lower(), _OTHER)
+        if kind == _OTHER or self._stage == _BODY:  # a trailer means nothing to us
+            if self._headers > self._limits.headers:
+                self._stop(431, f"there are more than {self._limits.headers} headers")
             return
-        name = name.lower()
-        if name in _ONCE:
-            if self._seen is None:
-                self._seen = set()
-            if name in self._seen:
-                self._stop(400, f"the header {name.decode()} is there twice")
-            self._seen.add(name)
-            if name == b"password":
-                self._password = value.strip().decode("latin-1")
-            elif name == b"content-type":
-                self._content_type = value.decode("latin-1")
-            elif name == b"expect":
-                if value.strip().lower() != b"100-continue":
-                    self._stop(417, f"Expect is {value[:40]!r}; only 100-continue is known")
-                self._expect = True
-        elif name == b"content-length":
+        bit = 1 << kind
+        if self._seen & bit:
+            # A proxy before us may have acted on the other one.
+            self._stop(400, f"the header {name.decode()} is there twice")
+        self._seen |= bit
+        if kind == _PASSWORD:
+            self._password = value.strip().decode("latin-1")
+        elif kind == _CONTENT_TYPE:
+            self._content_type = value.decode("latin-1")
+        elif kind == _LENGTH:
             self._length = int(value)
-        elif name == b"transfer-encoding":
+        elif kind == _EXPECT:
+            if value.strip().lower() != b"100-continue":
+                self._stop(417, f"Expect is {value[:40]!r}; only 100-continue is known")
+            self._expect = True
+        elif kind == _ENCODING:
             if value.strip().lower() != b"chunked":
                 self._stop(400, f"Transfer-Encoding is {value[:40]!r}; only chunked is known")
             self._chunked = True
@@ -311,7 +324,10 @@ class Connection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         limits, parser = self._limits, self._parser
         version = parser.get_http_version()
+        if self._headers > limits.headers:
+            self._stop(431, f"there are more than {limits.headers} headers")
         if version != "1.1":
+            self._old = True
             if version != "1.0":
                 self._stop(505, f"the version is HTTP/{version}; HTTP/1.1 and 1.0 are known")
             if self._chunked:
@@ -320,10 +336,10 @@ class Connection(asyncio.Protocol):
                 self._stop(411, "an HTTP/1.0 request needs Content-Length")
         if self._length is not None and self._length > limits.body_bytes:
             self._stop(413, f"the body has {self._length} bytes; at most {limits.body_bytes} are allowed")
-        self._stage = _Stage.BODY
+        self._stage = _BODY
         self._head_bytes = 0
         self.deadline = self._door.now + limits.body_timeout
-        if self._expect and version == "1.1" and (self._length or self._chunked) and not self._queue:
+        if self._expect and not self._old and (self._length or self._chunked) and not self._queue:
             assert self._transport
             self._transport.write(_CONTINUE)
 
@@ -339,7 +355,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         parser = self._parser
-        self._stage = _Stage.IDLE
+        self._stage = _IDLE
         if parser.should_upgrade() and parser.get_method() != b"CONNECT":
             # The parser takes the body for the other protocol's, so it cannot be ignored as RFC 9110, 7.8 would have it.
             self._stop(400, "the request asks for another protocol (Upgrade); only HTTP/1.1 is spoken")
@@ -349,9 +365,9 @@ class Connection(asyncio.Protocol):
                 self._url,
                 self._content_type,
                 self._password,
-                bytes(self._body),
+                self._body if isinstance(self._body, bytes) else bytes(self._body),
                 parser.should_keep_alive(),
-                parser.get_http_version() == "1.0",
+                self._old,
             )
         )
 
@@ -368,7 +384,7 @@ class Connection(asyncio.Protocol):
 
     def _handle(self, parsed: _Parsed) -> None:
         self._keep_alive = parsed.keep_alive
-        self._old = parsed.old
+        self._answer_old = parsed.old
         self._bare = parsed.method == b"HEAD"
         url = parsed.url
         if url[:1] != b"/" and url.count(b"/") >= 3:  # absolute-form, which every server must take (RFC 9112, 3.2.2)
@@ -451,7 +467,7 @@ class Connection(asyncio.Protocol):
             return
         if self._door.access_log and request:
             log.info("%s POST /%s%s %d %s", self._address, self._endpoint, request.topic, code, MESSAGES[code])
-        if self._keep_alive and not self._old and not self._door.draining:
+        if self._keep_alive and not self._answer_old and not self._door.draining:
             self._transport.write(b"%b%d\r\n\r\n%b" % (self._door.ok, len(body), body))
         else:
             self._transport.write(b"%b%d\r\n%b\r\n%b" % (self._door.ok, len(body), self._connection_header(), body))
@@ -487,7 +503,7 @@ class Connection(asyncio.Protocol):
         """Say what HTTP's default does not: this connection closes, or one of HTTP/1.0 does not."""
         self._keep_alive = self._keep_alive and not self._door.draining
         if self._keep_alive:
-            return b"Connection: keep-alive\r\n" if self._old else b""
+            return b"Connection: keep-alive\r\n" if self._answer_old else b""
         return b"Connection: close\r\n"
 
     def _answered(self) -> None:
@@ -505,10 +521,10 @@ class Connection(asyncio.Protocol):
             return
         if self._blocked:
             wait = limits.write_timeout
-        elif self._stage is _Stage.IDLE:
+        elif self._stage == _IDLE:
             wait = limits.idle_timeout
         else:
-            wait = limits.head_timeout if self._stage is _Stage.HEAD else limits.body_timeout
+            wait = limits.head_timeout if self._stage == _HEAD else limits.body_timeout
         self.deadline = self._door.now + wait
 
     # -- the end
@@ -527,26 +543,24 @@ class Connection(asyncio.Protocol):
             return
         if self._blocked or (self._over and self._transport.is_closing()):
             self._transport.abort()
-        elif self._over or self._stage is _Stage.IDLE:
+        elif self._over or self._stage == _IDLE:
             self._close()
         else:
             part, wait = (
-                ("head", self._limits.head_timeout)
-                if self._stage is _Stage.HEAD
-                else ("body", self._limits.body_timeout)
+                ("head", self._limits.head_timeout) if self._stage == _HEAD else ("body", self._limits.body_timeout)
             )
             self._fault = (408, f"the {part} did not arrive within {wait:g} s")
             self._pump()
 
     def drain(self) -> None:
         """Close soon if idle; a request that is on its way in these 0.3 s is still answered."""
-        if self._stage is _Stage.IDLE and not self._answering and not self._over:
+        if self._stage == _IDLE and not self._answering and not self._over:
             self.deadline = self._door.now + _DRAIN_PATIENCE
 
     @property
     def under_way(self) -> bool:
         """Whether a request has arrived, at least in part, that is not answered yet."""
-        return self._answering or bool(self._queue) or (self._stage is not _Stage.IDLE and not self._over)
+        return self._answering or bool(self._queue) or (self._stage != _IDLE and not self._over)
 
     def abort(self) -> None:
         if self._transport:
