@@ -29,7 +29,7 @@ from uplinkd.engine.embedded import Access, EmbeddedServer
 from uplinkd.flow import Flow
 from uplinkd.registry import open_registry
 from uplinkd.settings import Settings, address
-from uplinkd.tls import CertificateFiles, ensure_material, server_context
+from uplinkd.tls import CertificateFiles, ensure_material, reissue, server_context
 from uplinkd.worker import DRAIN_SECONDS, Task, run
 
 __all__ = ["Started", "serve"]
@@ -148,7 +148,7 @@ class _Supervisor:
             self._restart_workers()
             if time.monotonic() > material_due:
                 material_due = time.monotonic() + _MATERIAL_SECONDS
-                ensure_material(self.settings)
+                reissue(self.settings)
         self.stop()
 
     def stop(self) -> None:

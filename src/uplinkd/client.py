@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import ssl
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from uplinkd.core.errors import Rejected, Unavailable
 __all__ = ["Answered", "Device", "login_body"]
 
 _SECONDS = 10
+# OpenSSL's numbers for a certificate that is trusted and does not name the host or the address.
+_NAME_MISMATCHES = (62, 64)
 
 
 class Answered(Exception):  # noqa: N818 - an answer, not an error of ours
@@ -56,13 +59,19 @@ class Device:
         """A token; raise Answered or Unavailable."""
         body = login_body(*self._names, self._secret, method=method)
         answer = self._post("/auth", body.encode(), {"Content-Type": "application/json"})
-        return str(answer["info"]["token"])
+        return str(self._expected(answer, "token"))
 
     def publish(self, token: str, topic: str, payload: bytes) -> int:
         """The messageId of a stored message; raise Answered or Unavailable."""
         headers = {"Content-Type": "application/octet-stream", "password": token}
         answer = self._post("/topic" + quote(topic, safe="/@:._-"), payload, headers)
-        return int(answer["info"]["messageId"])
+        return int(self._expected(answer, "messageId"))
+
+    def _expected(self, answer: Any, name: str) -> Any:
+        try:
+            return answer["info"][name]
+        except (KeyError, TypeError) as error:
+            raise Unavailable(f"{self._url} answered success without a {name}: is it a device endpoint?") from error
 
     def _post(self, path: str, body: bytes, headers: dict[str, str]) -> Any:
         try:
@@ -70,12 +79,19 @@ class Device:
             response = self._connection.getresponse()
             text = response.read(64 * 1024)
         except ssl.SSLCertVerificationError as error:
+            if error.verify_code in _NAME_MISMATCHES:
+                raise Unavailable(
+                    f"the certificate of {self._url} is for other names: add this one to the server's --tls-name, or call the "
+                    "server by a name that the certificate has"
+                ) from error
             raise Unavailable(
                 f"the certificate of {self._url} is not trusted: {error.verify_message}; name its CA with --ca, for a server of "
                 "this machine it is tls/ca.pem in the data folder"
             ) from error
         except ConnectionRefusedError as error:
             raise Unavailable(f"nothing listens at {self._url}; is `uplinkd serve` running?") from error
+        except socket.gaierror as error:
+            raise Unavailable(f"the name {self._connection.host} cannot be found: {error.strerror}") from error
         except TimeoutError as error:
             raise Unavailable(f"{self._url} did not answer within {_SECONDS} s") from error
         except (OSError, http.client.HTTPException) as error:

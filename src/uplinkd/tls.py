@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import ipaddress
 import logging
 import os
+import re
 import socket
 import ssl
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from uplinkd.core.errors import Rejected
 from uplinkd.settings import Settings, address
 
-__all__ = ["CIPHERS", "CertificateFiles", "Renewal", "ensure_material", "server_context"]
+__all__ = ["CIPHERS", "CertificateFiles", "Renewal", "ensure_material", "reissue", "server_context"]
 
 log = logging.getLogger("uplinkd.tls")
 
@@ -31,8 +33,10 @@ _AUTHORITY_DAYS = 3650
 # Apple's clients refuse server certificates of more than 825 days, whoever issued them.
 _SERVER_DAYS = 820
 _RENEW_DAYS = 30
+_NAME = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 
 _Key = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
+_State = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,11 @@ def ensure_material(settings: Settings) -> list[CertificateFiles]:
     if settings.tls_cert:
         files = [CertificateFiles(*pair) for pair in zip(settings.tls_cert, settings.tls_key, strict=True)]
         kinds = [_check(pair) for pair in files]
+        if len(set(kinds)) < len(kinds):
+            # OpenSSL keeps one certificate of each kind: the other would silently not be served.
+            raise Rejected(
+                f"tls_cert names two {'RSA' if kinds.count('RSA') > 1 else 'ECDSA'} certificates; one of each can stand"
+            )
         if "RSA" not in kinds:
             log.warning("none of the certificates has an RSA key: devices with Alibaba's C SDKs will not connect")
         return files
@@ -57,6 +66,14 @@ def ensure_material(settings: Settings) -> list[CertificateFiles]:
         return _own(folder, _wanted_names(settings))
     except OSError as error:
         raise Rejected(f"certificates cannot be kept in {folder}: {error.strerror}") from error
+
+
+def reissue(settings: Settings) -> None:
+    """`ensure_material` for a server that runs: what is due is issued for Renewal to find; a fault is a warning."""
+    try:
+        ensure_material(settings)
+    except Rejected as fault:
+        log.warning("the door goes on with the certificates that it has: %s", fault)
 
 
 def server_context(files: Sequence[CertificateFiles]) -> ssl.SSLContext:
@@ -72,13 +89,17 @@ def server_context(files: Sequence[CertificateFiles]) -> ssl.SSLContext:
 
 
 class Renewal:
-    """Loads changed certificate files into a live context; a pair that does not fit is left alone until it does."""
+    """Loads changed certificate files into a live context; a pair that does not fit is left alone until it does.
+
+    What it finds at first is loaded as well: a worker that starts late inherits a context from before a renewal.
+    """
 
     def __init__(self, context: ssl.SSLContext, files: Sequence[CertificateFiles]) -> None:
         self._context = context
         self._files = list(files)
-        self._state = [_state(pair) for pair in self._files]
+        self._state: list[_State | None] = [None] * len(self._files)
         self._warned: set[int] = set()
+        self.check()
 
     def check(self) -> int:
         """Load what has changed since the last call; return how many pairs these were."""
@@ -96,10 +117,11 @@ class Renewal:
                     self._warned.add(index)
                     log.warning("the changed certificate is not used yet: %s", fault)
                 continue
+            if self._state[index]:
+                renewed += 1
+                log.info("the certificate %s has been renewed", pair.certificate)
             self._state[index] = state
             self._warned.discard(index)
-            renewed += 1
-            log.info("the certificate %s has been renewed", pair.certificate)
         return renewed
 
 
@@ -108,7 +130,7 @@ def _no_password() -> str:
     raise Rejected("the private key is encrypted; give one without a passphrase, readable by uplinkd alone")
 
 
-def _state(pair: CertificateFiles) -> tuple[tuple[int, int, int], ...]:
+def _state(pair: CertificateFiles) -> _State:
     states = []
     for path in (pair.certificate, pair.key):
         try:
@@ -132,6 +154,8 @@ def _check(pair: CertificateFiles) -> str:
         raise Rejected(f"{pair.certificate} holds no certificate in PEM") from error
     if certificate.not_valid_after_utc < dt.datetime.now(dt.UTC):
         raise Rejected(f"{pair.certificate} expired on {certificate.not_valid_after_utc:%Y-%m-%d}")
+    if certificate.not_valid_before_utc > dt.datetime.now(dt.UTC):
+        raise Rejected(f"{pair.certificate} is not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC")
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(pair.certificate, pair.key, password=_no_password)
     except ssl.SSLError as error:
@@ -142,23 +166,43 @@ def _check(pair: CertificateFiles) -> str:
 def _wanted_names(settings: Settings) -> list[str]:
     host, _ = address(settings.listen)
     wildcard = host in ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
-    names = ["localhost", "127.0.0.1", "::1", socket.gethostname(), *([] if wildcard else [host]), *settings.tls_name]
+    hostname: list[str] = []
+    with contextlib.suppress(UnicodeError):  # a machine may be called what no certificate can say
+        hostname = [_ascii(socket.gethostname())]
+    names = ["localhost", "127.0.0.1", "::1", *hostname, *([] if wildcard else [host])]
+    for name in settings.tls_name:
+        try:
+            names.append(_ascii(name))
+        except UnicodeError as error:
+            raise Rejected(f"tls_name {name!r} is neither a host name nor an address") from error
     return list(dict.fromkeys(name for name in names if name))
+
+
+def _ascii(name: str) -> str:
+    """`name` as certificates have it; UnicodeError for what cannot be a name."""
+    if _is_address(name):
+        return str(ipaddress.ip_address(name))
+    text = name.encode("idna").decode().lower()
+    if not _NAME.fullmatch(text):
+        raise UnicodeError(name)
+    return text
 
 
 def _own(folder: Path, names: list[str]) -> list[CertificateFiles]:
     """A CA and two server certificates of it; what is there and still good is kept."""
     authority_files = CertificateFiles(folder / "ca.pem", folder / "ca.key")
-    if not (authority_files.certificate.exists() and authority_files.key.exists()):
+    # Never a new one in place of one that devices may trust, whose key was moved away.
+    if not authority_files.certificate.exists():
         _make_authority(authority_files)
-    authority, authority_key = _load(authority_files)
+    authority = _load_authority(authority_files)
     files = []
     for kind in ("rsa", "ecdsa"):
         pair = CertificateFiles(folder / f"server-{kind}.pem", folder / f"server-{kind}.key")
         if not _still_good(pair, names, authority):
+            authority_key = _authority_key(authority_files, authority)
             key: _Key = _rsa_key() if kind == "rsa" else ec.generate_private_key(ec.SECP256R1())
             _write(pair.key, _key_pem(key))
-            _write(pair.certificate, _issue(key, names, authority, authority_key) + _pem(authority))
+            _write(pair.certificate, _issue(key, names, authority, authority_key))
         files.append(pair)
     return files
 
@@ -183,8 +227,9 @@ def _make_authority(files: CertificateFiles) -> None:
 
 
 def _issue(key: _Key, names: list[str], authority: x509.Certificate, authority_key: _Key) -> bytes:
-    # iotkit-embedded 3.0.1 compares an IP host with the common name and with DNS entries alone. So the address stands in the
-    # common name too, and, against RFC 5280's intent but read by that SDK, among the DNS names.
+    # The mbedTLS of iotkit-embedded 3.0.1 compares an IP host, as text, with the DNS entries alone; so addresses stand among
+    # these as well. A common name cannot help it: mbedTLS does not look at it where there are alternative names. It is for
+    # clients that look nowhere else.
     common = next((name for name in names if not _is_address(name) and name != "localhost"), "localhost")
     alternatives: list[x509.GeneralName] = []
     for name in names:
@@ -259,17 +304,34 @@ def _still_good(pair: CertificateFiles, names: list[str], authority: x509.Certif
     alternatives = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     has = {*alternatives.get_values_for_type(x509.DNSName), *map(str, alternatives.get_values_for_type(x509.IPAddress))}
     soon = dt.datetime.now(dt.UTC) + dt.timedelta(days=_RENEW_DAYS)
-    return has >= set(names) and certificate.not_valid_after_utc > soon
+    return has == set(names) and certificate.not_valid_after_utc > soon
 
 
-def _load(files: CertificateFiles) -> tuple[x509.Certificate, _Key]:
+def _load_authority(files: CertificateFiles) -> x509.Certificate:
     try:
         certificate = x509.load_pem_x509_certificate(files.certificate.read_bytes())
+    except ValueError as error:
+        raise Rejected(f"the CA {files.certificate} holds no certificate in PEM; put it back") from error
+    if certificate.not_valid_after_utc < dt.datetime.now(dt.UTC):
+        raise Rejected(
+            f"the CA {files.certificate} expired on {certificate.not_valid_after_utc:%Y-%m-%d}; remove {files.certificate.parent} "
+            "and a new one is made, which every device must then be given"
+        )
+    return certificate
+
+
+def _authority_key(files: CertificateFiles, authority: x509.Certificate) -> _Key:
+    """Read only when something is issued: in between the owner may keep it elsewhere."""
+    try:
         key = serialization.load_pem_private_key(files.key.read_bytes(), None)
-    except (ValueError, TypeError) as error:
-        raise Rejected(f"the CA in {files.certificate.parent} cannot be read: {error}; put its files back") from error
-    assert isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey)
-    return certificate, key
+    except (OSError, ValueError, TypeError) as error:
+        raise Rejected(
+            f"a server certificate is due and the CA's key {files.key} cannot be read: put it back, or remove "
+            f"{files.certificate} for a new CA, which every device must then be given"
+        ) from error
+    if not isinstance(key, rsa.RSAPrivateKey) or key.public_key() != authority.public_key():
+        raise Rejected(f"{files.key} is not the key of the CA {files.certificate}; put the right one back")
+    return key
 
 
 def _rsa_key() -> rsa.RSAPrivateKey:
@@ -292,6 +354,8 @@ def _write(path: Path, content: bytes, *, mode: int = 0o600) -> None:
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     fresh.replace(path)
 
 

@@ -97,9 +97,11 @@ def duration(text: str) -> float:
     """Seconds of `90`, `10m`, `7d`, for options such as --since."""
     from uplinkd.settings import seconds
 
-    value = seconds(text)
-    if not isinstance(value, float):
-        raise click.BadParameter(f"{text!r} is not a duration such as 10m")
+    try:
+        value = seconds(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r}: {error}") from error
+    assert isinstance(value, float)
     return value
 
 

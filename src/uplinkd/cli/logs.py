@@ -18,6 +18,7 @@ __all__ = ["logs"]
 
 @click.command()
 @click.argument("request_id", required=False)
+@click.option("--request", metavar="ID", help="The same as REQUEST_ID.")
 @click.option("--product", metavar="PK", help="Of this product.")
 @click.option("--device", metavar="DN", help="Of this device.")
 @click.option("--code", type=int, help="With this code, such as 20000.")
@@ -31,6 +32,7 @@ __all__ = ["logs"]
 def logs(
     settings: Settings,
     request_id: str | None,
+    request: str | None,
     product: str | None,
     device: str | None,
     code: int | None,
@@ -41,7 +43,9 @@ def logs(
 ) -> None:
     """Every refusal with its reason, the latest last; one of them by the REQUEST_ID that its device was given."""
     oldest = round((time.time() - duration(since)) * 1000) if since else None
-    wanted = Wanted(request_id, product, device, code, oldest)
+    if request_id and request and request_id != request:
+        raise click.UsageError(f"two requests are asked for: {request_id} and {request}")
+    wanted = Wanted(request_id or request, product, device, code, oldest)
     if follow:
         with contextlib.suppress(KeyboardInterrupt):
             for refusal in journal.follow(settings, wanted):
@@ -66,7 +70,7 @@ def _document(refusal: Refusal) -> dict[str, object]:
         "time": refusal.at,
         "endpoint": refusal.endpoint,
         "code": refusal.code,
-        "message": MESSAGES[Code(refusal.code)],
+        "message": _message(refusal),
         "status": refusal.status,
         "productKey": refusal.product_key,
         "deviceName": refusal.device_name,
@@ -76,10 +80,18 @@ def _document(refusal: Refusal) -> dict[str, object]:
     }
 
 
+def _message(refusal: Refusal) -> str:
+    """Empty for an entry about the journal itself."""
+    return MESSAGES[Code(refusal.code)] if refusal.code else ""
+
+
 def _show(refusal: Refusal) -> None:
+    if not refusal.code:
+        click.echo(f"{local_time(refusal.at)}  {printable(refusal.reason)}")
+        return
     device = f"{refusal.product_key}/{refusal.device_name}" if refusal.device_name else "unknown device"
     status = f" (HTTP {refusal.status})" if refusal.status != 200 else ""
-    what = f"{refusal.code} {MESSAGES[Code(refusal.code)]}{status}"
+    what = f"{refusal.code} {_message(refusal)}{status}"
     click.echo(f"{local_time(refusal.at)}  {refusal.request_id}  {what}  {printable(device)}  from {refusal.address}")
     if refusal.topic:
         click.echo(f"    topic   {printable(refusal.topic)}")

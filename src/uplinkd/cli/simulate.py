@@ -21,9 +21,21 @@ __all__ = ["publish", "sign"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_product = click.option("--product", required=True, metavar="PK", help="ProductKey.")
-_device = click.option("--device", required=True, metavar="DN", help="DeviceName.")
-_secret = click.option("--secret", metavar="S", help="DeviceSecret; without it the local registry is asked.")
+
+def _utf8(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> str | None:
+    """What is signed is UTF-8; other bytes on the command line arrive as halves of surrogate pairs."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise click.BadParameter(f"{text!r} is not UTF-8") from error
+    return text
+
+
+_product = click.option("--product", required=True, callback=_utf8, metavar="PK", help="ProductKey.")
+_device = click.option("--device", required=True, callback=_utf8, metavar="DN", help="DeviceName.")
+_secret = click.option(
+    "--secret", callback=_utf8, metavar="S", help="DeviceSecret; without it the local registry is asked."
+)
 
 
 def _method(default: str) -> Callable[[F], F]:
@@ -32,7 +44,7 @@ def _method(default: str) -> Callable[[F], F]:
 
 
 @click.command()
-@click.argument("topic")
+@click.argument("topic", callback=_utf8)
 @click.argument("payload", default="")
 @_product
 @_device
@@ -60,7 +72,7 @@ def publish(
         raise Rejected(f"topic {topic!r}: it begins with a slash, such as /{product}/{device}/user/update")
     own = settings.data / "tls" / "ca.pem"
     actor = Device(url or _local_url(settings), product, device, secret or _known_secret(settings, product, device),
-                   ca=ca or (own if own.exists() else None))  # fmt: skip
+                   ca=ca or (own if own.exists() and not settings.tls_cert else None))  # fmt: skip
     try:
         message_id = actor.publish(actor.authenticate(method.lower()), topic, body)
     except Answered as answer:
@@ -78,7 +90,7 @@ def publish(
 @_product
 @_device
 @_secret
-@click.option("--client-id", metavar="ID", help="clientId  [default: PK.DN].")
+@click.option("--client-id", callback=_utf8, metavar="ID", help="clientId  [default: PK.DN].")
 @click.option("--timestamp", metavar="MS", help="Milliseconds since 1970; left out by default.")
 @_method("hmacsha1")
 @click.option("--body", "only_body", is_flag=True, help="Print the JSON body of POST /auth alone, for curl -d.")
