@@ -5,7 +5,7 @@ A table stands between `<!-- codes -->` and `<!-- /codes -->` (or settings). tes
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from uplinkd.core.errors import EXPLANATIONS, MESSAGES, Code
@@ -76,11 +76,14 @@ def render(text: str, language: str) -> str:
     """`text` with its tables as they should be."""
     for name, table in (("codes", codes), ("settings", settings)):
         block = f"<!-- {name} -->\n{table(language)}\n<!-- /{name} -->"
-        text = re.sub(rf"<!-- {name} -->(?:\n.*?\n<!-- /{name} -->)?", lambda _, block=block: block, text, flags=re.DOTALL)
+        before, mark, rest = text.partition(f"<!-- {name} -->")
+        if mark:
+            after = rest.partition(f"<!-- /{name} -->")[2] if f"<!-- /{name} -->" in rest else rest
+            text = before + block + after
     return text
 
 
-def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [headings, tuple("---" for _ in headings), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

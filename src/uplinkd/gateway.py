@@ -114,7 +114,7 @@ class Gateway:
         now = round(self._clock() * 1000)
         token = self._token(request.password)
         entry = request.entry if request.fresh else self._cache.get(token.device_id)
-        if entry is None and not request.fresh:
+        if not request.fresh and (entry is None or tokens.is_ahead(token, entry.device)):
             raise Wait(lambda: self._load(request, token.device_id))
         tokens.check(token, entry.device if entry else None, self._keys, now=now)
         assert entry is not None

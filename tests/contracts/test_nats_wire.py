@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,7 +36,8 @@ WANTED = [
 
 
 def read(pieces: list[bytes]) -> list[object]:
-    reader, found = Reader(), []
+    reader = Reader()
+    found: list[object] = []
     for piece in pieces:
         reader.feed(piece)
         while True:
@@ -57,7 +60,7 @@ def test_a_conversation_is_read_as_it_was_meant() -> None:
 def test_the_same_wherever_it_is_split(cuts: list[int]) -> None:
     """TCP has no records."""
     places = sorted({0, len(STREAM), *cuts})
-    assert read([STREAM[start:end] for start, end in zip(places, places[1:], strict=False)]) == WANTED
+    assert read([STREAM[start:end] for start, end in itertools.pairwise(places)]) == WANTED
 
 
 @pytest.mark.parametrize("junk", [b"HTTP/1.1 400 Bad Request\r\n", b"\r\n", b"MSG a b c\r\n", b"x" * 70_000])

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-
 from docs.generate import DOCUMENTS, ROOT, SETTINGS_ZH, render
+
 from uplinkd.settings import Settings
 
 EVERY = [(language, document) for language, documents in DOCUMENTS.items() for document in documents]

@@ -105,11 +105,13 @@ def test_curl_signs_in_and_reports(server: Server, demo: Device, tmp_path: Path)
 def test_old_sdks_ciphers_do_the_whole_job(server: Server, demo: Device, cipher: str) -> None:
     """TLS 1.2 with static RSA and CBC, no SNI, head and body in two records, as iotkit-embedded sends them."""
     body = login_body(demo.product, demo.name, demo.secret)
-    head = f"POST /auth HTTP/1.1\r\nHost: h\r\nConnection: Keep-Alive\r\nContent-Length: {len(body)}\r\nContent-Type: application/json\r\n\r\n"
+    head = f"POST /auth HTTP/1.1\r\nHost: h\r\nConnection: Keep-Alive\r\nContent-Length: {len(body)}\r\n"
+    head += "Content-Type: application/json\r\n\r\n"
     answer = _s_client(server, cipher, head.encode(), body)
     token = json.loads(answer.partition(b"\r\n\r\n")[2])["info"]["token"]
     topic = f"/topic/{demo.product}/{demo.name}/user/update"
-    head = f"POST {topic} HTTP/1.1\r\nHost: h\r\npassword:{token}\r\nContent-Type: application/octet-stream\r\nContent-Length: 4\r\n\r\n"
+    head = f"POST {topic} HTTP/1.1\r\nHost: h\r\npassword:{token}\r\nContent-Length: 4\r\n"
+    head += "Content-Type: application/octet-stream\r\n\r\n"
     answer = _s_client(server, cipher, head.encode(), b"hi!\x00")
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == 0

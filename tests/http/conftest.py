@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from uplinkd.engine.memory import MemoryEngine
-from uplinkd.registry.cache import DeviceCache
 
 from uplinkd.core import signature
 from uplinkd.core.errors import Code
+from uplinkd.engine.memory import MemoryEngine
 from uplinkd.flow import Flow
 from uplinkd.gateway import Gateway
 from uplinkd.http.limits import Limits
 from uplinkd.http.protocol import Connection, Door, Outcome
 from uplinkd.registry import Registry, open_registry
+from uplinkd.registry.cache import DeviceCache
 from uplinkd.settings import Settings
 
 PRODUCT, DEVICE, SECRET = "a1GFjLP3xxC", "device123", "secret"

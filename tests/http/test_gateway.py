@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.http.conftest import DEVICE, PRODUCT, SECRET, House, login_body, login_request, publish_request, request
-from uplinkd.core import signature
+from uplinkd.core import signature, tokens
 from uplinkd.core.errors import Unavailable
 from uplinkd.core.model import Right
 from uplinkd.engine import Query
@@ -122,8 +122,17 @@ async def test_all_refused_logins_cost_the_same(house: House, monkeypatch: pytes
     await house.token()
     work: list[str] = []
     find, matches = house.registry.find_device, signature.matches
-    monkeypatch.setattr(house.registry, "find_device", lambda *names: (work.append("look-up"), find(*names))[1])
-    monkeypatch.setattr(signature, "matches", lambda *parts: (work.append("hmac"), matches(*parts))[1])
+
+    def counted_find(*names: str) -> object:
+        work.append("look-up")
+        return find(*names)
+
+    def counted_matches(*parts: str) -> bool:
+        work.append("hmac")
+        return matches(*parts)
+
+    monkeypatch.setattr(house.registry, "find_device", counted_find)
+    monkeypatch.setattr(signature, "matches", counted_matches)
     seen = []
     for members in (
         {"product": "a1unknown00"},
@@ -262,6 +271,22 @@ async def test_a_token_dies_with_its_device(house: House, end: str) -> None:
     house.cache.forget()
     reply = await house.connect().ask(publish_request(token))
     assert (reply.code, reply.json["message"]) == (20001, "token is expired")
+
+
+@pytest.mark.parametrize("change", ["reset", "disable and enable"])
+async def test_a_token_that_was_just_issued_stands_though_the_cache_is_behind(house: House, change: str) -> None:
+    """Another worker issued it on fresher facts; a 20001 would make old SDKs authenticate for ever."""
+    await house.token()
+    if change == "reset":
+        house.registry.reset_secret(PRODUCT, DEVICE)
+    else:
+        house.registry.set_enabled(PRODUCT, DEVICE, False)
+        await house.cache.load_by_name(PRODUCT, DEVICE)
+        house.registry.set_enabled(PRODUCT, DEVICE, True)
+    device = house.registry.device(PRODUCT, DEVICE)
+    key = max(house.registry.signing_keys(), key=lambda key: key.id)
+    token = tokens.issue(key, device, expires=round(house.wall * 1000) + 60_000)
+    assert (await house.connect().ask(publish_request(token))).code == 0
 
 
 async def test_several_tokens_of_one_device_stand_side_by_side(house: House) -> None:

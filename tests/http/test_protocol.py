@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 
@@ -56,13 +57,14 @@ async def test_the_literal_success_reply(house: House) -> None:
 @given(cuts=st.lists(st.integers(0, 2000), max_size=30))
 async def test_a_request_split_anywhere_gives_the_same_replies(house: House, cuts: list[int]) -> None:
     """Where the records end does not matter: two requests and a fault, cut at any bytes."""
-    house.flow.login = house.flow.message = lambda *_: None  # type: ignore[method-assign]
+    house.flow.login = lambda *_: None  # type: ignore[method-assign]
+    house.flow.message = lambda *_: None  # type: ignore[method-assign]
     token = await house.token()
     stream = login_request() + publish_request(token, b"first") + publish_request(token, b"", f"/{PRODUCT}/x")
     stream += request(TOPIC, b"", "Transfer-Encoding: chunked", BYTES, f"password: {token}") + b"3\r\nabc\r\n0\r\n\r\n"
     peer = house.connect()
     places = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in itertools.pairwise(places):
         peer.send(stream[start:end])
     answers = await peer.replies()
     assert [answer.code for answer in answers] == [0, 0, 30001, 0]

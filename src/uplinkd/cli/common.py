@@ -58,10 +58,8 @@ def settings_options(*names: str) -> Callable[[F], F]:
                 metavar=name.rsplit("_", 1)[-1].upper(),
                 help=info.description,
             )(wrapped)
-        wrapped = click.option("--config", type=click.Path(path_type=Path), help="settings file [./uplinkd.toml]")(
-            wrapped
-        )
-        return wrapped  # type: ignore[no-any-return]  # click's decorators lose the type
+        config = click.option("--config", type=click.Path(path_type=Path), help="settings file [./uplinkd.toml]")
+        return config(wrapped)  # type: ignore[no-any-return]  # click's decorators lose the type
 
     return decorate
 

@@ -168,6 +168,7 @@ def export(settings: Settings, pk: str, output: Path | None) -> None:
             return
         try:
             descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            os.fchmod(descriptor, 0o600)  # also where a file for everybody was there before
         except OSError as error:
             raise Rejected(f"{output} cannot be written: {error.strerror}") from error
         with os.fdopen(descriptor, "w", newline="", encoding="utf-8") as stream:

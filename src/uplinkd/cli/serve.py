@@ -117,7 +117,8 @@ def _first_message(started: Started, url: str) -> list[str]:
         f"  {me} publish {topic} 'hello from uplinkd' --url {url} {who}",
         "",
         "The same with curl: sign in at /auth, then report with the token:",
-        f"  curl {trust}{url}/topic{topic} -H 'Content-Type: application/octet-stream' -H \"password: $({login})\" -d 'hello from curl'",
+        f"  curl {trust}{url}/topic{topic} -H 'Content-Type: application/octet-stream'"
+        f" -H \"password: $({login})\" -d 'hello from curl'",
         "",
         "Then look at it, or at why something was refused:",
         f"  {me} messages list --data {data}",

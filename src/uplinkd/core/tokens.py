@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from uplinkd.core.errors import Code, Refused
 from uplinkd.core.model import Device, SigningKey
 
-__all__ = ["Token", "check", "issue", "read"]
+__all__ = ["Token", "check", "is_ahead", "issue", "read"]
 
 _FIELDS = struct.Struct(">BHQIQ")
 _VERSION = 1
@@ -56,6 +56,13 @@ def read(text: str, keys: Mapping[int, SigningKey]) -> Token:
     if not hmac.compare_digest(_mac(key, fields), raw[_FIELDS.size :]):
         raise _foreign("its signature is not ours: altered on the way, or issued by another installation")
     return Token(key_id, device_id, generation, expires)
+
+
+def is_ahead(token: Token, device: Device) -> bool:
+    """Whether `token` was issued after a change that `device`, as held in a cache, does not show yet."""
+    if token.generation == device.generation:
+        return not device.enabled  # only after it was enabled again
+    return token.generation > device.generation
 
 
 def check(token: Token, device: Device | None, keys: Mapping[int, SigningKey], *, now: int) -> None:

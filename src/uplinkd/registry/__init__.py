@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from uplinkd.core.model import Device, DeviceName, Product, ProductKey, Right, SigningKey, TopicClass
+from uplinkd.core.model import Device, Product, ProductKey, Right, SigningKey, TopicClass
 
 if TYPE_CHECKING:
     from collections.abc import Callable

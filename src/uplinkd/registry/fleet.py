@@ -28,13 +28,13 @@ def read_fleet(stream: BinaryIO) -> Iterator[ImportRow]:
     if heading is None:
         raise Rejected(f"the file is empty; its first line names the columns {', '.join(COLUMNS)}")
     places = {name.strip().replace(" ", "").lower(): place for place, name in enumerate(heading)}
-    missing = [name for name in COLUMNS[:2] if name.lower() not in places]
+    missing = [name for name in COLUMNS if name.lower() not in places]
     if missing:
         shown = ", ".join(heading)[:200]
         raise Rejected(
             f"the column {missing[0]} is missing; the first line must name {', '.join(COLUMNS)}, it is {shown!r}"
         )
-    key, name, secret = (places.get(column.lower(), -1) for column in COLUMNS)
+    key, name, secret = (places[column.lower()] for column in COLUMNS)
     needed = max(key, name, secret) + 1
     while True:
         try:
@@ -50,9 +50,7 @@ def read_fleet(stream: BinaryIO) -> Iterator[ImportRow]:
             fault = f"the row has {len(cells)} cells; the first line names {len(heading)}"
             yield ImportRow(reader.line_num, "", "", "", fault)
             continue
-        yield ImportRow(
-            reader.line_num, cells[key].strip(), cells[name].strip(), cells[secret].strip() if secret >= 0 else ""
-        )
+        yield ImportRow(reader.line_num, cells[key].strip(), cells[name].strip(), cells[secret].strip())
 
 
 def write_fleet(devices: Iterable[Device], stream: TextIO) -> int:

@@ -1,6 +1,6 @@
-"""The registry in SQL: SQLAlchemy 2 Core over SQLite, one short transaction for each act, Alembic only when the schema is old.
+"""The registry in SQL: SQLAlchemy 2 Core over SQLite, one short transaction for each act.
 
-Every statement is plain SQL; what depends on SQLite stands in `_open_sqlite`.
+What depends on SQLite stands in the functions that `SqlRegistry.open` calls; every other statement is plain SQL.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-import sqlalchemy as sa
-from sqlalchemy import bindparam, delete, event, func, insert, select, update
+from sqlalchemy import ColumnElement, bindparam, case, create_engine, delete, event, func, insert, select, update
 from sqlalchemy.engine import Connection, Engine, make_url
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidatePoolError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.pool import QueuePool
 
 from uplinkd.core import names
 from uplinkd.core.errors import Conflict, NotFound, Rejected, Unavailable
@@ -34,35 +34,63 @@ __all__ = ["KEPT_CHANGES", "SqlRegistry"]
 
 KEPT_CHANGES = 100_000
 
-_BUSY_SECONDS = 5
+_BUSY_SECONDS = 5.0
 _LOCK_SECONDS = 30.0
+_CONNECTIONS = 16
 _PAGE = 1000
-_BATCH = 2000
+_BATCH = 5000
+
 _FORGET_EVERYTHING = Change(ProductKey(""), None)
+_DEFAULT_LEVELS = frozenset(levels for levels, _ in names.DEFAULT_CLASSES)
+
+_PRODUCT = select(products.c.id, products.c.key, products.c.name, products.c.secret, products.c.created)
+_DEVICE = select(
+    devices.c.id,
+    products.c.key,
+    devices.c.name,
+    devices.c.secret,
+    devices.c.enabled,
+    devices.c.generation,
+    devices.c.created,
+    devices.c.activated,
+    devices.c.last_seen,
+).join(products)
+_DEVICE_BY_NAME = _DEVICE.where(products.c.key == bindparam("product_key"), devices.c.name == bindparam("device_name"))
+_DEVICE_BY_ID = _DEVICE.where(devices.c.id == bindparam("device_id"))
+_CLASSES = select(topic_classes.c.levels, topic_classes.c.right).order_by(topic_classes.c.id)
+_CHANGES_KEPT = select(
+    select(func.min(changes.c.seq)).scalar_subquery(), select(func.max(changes.c.seq)).scalar_subquery()
+)
+_LAST_SEEN: ColumnElement[Any] = case(
+    (devices.c.last_seen > bindparam("at"), devices.c.last_seen), else_=bindparam("at")
+)
+
+T = TypeVar("T")
 
 
 class SqlRegistry:
-    """Implements registry.Registry; made by `open`."""
+    """`registry.Registry` in a database. Threads share it: each call takes a connection of the pool for itself."""
 
     def __init__(self, engine: Engine, vault: Vault, where: str) -> None:
         self._engine = engine
+        self._writer = _writer(engine)
         self._vault = vault
         self._where = where
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
-        """Raise Rejected for a folder or key that cannot be used, Unavailable for a database that does not answer."""
-        where = settings.database
-        engine, path = _open_sqlite(settings)
+        """The registry of `settings`; made when absent, brought to the current schema, refused with the wrong key."""
+        path = _path(settings)
+        _make_file(settings, path)
+        engine = _open_sqlite(path)
+        where = str(path)
         try:
-            with _reported(where):
-                with engine.connect() as connection:
-                    current = _revision(connection)
-                if current != REVISIONS[-1]:
-                    _migrate(engine, path, where)
-                registry = cls(engine, _open_vault(engine, settings, path), where)
-                registry._ensure_signing_key()
-                return registry
+            with _outages_of(where):
+                sample = _sealed_sample(engine, where)
+                if sample is None:
+                    with _alone(path):
+                        sample = _sealed_sample(engine, where) or _prepare(engine, settings)
+            return cls(engine, Vault(key_of(settings, sample=sample, where=where)), where)
         except BaseException:
             engine.dispose()
             raise
@@ -70,90 +98,117 @@ class SqlRegistry:
     def close(self) -> None:
         self._engine.dispose()
 
-    # -- products
+    # products
 
     def create_product(self, name: str, *, key: str | None = None, secret: str | None = None) -> Product:
         names.check_product_name(name)
-        product_key = names.check_product_key(key) if key else names.make_product_key()
-        product_secret = names.check_product_secret(secret) if secret else names.make_product_secret()
-        with self._write() as connection:
+        product_key = names.make_product_key() if key is None else names.check_product_key(key)
+        product_secret = names.make_product_secret() if secret is None else names.check_product_secret(secret)
+        with self._writing() as connection:
+            if connection.execute(select(products.c.id).where(products.c.key == product_key)).first():
+                raise Conflict(f"there is a product {product_key!r} already")
+            if holder := _key_of_product_named(connection, name):
+                raise Conflict(f"there is a product named {name!r} already, {holder}; names are unique")
             return self._insert_product(connection, product_key, name, product_secret)
 
     def products(self) -> list[Product]:
-        with self._read() as connection:
-            return [self._product(row) for row in connection.execute(select(products).order_by(products.c.id))]
+        with self._reading() as connection:
+            return [self._product(row) for row in connection.execute(_PRODUCT.order_by(products.c.id))]
 
     def product(self, key: str) -> Product:
-        with self._read() as connection:
+        with self._reading() as connection:
             return self._product(_product_row(connection, key))
 
     def delete_product(self, key: str, *, with_devices: bool = False) -> int:
-        """Delete it and, with `with_devices`, its devices; return how many these were."""
-        with self._write() as connection:
-            row = _product_row(connection, key)
-            count = connection.scalar(select(func.count()).where(devices.c.product_id == row.id)) or 0
+        """Delete the product with its topic classes; how many devices went with it."""
+        with self._writing() as connection:
+            product_id = _product_row(connection, key).id
+            count = connection.execute(
+                select(func.count()).select_from(devices).where(devices.c.product_id == product_id)
+            ).scalar_one()
             if count and not with_devices:
-                raise Conflict(
-                    f"product {key} still has {count} devices; delete them first, or all at once with --with-devices"
-                )
-            connection.execute(delete(products).where(products.c.id == row.id))
-            _announce(connection, key, None)
+                what = "1 device" if count == 1 else f"{count} devices"
+                raise Conflict(f"product {key!r} has {what}; delete them with it by --with-devices")
+            connection.execute(delete(products).where(products.c.id == product_id))
+            _announce(connection, key)
             return count
 
-    # -- devices
+    # devices
 
     def create_device(self, product_key: str, name: str | None = None, *, secret: str | None = None) -> Device:
-        device_name = names.check_device_name(name) if name is not None else names.make_device_name()
-        device_secret = names.check_device_secret(secret) if secret is not None else names.make_device_secret()
-        with self._write() as connection:
-            row = _product_row(connection, product_key)
-            if _device_row(connection, product_key, device_name):
-                raise Conflict(f"product {product_key} has a device {device_name!r} already")
-            connection.execute(insert(devices), self._new_device(row.id, row.key, device_name, device_secret))
+        device_name = names.make_device_name() if name is None else names.check_device_name(name)
+        device_secret = names.make_device_secret() if secret is None else names.check_device_secret(secret)
+        with self._writing() as connection:
+            product_id = _product_row(connection, product_key).id
+            if connection.execute(_DEVICE_BY_NAME, {"product_key": product_key, "device_name": device_name}).first():
+                raise Conflict(f"product {product_key!r} has a device {device_name!r} already")
+            sealed = self._seal_device(product_key, device_name, device_secret)
+            connection.execute(insert(devices), _new_device(product_id, device_name, sealed, _now()))
             return self._device(_device_row(connection, product_key, device_name))
 
     def device(self, product_key: str, name: str) -> Device:
-        with self._read() as connection:
-            return self._device(_existing_device(connection, product_key, name))
+        with self._reading() as connection:
+            return self._device(_device_row(connection, product_key, name))
 
     def devices(self, product_key: str, *, prefix: str = "") -> Iterator[Device]:
-        after = ""
-        while True:
-            with self._read() as connection:
-                row = _product_row(connection, product_key)
-                page = connection.execute(
-                    _DEVICES.where(devices.c.product_id == row.id, devices.c.name > after)
-                    .where(devices.c.name.startswith(prefix, autoescape=True) if prefix else sa.true())
-                    .order_by(devices.c.name)
-                    .limit(_PAGE)
-                ).all()
-            for found in page:
-                yield self._device(found)
-            if len(page) < _PAGE:
-                return
-            after = page[-1].name
+        """By name, those whose name begins with `prefix`; read in batches, so that a large fleet costs no memory."""
+        with self._reading() as connection:
+            product_id = _product_row(connection, product_key).id
+        return self._pages(product_id, prefix)
 
     def set_enabled(self, product_key: str, name: str, enabled: bool) -> Device:
-        with self._write() as connection:
-            row = _existing_device(connection, product_key, name)
-            if row.enabled != enabled:
-                # A token from before the device was disabled stays dead after it is enabled again.
-                generation = row.generation if enabled else row.generation + 1
-                self._change_device(connection, row, {"enabled": enabled, "generation": generation})
-            return self._device(_existing_device(connection, product_key, name))
+        """Disabling kills the device's tokens for good: enabled again, it authenticates anew."""
+        with self._writing() as connection:
+            device = self._device(_device_row(connection, product_key, name))
+            if device.enabled == enabled:
+                return device
+            generation = device.generation if enabled else device.generation + 1
+            return self._update_device(connection, device, enabled=enabled, generation=generation)
 
     def reset_secret(self, product_key: str, name: str) -> Device:
-        with self._write() as connection:
-            row = _existing_device(connection, product_key, name)
-            sealed = self._vault.seal(names.make_device_secret().encode(), owner=_owner(product_key, name))
-            self._change_device(connection, row, {"secret": sealed, "generation": row.generation + 1})
-            return self._device(_existing_device(connection, product_key, name))
+        """A new DeviceSecret, made here; the old one and all tokens are dead."""
+        with self._writing() as connection:
+            device = self._device(_device_row(connection, product_key, name))
+            sealed = self._seal_device(product_key, name, names.make_device_secret())
+            return self._update_device(connection, device, secret=sealed, generation=device.generation + 1)
 
     def delete_device(self, product_key: str, name: str) -> None:
-        with self._write() as connection:
-            row = _existing_device(connection, product_key, name)
-            connection.execute(delete(devices).where(devices.c.id == row.id))
-            _announce(connection, product_key, row.id)
+        with self._writing() as connection:
+            device_id = _device_row(connection, product_key, name).id
+            connection.execute(delete(devices).where(devices.c.id == device_id))
+            _announce(connection, product_key, device_id)
+
+    def find_device(self, product_key: str, name: str) -> Device | None:
+        with self._reading() as connection:
+            row = connection.execute(_DEVICE_BY_NAME, {"product_key": product_key, "device_name": name}).first()
+        return self._device(row) if row else None
+
+    def find_device_by_id(self, device_id: int) -> Device | None:
+        with self._reading() as connection:
+            row = connection.execute(_DEVICE_BY_ID, {"device_id": device_id}).first()
+        return self._device(row) if row else None
+
+    def activate(self, device_id: int, at: int) -> None:
+        """Record a login at `at` (ms): the first one stays as `activated`."""
+        with self._writing() as connection:
+            connection.execute(
+                update(devices)
+                .where(devices.c.id == device_id)
+                .values(activated=func.coalesce(devices.c.activated, at), last_seen=_LAST_SEEN),
+                {"at": at},
+            )
+
+    def seen(self, latest: Sequence[tuple[int, int]]) -> None:
+        """Record (device id, ms) of latest requests; an older time than the recorded one is passed over."""
+        if not latest:
+            return
+        with self._writing() as connection:
+            connection.execute(
+                update(devices).where(devices.c.id == bindparam("device_id")).values(last_seen=_LAST_SEEN),
+                [{"device_id": device_id, "at": at} for device_id, at in latest],
+            )
+
+    # a fleet
 
     def import_devices(
         self,
@@ -162,383 +217,488 @@ class SqlRegistry:
         skip_bad: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> ImportReport:
-        """All in one transaction: with a bad row and not `skip_bad` all stay out. `progress` gets the rows read so far."""
+        """Store the good rows in one transaction; none of them when a row is bad and not `skip_bad`.
+
+        Rows are checked and sealed before the transaction, which then holds the database for about a second in 100,000
+        devices: other commands and running gateways wait for that at most.
+        """
         report = ImportReport()
-        with self._write() as connection:
-            work = _Import(connection, report)
-            batch: list[ImportRow] = []
-            for row in rows:
-                batch.append(row)
-                if len(batch) == _BATCH:
-                    self._import_batch(work, batch)
-                    batch.clear()
-                    if progress:
-                        progress(report.read)
-            self._import_batch(work, batch)
-            if progress:
-                progress(report.read)
+        fleet = self._checked(rows, report, progress)
+        with self._writing() as connection:
+            for product_key, members in fleet.items():
+                self._import_product(connection, product_key, members, report)
+            report.bad.sort()
             report.stored = skip_bad or not report.bad
             if not report.stored:
                 connection.rollback()
         return report
 
-    def _import_batch(self, work: _Import, batch: list[ImportRow]) -> None:
-        report, fresh = work.report, []
-        known = work.known(batch)
-        for row in batch:
+    def _checked(
+        self, rows: Iterable[ImportRow], report: ImportReport, progress: Callable[[int], None] | None
+    ) -> dict[str, dict[str, tuple[ImportRow, bytes]]]:
+        """The rows that keep every rule, once each, by product and name, with their sealed secrets."""
+        fleet: dict[str, dict[str, tuple[ImportRow, bytes]]] = {}
+        for row in rows:
             report.read += 1
+            if progress and report.read % _PAGE == 0:
+                progress(report.read)
             try:
-                if row.fault:
-                    raise Rejected(row.fault)
-                key = names.check_product_key(row.product_key)
-                name = names.check_device_name(row.device_name, imported=True)
-                secret = names.check_device_secret(row.secret) if row.secret else ""
-                if earlier := work.lines.get((key, name)):
-                    line, earlier_secret = earlier
-                    if secret != earlier_secret:
-                        raise Conflict(f"device {name!r} of {key} is in line {line} already, with another DeviceSecret")
-                    report.unchanged += 1
-                    continue
-                work.lines[key, name] = (row.line, secret)
-                if sealed := known.get((key, name)):
-                    there = self._vault.open(sealed, owner=_owner(key, name)).decode()
-                    if secret and secret != there:
-                        raise Conflict(f"device {name!r} of {key} exists with another DeviceSecret")
-                    report.unchanged += 1
-                    continue
-                if key not in work.products:
-                    product_name = key if len(key) >= 4 else f"imported-{key}"
-                    product = self._insert_product(work.connection, key, product_name, names.make_product_secret())
-                    work.products[key] = product.id
-                    report.products_created.append(key)
-                report.secrets_made += not secret
-                report.created += 1
-                fresh.append(self._new_device(work.products[key], key, name, secret or names.make_device_secret()))
+                _check(row)
             except Rejected as fault:
                 report.bad.append((row.line, str(fault)))
-        if fresh:
-            work.connection.execute(insert(devices), fresh)
+                continue
+            members = fleet.setdefault(row.product_key, {})
+            if row.device_name in members:
+                first = members[row.device_name][0]
+                if row.secret == first.secret:
+                    report.unchanged += 1
+                else:
+                    where = f"{row.product_key}/{row.device_name}"
+                    report.bad.append((row.line, f"{where} repeats line {first.line} with another DeviceSecret"))
+                continue
+            secret = row.secret or names.make_device_secret()
+            members[row.device_name] = row, self._seal_device(row.product_key, row.device_name, secret)
+        if progress:
+            progress(report.read)
+        return fleet
 
-    # -- topic classes
+    def _import_product(
+        self,
+        connection: Connection,
+        product_key: str,
+        members: dict[str, tuple[ImportRow, bytes]],
+        report: ImportReport,
+    ) -> None:
+        now = _now()
+        product_id = connection.execute(select(products.c.id).where(products.c.key == product_key)).scalar()
+        if product_id is None:
+            name = product_key if len(product_key) >= 4 else f"imported-{product_key}"
+            if holder := _key_of_product_named(connection, name):
+                reason = (
+                    f"ProductKey {product_key!r} is new, and the product name {name!r} that it would get belongs to "
+                    f"product {holder}; make it first: uplinkd product create NAME --key {product_key}"
+                )
+                report.bad.extend((row.line, reason) for row, _ in members.values())
+                return
+            key = ProductKey(product_key)
+            product_id = self._insert_product(connection, key, name, names.make_product_secret()).id
+            report.products_created.append(product_key)
+        for batch in _batches(members.values(), _BATCH):
+            known = self._secrets(connection, product_id, product_key, [row.device_name for row, _ in batch])
+            fresh = []
+            for row, sealed in batch:
+                if row.device_name not in known:
+                    fresh.append(_new_device(product_id, row.device_name, sealed, now))
+                    report.secrets_made += not row.secret
+                elif row.secret in ("", known[row.device_name]):
+                    report.unchanged += 1
+                else:
+                    where = f"{product_key}/{row.device_name}"
+                    report.bad.append((row.line, f"{where} exists with another DeviceSecret"))
+            if fresh:
+                connection.execute(insert(devices), fresh)
+            report.created += len(fresh)
+
+    def _secrets(self, connection: Connection, product_id: int, product_key: str, wanted: list[str]) -> dict[str, str]:
+        """The DeviceSecrets of those of the `wanted` names that exist."""
+        statement = select(devices.c.name, devices.c.secret).where(
+            devices.c.product_id == product_id, devices.c.name.in_(wanted)
+        )
+        return {
+            name: self._vault.open(sealed, owner=_device_owner(product_key, name)).decode()
+            for name, sealed in connection.execute(statement)
+        }
+
+    # topic classes
 
     def topic_classes(self, product_key: str) -> list[TopicClass]:
-        with self._read() as connection:
-            return _classes(connection, _product_row(connection, product_key).id)
+        """In the order in which they were added."""
+        with self._reading() as connection:
+            product_id = _product_row(connection, product_key).id
+            rows = connection.execute(_CLASSES.where(topic_classes.c.product_id == product_id))
+            return [TopicClass(levels, Right(right)) for levels, right in rows]
 
     def add_topic_class(self, product_key: str, levels: str, right: Right) -> TopicClass:
-        levels = names.check_levels(levels, right, product_key=product_key)
-        with self._write() as connection:
-            row = _product_row(connection, product_key)
-            there = {item.levels: item.right for item in _classes(connection, row.id)}
-            if levels in there:
+        with self._writing() as connection:
+            product_id = _product_row(connection, product_key).id
+            levels = names.check_levels(levels, right, product_key=product_key)
+            rows = connection.execute(_CLASSES.where(topic_classes.c.product_id == product_id))
+            existing: dict[str, str] = {row.levels: row.right for row in rows}
+            if levels in existing:
                 raise Conflict(
-                    f"product {product_key} has the topic class {levels!r} already, with the right {there[levels]}"
+                    f"product {product_key!r} has the topic class {levels!r} already, with the right {existing[levels]}"
                 )
-            if len(there.keys() - {name for name, _ in names.DEFAULT_CLASSES}) >= names.MAX_CUSTOM_CLASSES:
+            custom = existing.keys() - _DEFAULT_LEVELS
+            if levels not in _DEFAULT_LEVELS and len(custom) >= names.MAX_CUSTOM_CLASSES:
                 raise Rejected(
-                    f"product {product_key} has {names.MAX_CUSTOM_CLASSES} custom topic classes, which is the most"
+                    f"product {product_key!r} has {len(custom)} custom topic classes; at most "
+                    f"{names.MAX_CUSTOM_CLASSES} are allowed, so remove one before adding {levels!r}"
                 )
-            connection.execute(insert(topic_classes), {"product_id": row.id, "levels": levels, "right": right.value})
-            _announce(connection, product_key, None)
-        return TopicClass(levels, right)
+            connection.execute(insert(topic_classes).values(product_id=product_id, levels=levels, right=right.value))
+            _announce(connection, product_key)
+            return TopicClass(levels, right)
 
     def remove_topic_class(self, product_key: str, levels: str) -> None:
-        with self._write() as connection:
-            row = _product_row(connection, product_key)
+        with self._writing() as connection:
+            product_id = _product_row(connection, product_key).id
             gone = connection.execute(
                 delete(topic_classes).where(
-                    topic_classes.c.product_id == row.id, topic_classes.c.levels == levels.removeprefix("/")
+                    topic_classes.c.product_id == product_id, topic_classes.c.levels == levels.removeprefix("/")
                 )
             )
             if not gone.rowcount:
                 raise NotFound(
-                    f"product {product_key} has no topic class {levels!r}; `uplinkd topic list {product_key}` lists them"
+                    f"product {product_key!r} has no topic class {levels!r}; `uplinkd topic list {product_key}` shows them"
                 )
-            _announce(connection, product_key, None)
+            _announce(connection, product_key)
 
-    # -- what gateways need
-
-    def find_device(self, product_key: str, name: str) -> Device | None:
-        with self._read() as connection:
-            row = _device_row(connection, product_key, name)
-            return self._device(row) if row else None
-
-    def find_device_by_id(self, device_id: int) -> Device | None:
-        with self._read() as connection:
-            row = connection.execute(_DEVICES.where(devices.c.id == device_id)).one_or_none()
-            return self._device(row) if row else None
-
-    def activate(self, device_id: int, at: int) -> None:
-        with self._write() as connection:
-            connection.execute(
-                update(devices)
-                .where(devices.c.id == device_id, devices.c.activated.is_(None))
-                .values(activated=at, last_seen=func.coalesce(devices.c.last_seen, at))
-            )
-
-    def seen(self, latest: Sequence[tuple[int, int]]) -> None:
-        if not latest:
-            return
-        with self._write() as connection:
-            connection.execute(_SEEN, [{"device": device_id, "at": at} for device_id, at in latest])
+    # what gateways need beside devices
 
     def signing_keys(self) -> list[SigningKey]:
-        with self._read() as connection:
+        """Oldest first; at least one is not retired."""
+        with self._reading() as connection:
             rows = connection.execute(select(signing_keys).order_by(signing_keys.c.id)).all()
         return [
-            SigningKey(row.id, self._vault.open(row.key, owner=f"signing key {row.id}"), row.retired is not None)
+            SigningKey(row.id, self._vault.open(row.key, owner=_signing_key_owner(row.id)), row.retired is not None)
             for row in rows
         ]
 
     def changes_cursor(self) -> int:
-        with self._read() as connection:
-            return connection.scalar(select(func.max(changes.c.seq))) or 0
+        with self._reading() as connection:
+            _, newest = connection.execute(_CHANGES_KEPT).one()
+        return newest or 0
 
     def changes(self, after: int) -> tuple[int, list[Change]]:
-        with self._read() as connection:
-            first, last = connection.execute(select(func.min(changes.c.seq), func.max(changes.c.seq))).one()
-            if last is None:
-                return (0, []) if not after else (0, [_FORGET_EVERYTHING])
-            if after > last or after < first - 1:
-                return last, [_FORGET_EVERYTHING]
-            rows = connection.execute(select(changes).where(changes.c.seq > after).order_by(changes.c.seq)).all()
-        return last, list(dict.fromkeys(Change(ProductKey(row.product_key), row.device_id) for row in rows))
+        # SQLite has one writer at a time, so seq rises in the order of commits and no change is passed over.
+        with self._reading() as connection:
+            oldest, newest = connection.execute(_CHANGES_KEPT).one()
+            newest = newest or 0
+            if newest == after:
+                return after, []
+            if after > newest or after < oldest - 1:
+                return newest, [_FORGET_EVERYTHING]
+            rows = connection.execute(
+                select(changes.c.product_key, changes.c.device_id)
+                .where(changes.c.seq > after, changes.c.seq <= newest)
+                .distinct()
+            ).all()
+        return newest, [Change(ProductKey(product_key), device_id) for product_key, device_id in rows]
 
-    # -- how it is done
+    # within
 
     @contextlib.contextmanager
-    def _read(self) -> Iterator[Connection]:
-        with _reported(self._where), self._engine.connect() as connection:
+    def _reading(self) -> Iterator[Connection]:
+        with _outages_of(self._where), self._engine.connect() as connection:
             yield connection
 
     @contextlib.contextmanager
-    def _write(self) -> Iterator[Connection]:
-        """One transaction that holds the write lock from its beginning, so that what it reads is still true when it writes."""
-        with (
-            _reported(self._where),
-            self._engine.connect().execution_options(immediate=True) as connection,
-            connection.begin(),
-        ):
-            yield connection
+    def _writing(self) -> Iterator[Connection]:
+        """A transaction that holds the database's one write lock from its beginning: what it reads stays so."""
+        try:
+            with _outages_of(self._where), self._writer.begin() as connection:
+                yield connection
+        except IntegrityError as error:
+            raise Conflict("another command made the same thing at this moment; look, and try again") from error
 
     def _insert_product(self, connection: Connection, key: ProductKey, name: str, secret: str) -> Product:
-        if connection.scalar(select(products.c.id).where(products.c.key == key)):
-            raise Conflict(f"there is a product with the ProductKey {key} already")
-        if connection.scalar(select(products.c.id).where(products.c.name == name)):
-            raise Conflict(f"there is a product named {name!r} already")
-        sealed = self._vault.seal(secret.encode(), owner=f"product/{key}")
-        connection.execute(insert(products), {"key": key, "name": name, "secret": sealed, "created": _now()})
-        row = _product_row(connection, key)
-        defaults = [
-            {"product_id": row.id, "levels": levels, "right": right.value} for levels, right in names.DEFAULT_CLASSES
-        ]
-        connection.execute(insert(topic_classes), defaults)
-        return self._product(row)
+        now = _now()
+        sealed = self._vault.seal(secret.encode(), owner=_product_owner(key))
+        result = connection.execute(insert(products).values(key=key, name=name, secret=sealed, created=now))
+        assert result.inserted_primary_key is not None
+        product_id: int = result.inserted_primary_key[0]
+        connection.execute(
+            insert(topic_classes),
+            [
+                {"product_id": product_id, "levels": levels, "right": right.value}
+                for levels, right in names.DEFAULT_CLASSES
+            ],
+        )
+        return Product(product_id, key, name, secret, now)
 
-    def _new_device(self, product_id: int, product_key: str, name: str, secret: str) -> dict[str, Any]:
-        return {
-            "product_id": product_id,
-            "name": name,
-            "secret": self._vault.seal(secret.encode(), owner=_owner(product_key, name)),
-            "enabled": True,
-            "generation": 0,
-            "created": _now(),
-        }
+    def _update_device(self, connection: Connection, device: Device, **values: object) -> Device:
+        connection.execute(update(devices).where(devices.c.id == device.id).values(**values))
+        _announce(connection, device.product_key, device.id)
+        return self._device(_device_row(connection, device.product_key, device.name))
 
-    def _change_device(self, connection: Connection, row: Any, values: dict[str, Any]) -> None:
-        connection.execute(update(devices).where(devices.c.id == row.id).values(values))
-        _announce(connection, row.product_key, row.id)
+    def _pages(self, product_id: int, prefix: str) -> Iterator[Device]:
+        page = _DEVICE.where(devices.c.product_id == product_id).order_by(devices.c.name).limit(_PAGE)
+        if prefix:
+            page = page.where(devices.c.name >= prefix, devices.c.name < prefix + "\U0010ffff")
+        last = ""
+        while True:
+            with self._reading() as connection:
+                rows = connection.execute(page.where(devices.c.name > last)).all()
+            yield from map(self._device, rows)
+            if len(rows) < _PAGE:
+                return
+            last = rows[-1].name
+
+    def _seal_device(self, product_key: str, name: str, secret: str) -> bytes:
+        return self._vault.seal(secret.encode(), owner=_device_owner(product_key, name))
 
     def _product(self, row: Any) -> Product:
-        secret = self._vault.open(row.secret, owner=f"product/{row.key}").decode()
-        return Product(row.id, ProductKey(row.key), row.name, secret, row.created)
+        product_id, key, name, sealed, created = row
+        secret = self._vault.open(sealed, owner=_product_owner(key)).decode()
+        return Product(product_id, ProductKey(key), name, secret, created)
 
     def _device(self, row: Any) -> Device:
+        device_id, product_key, name, sealed, enabled, generation, created, activated, last_seen = row
         return Device(
-            row.id,
-            ProductKey(row.product_key),
-            DeviceName(row.name),
-            self._vault.open(row.secret, owner=_owner(row.product_key, row.name)).decode(),
-            row.enabled,
-            row.generation,
-            row.created,
-            row.activated,
-            row.last_seen,
+            device_id,
+            ProductKey(product_key),
+            DeviceName(name),
+            self._vault.open(sealed, owner=_device_owner(product_key, name)).decode(),
+            enabled,
+            generation,
+            created,
+            activated,
+            last_seen,
         )
 
-    def _ensure_signing_key(self) -> None:
-        with self._read() as connection:
-            if connection.scalar(select(func.count()).select_from(signing_keys)):
-                return
-        with self._write() as connection:
-            if not connection.scalar(select(func.count()).select_from(signing_keys)):
-                sealed = self._vault.seal(secrets.token_bytes(32), owner="signing key 1")
-                connection.execute(insert(signing_keys), {"id": 1, "key": sealed, "created": _now()})
 
-
-@dataclass(slots=True)
-class _Import:
-    """What an import knows so far."""
-
-    connection: Connection
-    report: ImportReport
-    products: dict[str, int]
-    lines: dict[tuple[str, str], tuple[int, str]]
-
-    def __init__(self, connection: Connection, report: ImportReport) -> None:
-        self.connection, self.report = connection, report
-        self.products = {row.key: row.id for row in connection.execute(select(products.c.key, products.c.id))}
-        self.lines = {}
-
-    def known(self, batch: list[ImportRow]) -> dict[tuple[str, str], bytes]:
-        """The sealed secrets of those devices of the batch that are there already."""
-        found: dict[tuple[str, str], bytes] = {}
-        for key in {row.product_key for row in batch} & self.products.keys():
-            wanted = sorted({row.device_name for row in batch if row.product_key == key})
-            for start in range(0, len(wanted), 500):
-                rows = self.connection.execute(
-                    select(devices.c.name, devices.c.secret).where(
-                        devices.c.product_id == self.products[key], devices.c.name.in_(wanted[start : start + 500])
-                    )
-                )
-                found |= {(key, row.name): row.secret for row in rows}
-        return found
-
-
-_DEVICES = select(devices, products.c.key.label("product_key")).join_from(devices, products)
-_SEEN = (
-    update(devices)
-    .where(
-        devices.c.id == bindparam("device"),
-        sa.or_(devices.c.last_seen.is_(None), devices.c.last_seen < bindparam("at")),
-    )
-    .values(last_seen=bindparam("at"))
-)
-
-
-def _product_row(connection: Connection, key: str) -> Any:
-    row = connection.execute(select(products).where(products.c.key == key)).one_or_none()
-    if row is None:
-        raise NotFound(f"there is no product {key!r}; `uplinkd product list` lists them")
-    return row
-
-
-def _device_row(connection: Connection, product_key: str, name: str) -> Any:
-    return connection.execute(_DEVICES.where(products.c.key == product_key, devices.c.name == name)).one_or_none()
-
-
-def _existing_device(connection: Connection, product_key: str, name: str) -> Any:
-    row = _device_row(connection, product_key, name)
-    if row is None:
-        _product_row(connection, product_key)
-        raise NotFound(f"product {product_key} has no device {name!r}; `uplinkd device list {product_key}` lists them")
-    return row
-
-
-def _classes(connection: Connection, product_id: int) -> list[TopicClass]:
-    rows = connection.execute(
-        select(topic_classes).where(topic_classes.c.product_id == product_id).order_by(topic_classes.c.id)
-    )
-    return [TopicClass(row.levels, Right(row.right)) for row in rows]
-
-
-def _announce(connection: Connection, product_key: str, device_id: int | None) -> None:
-    """Tell every gateway that it may hold something stale; in the transaction that makes it so."""
-    connection.execute(insert(changes), {"product_key": product_key, "device_id": device_id})
-    last = connection.scalar(select(func.max(changes.c.seq))) or 0
-    connection.execute(delete(changes).where(changes.c.seq <= last - KEPT_CHANGES))
-
-
-def _owner(product_key: str, name: str) -> str:
-    return f"device/{product_key}/{name}"
+def _check(row: ImportRow) -> None:
+    if row.fault:
+        raise Rejected(row.fault)
+    names.check_product_key(row.product_key)
+    names.check_device_name(row.device_name, imported=True)
+    if row.secret:
+        names.check_device_secret(row.secret)
 
 
 def _now() -> int:
-    return round(time.time() * 1000)
+    return time.time_ns() // 1_000_000
+
+
+def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _product_owner(key: str) -> str:
+    return f"product/{key}"
+
+
+def _device_owner(product_key: str, name: str) -> str:
+    return f"device/{product_key}/{name}"
+
+
+def _signing_key_owner(key_id: int) -> str:
+    return f"signing-key/{key_id}"
+
+
+def _new_device(product_id: int, name: str, sealed: bytes, now: int) -> dict[str, object]:
+    return {
+        "product_id": product_id,
+        "name": name,
+        "secret": sealed,
+        "enabled": True,
+        "generation": 1,
+        "created": now,
+    }
+
+
+def _product_row(connection: Connection, key: str) -> Any:
+    row = connection.execute(_PRODUCT.where(products.c.key == key)).first()
+    if row is None:
+        raise NotFound(f"there is no product {key!r}; `uplinkd product list` shows them")
+    return row
+
+
+def _key_of_product_named(connection: Connection, name: str) -> str | None:
+    key: str | None = connection.execute(select(products.c.key).where(products.c.name == name)).scalar()
+    return key
+
+
+def _device_row(connection: Connection, product_key: str, name: str) -> Any:
+    row = connection.execute(_DEVICE_BY_NAME, {"product_key": product_key, "device_name": name}).first()
+    if row is None:
+        _product_row(connection, product_key)
+        raise NotFound(
+            f"product {product_key!r} has no device {name!r}; `uplinkd device list {product_key}` shows its devices"
+        )
+    return row
+
+
+def _announce(connection: Connection, product_key: str, device_id: int | None = None) -> None:
+    """Tell every gateway, with this transaction, that what it holds of the device or product is old."""
+    result = connection.execute(insert(changes).values(product_key=product_key, device_id=device_id))
+    assert result.inserted_primary_key is not None
+    connection.execute(delete(changes).where(changes.c.seq <= result.inserted_primary_key[0] - KEPT_CHANGES))
 
 
 @contextlib.contextmanager
-def _reported(where: str) -> Iterator[None]:
-    """Turn what a database may say into one line for people."""
+def _outages_of(where: str) -> Iterator[None]:
+    """A database that does not do its part is Unavailable, with its own words; a broken constraint is no outage."""
     try:
         yield
-    except (DBAPIError, PoolTimeoutError, sqlite3.Error) as error:
-        cause = getattr(error, "orig", None) or error
-        raise Unavailable(f"the registry {where} is away: {cause}") from error
+    except IntegrityError:
+        raise
+    except DBAPIError as error:
+        reason = str(error.orig)
+        if "locked" in reason:
+            reason = f"another process has held its lock for more than {_BUSY_SECONDS:g} s"
+        raise Unavailable(f"the registry {where} is away: {reason}") from error.orig
+    except PoolTimeoutError as error:
+        raise Unavailable(f"the registry {where} is away: its {_CONNECTIONS} connections are all busy") from error
 
 
-def _open_sqlite(settings: Settings) -> tuple[Engine, Path]:
-    path = Path(make_url(settings.database).database or "")
+def _path(settings: Settings) -> Path:
+    database = make_url(settings.database).database
+    if not database or database == ":memory:":
+        raise Rejected(
+            f"database_url = {settings.database!r}: it must name a file, as in sqlite:///path/to/registry.sqlite"
+        )
+    return Path(database)
+
+
+def _make_file(settings: Settings, path: Path) -> None:
+    """Make the folders and an empty file, for their owner alone; SQLite gives its -wal and -shm the file's mode."""
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Made here for its mode: SQLite would let everybody read it.
+        for folder in (settings.data, path.parent):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        with contextlib.closing(_lock_file(path)):
+            pass
     except OSError as error:
-        raise Rejected(f"the registry {path} cannot be written: {error.strerror}") from error
-    engine = sa.create_engine(
-        settings.database,
-        connect_args={"timeout": _BUSY_SECONDS, "isolation_level": None},
-        pool_size=4,
-        max_overflow=12,
+        raise Rejected(
+            f"the registry {path} cannot be written ({error.strerror}: {error.filename}); "
+            "let this user write there, or name another folder with --data"
+        ) from error
+
+
+def _open_sqlite(path: Path) -> Engine:
+    """A pool of connections to `path`, which must exist: SQLite never makes one in its place.
+
+    synchronous=FULL: an operator was told that a device is disabled; a power cut must not undo it, which NORMAL may in
+    WAL mode. It costs one fsync a transaction; gateways write about once a second.
+    """
+    uri = path.absolute().as_uri() + "?mode=rw"
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute("PRAGMA synchronous=FULL")
+        return connection
+
+    engine = create_engine(
+        "sqlite://",
+        creator=connect,
+        poolclass=QueuePool,
+        pool_size=_CONNECTIONS,
+        max_overflow=0,
+        pool_timeout=_BUSY_SECONDS,
     )
 
-    @event.listens_for(engine, "connect")
-    def prepare(connection: sqlite3.Connection, _: object) -> None:
-        for pragma in (
-            "journal_mode = WAL",
-            # A device that was disabled or re-keyed must stay so after a power cut; such changes are rare, so the sync is paid.
-            "synchronous = FULL",
-            "foreign_keys = ON",
-        ):
-            connection.execute(f"PRAGMA {pragma}")
+    def remember_file(_: Any, record: Any) -> None:
+        record.info["file"] = _identity(path)
 
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        immediate = connection.get_execution_options().get("immediate")
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+    def same_file(_: Any, record: Any, __: Any) -> None:
+        # Without this, a connection goes on with a file that was deleted or replaced, and what it writes is lost.
+        if record.info["file"] != _identity(path):
+            raise InvalidatePoolError("the database file was replaced")
 
-    return engine, path
+    event.listen(engine, "connect", remember_file)
+    event.listen(engine, "checkout", same_file)
+    return engine
 
 
-def _revision(connection: Connection) -> str | None:
-    if not sa.inspect(connection).has_table("alembic_version"):
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
         return None
-    version: str | None = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
-    return version
+    return status.st_dev, status.st_ino
 
 
-def _migrate(engine: Engine, path: Path, where: str) -> None:
-    """Bring the schema up to date; several processes that start at once take turns."""
-    with path.with_suffix(".lock").open("w") as lock:
-        end = time.monotonic() + _LOCK_SECONDS
+def _writer(engine: Engine) -> Engine:
+    """`engine`, with transactions that take the write lock at once and so never fail half way for want of it."""
+    writer = engine.execution_options()
+
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    event.listen(writer, "begin", begin)
+    return writer
+
+
+def _lock_file(path: Path) -> Any:
+    return open(os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600), "rb")
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Only one process at a time makes or migrates a database."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    with contextlib.closing(_lock_file(path)) as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > end:
-                    raise Unavailable(f"another process has been migrating {where} for {_LOCK_SECONDS:g} s") from None
-                time.sleep(0.05)
-        with engine.connect().execution_options(immediate=True) as connection, connection.begin():
-            current = _revision(connection)
-            if current == REVISIONS[-1]:
-                return
-            if current is not None and current not in REVISIONS:
-                raise Rejected(
-                    f"the registry {where} was made by a newer uplinkd (schema {current}, this one knows {REVISIONS[-1]}); "
-                    "use that one, or restore a backup"
-                )
-            from alembic import command
-            from alembic.config import Config
-
-            config = Config()
-            config.set_main_option("script_location", "uplinkd.registry:migrations")
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+                if time.monotonic() > deadline:
+                    raise Unavailable(
+                        f"the registry {path} is away: another process has been migrating it for {_LOCK_SECONDS:g} s"
+                    ) from None
+                time.sleep(0.02)
+        yield
 
 
-def _open_vault(engine: Engine, settings: Settings, path: Path) -> Vault:
-    """With the key that the registry's values are sealed with; a new one only where nothing is sealed yet."""
+def _revision(connection: Connection) -> str | None:
+    """The schema that a database has, None while it is empty; raise Rejected if it is not one of ours."""
+    tables = set(connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'").scalars())
+    if "alembic_version" not in tables:
+        if tables:
+            raise Rejected(f"it is another program's, with tables such as {min(tables)!r}")
+        return None
+    revision: str | None = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+    if revision is not None and revision not in REVISIONS:
+        raise Rejected(
+            f"a newer uplinkd made it: its schema is {revision!r}, this version knows up to {REVISIONS[-1]!r}; "
+            "install the newer version, or restore a backup from before"
+        )
+    return revision
+
+
+def _sealed_sample(engine: Engine, where: str) -> bytes | None:
+    """A sealed value of a database that is ready for use; None if it must be prepared first.
+
+    Every registry in use has a signing key, so there is no value in it that came before the sample.
+    """
     with engine.connect() as connection:
-        sample = connection.scalar(select(signing_keys.c.key).order_by(signing_keys.c.id.desc()).limit(1))
-    return Vault(key_of(settings, sample=sample, where=str(path)) if sample else make_key(settings))
+        try:
+            revision = _revision(connection)
+        except Rejected as fault:
+            raise Rejected(f"the database {where} cannot be the registry: {fault}") from None
+        journal = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
+        if revision != REVISIONS[-1] or journal != "wal":
+            return None
+        sample: bytes | None = connection.execute(select(signing_keys.c.key).order_by(signing_keys.c.id)).scalar()
+        return sample
+
+
+def _prepare(engine: Engine, settings: Settings) -> bytes:
+    """Bring the database to the current schema, with a first signing key, in one transaction; a sealed value of it."""
+    with engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+    with _writer(engine).begin() as connection:
+        if _revision(connection) != REVISIONS[-1]:
+            _migrate(connection)
+        sample: bytes | None = connection.execute(select(signing_keys.c.key)).scalar()
+        if sample is None:
+            vault = Vault(make_key(settings))
+            sample = vault.seal(secrets.token_bytes(32), owner=_signing_key_owner(1))
+            connection.execute(insert(signing_keys).values(id=1, key=sample, created=_now()))
+        return sample
+
+
+def _migrate(connection: Connection) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", "uplinkd.registry:migrations")
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
