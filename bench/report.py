@@ -19,7 +19,7 @@ from bench.load import Measured
 from uplinkd.engine.embedded import find_binary
 from uplinkd.settings import Settings
 
-__all__ = ["machine", "row", "table"]
+__all__ = ["machine", "ratio", "row", "table", "tail"]
 
 
 def row(name: str, rounds: Sequence[Measured]) -> dict[str, Any]:
@@ -32,6 +32,19 @@ def row(name: str, rounds: Sequence[Measured]) -> dict[str, Any]:
         "bad": sum(each.bad + each.errors for each in rounds),
         "rounds": [asdict(each) for each in rounds],
     }
+
+
+def ratio(row: dict[str, Any], base: dict[str, Any]) -> float:
+    """How many times as fast as `base`: the median of the ratios within each round, since a machine's speed drifts."""
+    pairs = zip(row["rounds"], base["rounds"], strict=True)
+    return statistics.median(
+        (ours["good"] / ours["seconds"]) / (theirs["good"] / theirs["seconds"]) for ours, theirs in pairs
+    )
+
+
+def tail(row: dict[str, Any]) -> float:
+    """p99 in p50s, the median over the rounds."""
+    return statistics.median(each["p99"] / each["p50"] for each in row["rounds"])
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

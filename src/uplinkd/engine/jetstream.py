@@ -57,7 +57,8 @@ class JetStreamPublisher:
         self._pending: dict[int, tuple[Done, float]] = {}  # oldest first
         self._held: deque[_Publish] = deque()
         self._held_bytes = 0
-        self._number = 0
+        self._free: list[int] = []  # numbers that are not under way: see _take_number
+        self._numbers = 0
         self._base = 0
         self._task: asyncio.Task[None] | None = None
         self._sweeper: asyncio.TimerHandle | None = None
@@ -92,9 +93,17 @@ class JetStreamPublisher:
         if wire is None or wire.buffered > _HELD_BYTES:
             self._hold((subject, payload, done, self._loop.time() + self._patience))
         else:
-            self._number += 1
-            self._pending[self._number] = (done, self._loop.time() + self._patience)
-            wire.publish(subject, self._number, payload)
+            number = self._take_number()
+            self._pending[number] = (done, self._loop.time() + self._patience)
+            wire.publish(subject, number, payload)
+
+    def _take_number(self) -> int:
+        """A number for a publish. It is used again only after the server has answered under it, and the freshest first: the
+        server keeps the few reply subjects in its cache, where rising numbers would push each other out."""
+        if self._free:
+            return self._free.pop()
+        self._numbers += 1
+        return self._numbers
 
     def _hold(self, item: _Publish) -> None:
         size = len(item[1])
@@ -109,9 +118,9 @@ class JetStreamPublisher:
         while self._held and self._wire and self._wire.buffered <= _HELD_BYTES:
             subject, payload, done, deadline = self._held.popleft()
             self._held_bytes -= len(payload)
-            self._number += 1
-            self._pending[self._number] = (done, deadline)
-            self._wire.publish(subject, self._number, payload)
+            number = self._take_number()
+            self._pending[number] = (done, deadline)
+            self._wire.publish(subject, number, payload)
 
     def _give_up(self, item: _Publish, reason: str) -> None:
         self._held_bytes -= len(item[1])
@@ -132,6 +141,8 @@ class JetStreamPublisher:
             done, _ = self._pending.pop(number)
             _finish(done, 0, f"the engine did not acknowledge within {self._patience:g} s")
         self._release()
+        if self._wire:
+            self._wire.flush()
 
     def _fail_pending(self, reason: str) -> None:
         pending, self._pending = self._pending, {}
@@ -141,11 +152,13 @@ class JetStreamPublisher:
     # -- the wire's calls
 
     def acknowledged(self, number: int, sequence: int) -> None:
+        self._free.append(number)
         entry = self._pending.pop(number, None)
         if entry:
             _finish(entry[0], self._base + sequence, "")
 
     def refused(self, number: int, reason: str) -> None:
+        self._free.append(number)
         entry = self._pending.pop(number, None)
         if entry:
             _finish(entry[0], 0, reason)
@@ -155,6 +168,8 @@ class JetStreamPublisher:
         if self._wire is wire:
             self._wire = None
             self._away = reason
+            self._free.clear()
+            self._numbers = 0
             self._fail_pending(f"the connection to the engine broke before it acknowledged: {reason}")
 
     # -- connecting
@@ -263,9 +278,11 @@ class _Wire(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._reader = Reader()
         self._out: list[bytes] = []
-        self._batch_end = 0  # the number of the last publish that was sent
-        self._answered = 0  # the highest number that was answered
+        self._published = 0
+        self._answered = 0
+        self._batch_end = 0  # how many were published when the last batch left
         self._scheduled = False
+        self._gathered = 0
         self._inbox = f"_INBOX.{secrets.token_hex(8)}"
         self._reply = f" {self._inbox}.".encode()
         self._pongs: deque[asyncio.Future[None]] = deque()
@@ -294,7 +311,7 @@ class _Wire(asyncio.Protocol):
             while True:
                 for number, sequence in reader.acks():
                     acknowledged(number, sequence)
-                    self._answered = number
+                    self._answered += 1
                 received = reader.next()
                 if received is None:
                     break
@@ -303,7 +320,7 @@ class _Wire(asyncio.Protocol):
             self.fail(str(error))
         if self._out and not self._scheduled and self._answered >= self._batch_end:
             self._scheduled = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self._gather)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.ended = True
@@ -336,7 +353,7 @@ class _Wire(asyncio.Protocol):
 
     def _take_message(self, received: Received) -> None:
         if received.sid == 1:
-            self._answered = received.number
+            self._answered += 1
             sequence, reason = ack_of(received)
             if reason:
                 self._owner.refused(received.number, reason)
@@ -402,10 +419,10 @@ class _Wire(asyncio.Protocol):
 
     def publish(self, subject: bytes, number: int, payload: bytes) -> None:
         self._out.append(b"PUB %b%b%d %d\r\n%b\r\n" % (subject, self._reply, number, len(payload), payload))
-        self._last = number
+        self._published += 1
         if not self._scheduled and (self._answered >= self._batch_end or len(self._out) >= _FULL_BATCH):
             self._scheduled = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self._gather)
 
     def fail(self, reason: str) -> None:
         self._reason = reason
@@ -414,14 +431,23 @@ class _Wire(asyncio.Protocol):
 
     def close(self) -> None:
         if self._transport:
-            self._flush()
+            self.flush()
             self._transport.close()
 
-    def _flush(self) -> None:
+    def _gather(self) -> None:
+        """Leave once a turn of the event loop has brought nothing new: a batch costs the server 45 µs, a message in it 5."""
+        if self._published != self._gathered and len(self._out) < _FULL_BATCH:
+            self._gathered = self._published
+            self._loop.call_soon(self._gather)
+        else:
+            self.flush()
+
+    def flush(self) -> None:
+        """Let the batch that has gathered leave."""
         self._scheduled = False
         out, self._out = self._out, []
         if out and self._transport and not self.ended:
-            self._batch_end = self._last
+            self._batch_end = self._published
             self._transport.write(b"".join(out))
 
     def _send(self, data: bytes) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 __all__ = ["ACK", "Reader", "Received", "ack_of"]
 
-ACK = re.compile(rb'MSG \S+\.(\d+) 1 \d+\r\n\{"stream":"[^"\\]*", ?"seq":(\d+)\}\r\n')
+ACK = re.compile(rb'MSG _INBOX\.[0-9a-f]+\.a\.(\d+) 1 \d+\r\n\{"stream":"[^"\\]*", ?"seq":(\d+)\}\r\n')
 """A whole acknowledgement of a stored message, the one thing that comes a thousand times as often as all else."""
 
 _LONGEST_LINE = 64 * 1024

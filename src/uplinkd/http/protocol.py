@@ -45,6 +45,7 @@ _SLICE = 16 * 1024
 
 # The headers that mean something here.
 _OTHER, _CONTENT_TYPE, _PASSWORD, _HOST, _EXPECT, _LENGTH, _ENCODING = range(7)
+_EXPECTS, _MEASURED, _CHUNKED = 1 << _EXPECT, 1 << _LENGTH, 1 << _ENCODING
 _HEADERS = {
     b"content-type": _CONTENT_TYPE,
     b"password": _PASSWORD,
@@ -156,9 +157,6 @@ class Connection(asyncio.Protocol):
         self._stage = _IDLE
         self._messages = 0
         self._counting = False
-        self._start_message()
-
-    def _start_message(self) -> None:
         self._url = b""
         self._head_bytes = 0
         self._headers = 0
@@ -166,9 +164,7 @@ class Connection(asyncio.Protocol):
         self._old = False
         self._content_type: str | None = None
         self._password: str | None = None
-        self._length: int | None = None
-        self._chunked = False
-        self._expect = False
+        self._length = 0
         self._body: bytes | bytearray = b""
 
     # -- the transport's calls
@@ -281,7 +277,11 @@ class Connection(asyncio.Protocol):
     # -- the parser's calls
 
     def on_message_begin(self) -> None:
-        self._start_message()
+        self._url = b""
+        self._head_bytes = self._headers = self._seen = self._length = 0
+        self._old = False
+        self._content_type = self._password = None
+        self._body = b""
         self._stage = _HEAD
         self._messages += 1
 
@@ -315,11 +315,9 @@ class Connection(asyncio.Protocol):
         elif kind == _EXPECT:
             if value.strip().lower() != b"100-continue":
                 self._stop(417, f"Expect is {value[:40]!r}; only 100-continue is known")
-            self._expect = True
         elif kind == _ENCODING:
             if value.strip().lower() != b"chunked":
                 self._stop(400, f"Transfer-Encoding is {value[:40]!r}; only chunked is known")
-            self._chunked = True
 
     def on_headers_complete(self) -> None:
         limits, parser = self._limits, self._parser
@@ -330,16 +328,16 @@ class Connection(asyncio.Protocol):
             self._old = True
             if version != "1.0":
                 self._stop(505, f"the version is HTTP/{version}; HTTP/1.1 and 1.0 are known")
-            if self._chunked:
+            if self._seen & _CHUNKED:
                 self._stop(400, "HTTP/1.0 has no Transfer-Encoding")
-            if self._length is None and parser.get_method() == b"POST":
+            if not self._seen & _MEASURED and parser.get_method() == b"POST":
                 self._stop(411, "an HTTP/1.0 request needs Content-Length")
-        if self._length is not None and self._length > limits.body_bytes:
+        if self._length > limits.body_bytes:
             self._stop(413, f"the body has {self._length} bytes; at most {limits.body_bytes} are allowed")
         self._stage = _BODY
         self._head_bytes = 0
         self.deadline = self._door.now + limits.body_timeout
-        if self._expect and not self._old and (self._length or self._chunked) and not self._queue:
+        if self._seen & _EXPECTS and not self._old and (self._length or self._seen & _CHUNKED) and not self._queue:
             assert self._transport
             self._transport.write(_CONTINUE)
 
@@ -355,13 +353,14 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         parser = self._parser
+        method = parser.get_method()
         self._stage = _IDLE
-        if parser.should_upgrade() and parser.get_method() != b"CONNECT":
+        if parser.should_upgrade() and method != b"CONNECT":
             # The parser takes the body for the other protocol's, so it cannot be ignored as RFC 9110, 7.8 would have it.
             self._stop(400, "the request asks for another protocol (Upgrade); only HTTP/1.1 is spoken")
         self._queue.append(
             _Parsed(
-                parser.get_method(),
+                method,
                 self._url,
                 self._content_type,
                 self._password,
