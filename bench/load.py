@@ -5,22 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.peers import PRODUCT, SECRET, Peer, context, login, pss
+from bench.peers import PIN, PRODUCT, SECRET, Peer, context, cpu_seconds, login, pss
 from uplinkd.client import login_body
 
-__all__ = ["Measured", "auth_load", "idle_memory", "parse", "publish_load"]
+__all__ = ["Measured", "auth_load", "idle_memory", "parse", "publish_load", "raise_file_limit"]
 
 LOAD_CORE = "1"
 _SCRIPTS = Path(__file__).parent
+_BATCH = 50
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Measured:
-    """One round: answers that were right and others, seconds, latencies in ms, broken connections."""
+    """One round: answers that were right and others, seconds, latencies in ms, broken connections, an answer that was
+    not right; seconds of CPU that the server, the load and (both cores together) all other processes used."""
 
     good: int
     bad: int
@@ -29,45 +32,72 @@ class Measured:
     p99: float
     errors: int
     sample: str
+    server_cpu: float = 0.0
+    load_cpu: float = 0.0
+    other_cpu: float = 0.0
 
     @property
     def rate(self) -> float:
         return self.good / self.seconds
 
 
-def parse(output: str) -> Measured:
-    """The RESULT line that the scripts print."""
+def parse(output: str, *, server_cpu: float = 0.0, load_cpu: float = 0.0, busy: float = 0.0) -> Measured:
+    """The RESULT line that the scripts print; `busy` is what all processes used."""
     line = next((line for line in output.splitlines() if line.startswith("RESULT ")), None)
     if line is None:
-        raise SystemExit(f"wrk did not say what it measured:\n{output}")
+        raise SystemExit(f"wrk did not say what it measured; its words:\n{output.strip() or 'none'}")
     good, bad, micros, p50, p99, errors, *sample = line.split(" ", 7)[1:]
     return Measured(
-        int(good), int(bad), int(micros) / 1e6, int(p50) / 1000, int(p99) / 1000, int(errors), "".join(sample).strip()
+        good=int(good),
+        bad=int(bad),
+        seconds=int(micros) / 1e6,
+        p50=int(p50) / 1000,
+        p99=int(p99) / 1000,
+        errors=int(errors),
+        sample="".join(sample).strip(),
+        server_cpu=round(server_cpu, 2),
+        load_cpu=round(load_cpu, 2),
+        other_cpu=round(max(0.0, busy - server_cpu - load_cpu), 2),
     )
 
 
 def _wrk(peer: Peer, script: str, connections: int, seconds: float, **variables: str) -> Measured:
-    arguments = [
-        "taskset",
-        "-c",
-        LOAD_CORE,
-        "wrk",
-        "-t1",
-        f"-c{connections}",
-        f"-d{max(1, round(seconds))}s",
-        "--timeout",
-        "5s",
-    ]
+    arguments = [*PIN, LOAD_CORE, "wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "5s"]
     arguments += ["-s", str(_SCRIPTS / script), f"https://127.0.0.1:{peer.port}"]
+    server, busy, load = cpu_seconds(*peer.roots), _busy_seconds(), _children_seconds()
     done = subprocess.run(
-        arguments, capture_output=True, text=True, timeout=seconds + 30, env={**os.environ, **variables}
+        arguments,
+        capture_output=True,
+        text=True,
+        timeout=seconds + 30,
+        check=False,
+        env={**os.environ, **variables},
     )
-    return parse(done.stdout + done.stderr)
+    return parse(
+        done.stdout + done.stderr,
+        server_cpu=cpu_seconds(*peer.roots) - server,
+        load_cpu=_children_seconds() - load,
+        busy=_busy_seconds() - busy,
+    )
+
+
+def _children_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _busy_seconds() -> float:
+    """CPU time of all processes on the two cores so far, without the kernel's own interrupts."""
+    ticks = 0
+    for line in Path("/proc/stat").read_text().splitlines():
+        if line.startswith(("cpu0 ", "cpu1 ")):
+            ticks += sum(map(int, line.split()[1:4]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def publish_load(peer: Peer, folder: Path, *, connections: int, seconds: float, payload: int = 200) -> Measured:
     """Reports over kept-alive connections, in turn as each of as many devices."""
-    tokens = folder / f"{peer.pid}.tokens"
+    tokens = folder / f"{peer.port}.{connections}.tokens"
     if not tokens.exists():
         names = [f"device{number:04}" for number in range(connections)]
         got = ["x" * 52 if "nginx" in peer.name else login(peer, name) for name in names]
@@ -90,26 +120,33 @@ async def idle_memory(peer: Peer, connections: int) -> int:
     """Bytes that so many idle TLS connections cost, each after a login."""
     tls = context(peer.ca)
     body = login_body(PRODUCT, "device0000", SECRET, method="hmacsha1").encode()
-    request = (
-        b"POST /auth HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-        % len(body)
-    )
+    head = "POST /auth HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
-    async def connect() -> asyncio.StreamWriter:
+    async def connect() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", peer.port, ssl=tls, server_hostname="localhost")
-        writer.write(request + body)
-        head = await reader.readuntil(b"\r\n\r\n")
-        size = int(head.partition(b"Content-Length: ")[2].partition(b"\r\n")[0])
-        assert json.loads(await reader.readexactly(size))["code"] == 0
-        return writer
+        writers.append(writer)
+        writer.write(request)
+        answer = await reader.readuntil(b"\r\n\r\n")
+        size = int(answer.partition(b"Content-Length: ")[2].partition(b"\r\n")[0])
+        if json.loads(await reader.readexactly(size))["code"] != 0:
+            raise SystemExit("a login was refused while idle connections were counted")
 
-    await (await connect()).drain()
-    before = pss(peer.pid)
-    writers = []
-    for start in range(0, connections, 50):
-        writers += await asyncio.gather(*(connect() for _ in range(min(50, connections - start))))
-    await asyncio.sleep(0.5)
-    cost = pss(peer.pid) - before
-    for writer in writers:
-        writer.transport.abort()
-    return cost
+    writers: list[asyncio.StreamWriter] = []
+    try:
+        async with asyncio.timeout(60):
+            await connect()
+            before = pss(*peer.roots)
+            for start in range(0, connections, _BATCH):
+                await asyncio.gather(*(connect() for _ in range(min(_BATCH, connections - start))))
+            await asyncio.sleep(0.5)
+            return pss(*peer.roots) - before
+    finally:
+        for writer in writers:
+            writer.transport.abort()
+
+
+def raise_file_limit() -> None:
+    """As many open files as allowed: the servers inherit it, and 1,000 connections need more than the usual 1,024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

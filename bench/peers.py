@@ -22,24 +22,39 @@ from uplinkd.client import login_body
 from uplinkd.engine.embedded import EmbeddedServer
 from uplinkd.settings import Settings
 
-__all__ = ["PRODUCT", "Peer", "fastapi", "free_port", "login", "nginx", "pss", "start_uplinkd", "tree", "uplinkd"]
+__all__ = [
+    "PIN",
+    "PRODUCT",
+    "SECRET",
+    "Peer",
+    "context",
+    "cpu_seconds",
+    "fastapi",
+    "login",
+    "nginx",
+    "pss",
+    "start_uplinkd",
+    "tree",
+    "uplinkd",
+]
 
 SERVER_CORE = "0"
 PRODUCT = "a1benchmark"
 SECRET = "secret"
-_PIN = ["taskset", "-c", SERVER_CORE]
+# Ends with the benchmark, even when that is killed; then `taskset` and the core.
+PIN = ["setpriv", "--pdeathsig", "TERM", "taskset", "-c"]
 # What a device is answered to a publish, of the same size.
 _FIXED = '{"code":0,"message":"success","info":{"messageId":1880000000000000001}}'
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A running server: where it is, what certifies it, its root process."""
+    """A running server: where it is, what certifies it, the roots of its processes (its engine's too)."""
 
     name: str
     port: int
     ca: Path
-    pid: int
+    roots: tuple[int, ...]
 
 
 def free_port() -> int:
@@ -52,19 +67,18 @@ def context(ca: Path) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=str(ca))
 
 
-def wait_until_answered(port: int, ca: Path, *, within: float) -> float:
-    """Seconds until the first POST /auth is answered over TLS."""
-    started = time.monotonic()
-    while time.monotonic() - started < within:
-        with (
-            contextlib.suppress(OSError, http.client.HTTPException),
-            contextlib.closing(_connect(port, ca)) as connection,
-        ):
-            connection.request("POST", "/auth", b"{}", {"Content-Type": "application/json"})
-            connection.getresponse().read()
-            return time.monotonic() - started
+def _await_answer(process: subprocess.Popen[bytes], log: Path, port: int, ca: Path, *, within: float = 20) -> None:
+    """Return once the first POST /auth is answered over TLS; a server that ends or stays silent ends the benchmark."""
+    end = time.monotonic() + within
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(_connect(port, ca)) as door:
+            door.request("POST", "/auth", b"{}", {"Content-Type": "application/json"})
+            door.getresponse().read()
+            return
         time.sleep(0.01)
-    raise SystemExit(f"no answer on port {port} within {within:g} s")
+    why = "ended" if process.poll() is not None else f"did not answer within {within:g} s"
+    words = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
+    raise SystemExit(f"the server that {log.stem} should be {why}; its last words:\n{words}")
 
 
 def _connect(port: int, ca: Path) -> http.client.HTTPSConnection:
@@ -73,31 +87,40 @@ def _connect(port: int, ca: Path) -> http.client.HTTPSConnection:
 
 def login(peer: Peer, device: str) -> str:
     """A token for `device`."""
-    with contextlib.closing(_connect(peer.port, peer.ca)) as connection:
-        body = login_body(PRODUCT, device, SECRET, method="hmacsha1")
-        connection.request("POST", "/auth", body, {"Content-Type": "application/json"})
-        return str(json.loads(connection.getresponse().read())["info"]["token"])
+    body = login_body(PRODUCT, device, SECRET, method="hmacsha1")
+    try:
+        with contextlib.closing(_connect(peer.port, peer.ca)) as connection:
+            connection.request("POST", "/auth", body, {"Content-Type": "application/json"})
+            answer = json.loads(connection.getresponse().read())
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise SystemExit(f"{peer.name} did not answer the login of {device}: {error}") from error
+    if answer["code"] != 0:
+        raise SystemExit(f"{peer.name} refused the login of {device}: {answer}")
+    return str(answer["info"]["token"])
 
 
 @contextlib.contextmanager
-def _running(arguments: list[str], folder: Path, name: str, **variables: str) -> Iterator[int]:
-    """A process, ended with everything that it started."""
-    with (folder / f"{name}.log").open("wb") as log:
+def _running(arguments: list[str], log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process on the servers' core, ended with everything that it started."""
+    with log.open("wb") as output:
         process = subprocess.Popen(
-            [*_PIN, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **variables}
+            [*PIN, SERVER_CORE, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **variables},
         )
-        try:
-            yield process.pid
-        finally:
-            children = tree(process.pid)
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                for pid in children:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                process.wait()
+    try:
+        yield process
+    finally:
+        family = tree(process.pid)
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        for pid in family[1:] if process.poll() is not None else family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait(10)
 
 
 @contextlib.contextmanager
@@ -124,33 +147,36 @@ http {{
   }}
 }}
 """)
-    with _running([binary, "-p", str(folder), "-c", str(config)], folder, "nginx") as pid:
-        peer = Peer("nginx, fixed answer", port, tls / "ca.pem", pid)
-        wait_until_answered(port, peer.ca, within=10)
-        yield peer
+    log = folder / "nginx.log"
+    with _running([binary, "-p", str(folder), "-c", str(config)], log) as process:
+        _await_answer(process, log, port, tls / "ca.pem")
+        yield Peer("nginx, fixed answer", port, tls / "ca.pem", (process.pid,))
 
 
 @contextlib.contextmanager
-def fastapi(folder: Path, tls: Path) -> Iterator[Peer]:
+def fastapi(folder: Path, tls: Path, devices: int) -> Iterator[Peer]:
     """FastAPI on uvicorn with uvloop and httptools, storing through nats-py in a nats-server of its own."""
     port = free_port()
     affinity = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {int(SERVER_CORE)})
-    engine = EmbeddedServer.start(Settings(data=folder / "baseline"))
-    os.sched_setaffinity(0, affinity)
+    os.sched_setaffinity(0, {int(SERVER_CORE)})  # the engine's process inherits it
+    try:
+        engine = EmbeddedServer.start(Settings(data=folder / "baseline"))
+    finally:
+        os.sched_setaffinity(0, affinity)
     try:
         variables = {
             "BENCH_NATS": engine.access.urls[0],
             "BENCH_USER": engine.access.user,
             "BENCH_PASSWORD": engine.access.password,
+            "BENCH_DEVICES": str(devices),
         }
         arguments = [sys.executable, "-m", "uvicorn", "bench.baseline:app", "--host", "127.0.0.1", "--port", str(port)]
         arguments += ["--loop", "uvloop", "--http", "httptools", "--no-access-log", "--log-level", "warning"]
         arguments += ["--ssl-certfile", f"{tls}/server-ecdsa.pem", "--ssl-keyfile", f"{tls}/server-ecdsa.key"]
-        with _running(arguments, folder, "fastapi", **variables) as pid:
-            peer = Peer("FastAPI + uvicorn + nats-py", port, tls / "ca.pem", pid)
-            wait_until_answered(port, peer.ca, within=20)
-            yield peer
+        log = folder / "fastapi.log"
+        with _running(arguments, log, **variables) as process:
+            _await_answer(process, log, port, tls / "ca.pem")
+            yield Peer("FastAPI + uvicorn + nats-py", port, tls / "ca.pem", (process.pid, engine.pid))
     finally:
         engine.stop()
 
@@ -162,56 +188,59 @@ def uplinkd(folder: Path, devices: int, *options: str) -> Iterator[Peer]:
     fleet = folder / "fleet.csv"
     rows = "".join(f"{PRODUCT},device{number:04},{SECRET}\n" for number in range(devices))
     fleet.write_text("ProductKey,DeviceName,DeviceSecret\n" + rows)
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "uplinkd", "device", "import", str(fleet), "--data", str(data)],
-        check=True,
         capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
+    if done.returncode:
+        raise SystemExit(f"uplinkd device import failed:\n{done.stderr}")
     with start_uplinkd(folder, data, *options) as peer:
         yield peer
 
 
 @contextlib.contextmanager
 def start_uplinkd(folder: Path, data: Path, *options: str) -> Iterator[Peer]:
+    """uplinkd with one worker and no flow control, once it has answered."""
     port = free_port()
-    arguments = [
-        sys.executable,
-        "-m",
-        "uplinkd",
-        "serve",
-        "--data",
-        str(data),
-        "--listen",
-        f"127.0.0.1:{port}",
-        "--workers",
-        "1",
-    ]
-    arguments += ["--device-rate", "0", "--device-bytes", "0", "--auth-rate", "0", *options]
-    with _running(arguments, folder, "uplinkd") as pid:
-        ca = data / "tls" / "ca.pem"
-        while not ca.exists():
-            time.sleep(0.01)
-        wait_until_answered(port, ca, within=20)
-        yield Peer("uplinkd, stored and acknowledged", port, ca, pid)
+    arguments = [sys.executable, "-m", "uplinkd", "serve", "--data", str(data), "--listen", f"127.0.0.1:{port}"]
+    arguments += ["--workers", "1", "--device-rate", "0", "--device-bytes", "0", "--auth-rate", "0", *options]
+    log = folder / "uplinkd.log"
+    ca = data / "tls" / "ca.pem"
+    with _running(arguments, log) as process:
+        _await_answer(process, log, port, ca)
+        yield Peer("uplinkd, stored and acknowledged", port, ca, (process.pid,))
 
 
-def tree(pid: int) -> list[int]:
-    """A process and all that descend from it."""
+def tree(*roots: int) -> list[int]:
+    """Processes and all that descend from them."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError):
             children.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
-    found = [pid]
+    found = list(roots)
     for each in found:
         found += children.get(each, [])
     return found
 
 
-def pss(pid: int) -> int:
-    """Bytes of memory of a process tree, shared pages counted once."""
+def pss(*roots: int) -> int:
+    """Bytes of memory of process trees, shared pages counted once."""
     total = 0
-    for each in tree(pid):
+    for each in tree(*roots):
         with contextlib.suppress(OSError):
             match = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{each}/smaps_rollup").read_text(), re.MULTILINE)
             total += int(match[1]) * 1024 if match else 0
     return total
+
+
+def cpu_seconds(*roots: int) -> float:
+    """CPU time that process trees have used so far."""
+    ticks = 0
+    for each in tree(*roots):
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")

@@ -10,7 +10,7 @@ import shutil
 import ssl
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,32 +19,35 @@ from bench.load import Measured
 from uplinkd.engine.embedded import find_binary
 from uplinkd.settings import Settings
 
-__all__ = ["machine", "ratio", "row", "table", "tail"]
+__all__ = ["faults", "goals", "machine", "render", "row", "table"]
+
+LOADS = {
+    "publish": "publish",
+    "publish_one": "publish, one connection",
+    "auth": "/auth",
+    "auth_new_connection": "TLS handshake, /auth, close",
+}
+# A core that is used more than this is what limits a row.
+_FULL = 0.93
 
 
-def row(name: str, rounds: Sequence[Measured]) -> dict[str, Any]:
-    """The medians over the rounds, and each round."""
+def row(name: str, rounds: Sequence[Measured], warm_up: Measured) -> dict[str, Any]:
+    """The medians over the rounds, the answers that were not right, and each round with its raw figures."""
+    median = statistics.median
     return {
         "name": name,
-        "rate": statistics.median(each.rate for each in rounds),
-        "p50": statistics.median(each.p50 for each in rounds),
-        "p99": statistics.median(each.p99 for each in rounds),
-        "bad": sum(each.bad + each.errors for each in rounds),
+        "rate": median(each.rate for each in rounds),
+        "p50": median(each.p50 for each in rounds),
+        "p99": median(each.p99 for each in rounds),
+        "server_us": median(each.server_cpu / max(each.good, 1) * 1e6 for each in rounds),
+        "load_core": median(each.load_cpu / each.seconds for each in rounds),
+        "other_cores": median(each.other_cpu / each.seconds for each in rounds),
+        "acknowledged": sum(each.good for each in (warm_up, *rounds)),
+        "bad": sum(each.bad + each.errors for each in (warm_up, *rounds)),
+        "sample": next((each.sample for each in (warm_up, *rounds) if each.sample), ""),
+        "warm_up": asdict(warm_up),
         "rounds": [asdict(each) for each in rounds],
     }
-
-
-def ratio(row: dict[str, Any], base: dict[str, Any]) -> float:
-    """How many times as fast as `base`: the median of the ratios within each round, since a machine's speed drifts."""
-    pairs = zip(row["rounds"], base["rounds"], strict=True)
-    return statistics.median(
-        (ours["good"] / ours["seconds"]) / (theirs["good"] / theirs["seconds"]) for ours, theirs in pairs
-    )
-
-
-def tail(row: dict[str, Any]) -> float:
-    """p99 in p50s, the median over the rounds."""
-    return statistics.median(each["p99"] / each["p50"] for each in row["rounds"])
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -60,10 +63,124 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def goals(facts: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
+    """(goal, measured, wanted, reached) of everything that was measured."""
+    found = []
+    publish = facts["loads"].get("publish", {})
+    if ours := publish.get("uplinkd"):
+        if base := publish.get("nginx"):
+            ratio = ours["rate"] / base["rate"]
+            found.append(("publish against nginx", f"{ratio:.3f} ×", "≥ 0.35 ×", ratio >= 0.35))
+        if slow := publish.get("fastapi"):
+            ratio = ours["rate"] / slow["rate"]
+            found.append(("publish against FastAPI", f"{ratio:.1f} ×", "≥ 3 ×", ratio >= 3))
+        spread = ours["p99"] / ours["p50"]
+        found.append(("publish, p99 against p50", f"{spread:.1f} ×", "< 3 ×", spread < 3))
+    if colds := facts.get("cold_start_seconds"):
+        cold = statistics.median(colds)
+        found.append(("cold start to first answer", f"{cold:.2f} s", "< 3 s", cold < 3))
+    if "idle_1000_bytes" in facts:
+        memory = facts["idle_1000_bytes"] / 1e6
+        found.append(("1,000 idle TLS connections", f"{memory:.1f} MB", "< 50 MB", memory < 50))
+    if "stored" in facts:
+        found.append(
+            (
+                "acknowledged, and stored",
+                f"{facts['acknowledged']:,} / {facts['stored']:,}",
+                "all",
+                facts["stored"] >= facts["acknowledged"],
+            )
+        )
+    return found
+
+
+def faults(facts: Mapping[str, Any]) -> list[str]:
+    """What makes the figures worthless: answers that were not right, messages that were acknowledged and are not there."""
+    found = [
+        f"{LOADS[load]}, {each['name']}: {each['bad']:,} answers were not right; one: {each['sample'] or 'none came'}"
+        for load, peers in facts["loads"].items()
+        for each in peers.values()
+        if each["bad"]
+    ]
+    if facts.get("stored", 0) < facts.get("acknowledged", 0):
+        found.append(f"{facts['acknowledged']:,} messages were acknowledged, but {facts['stored']:,} are stored")
+    return found
+
+
+def render(facts: Mapping[str, Any]) -> str:
+    """All figures as text. Ratios stand where the same load was put on the peer in the same run."""
+    about, settings = facts["machine"], facts["settings"]
+    changed = " with changes" if about["changed"] else ""
+    lines = [
+        f"{about['cpu']}, {about['cores']} cores; Linux {about['kernel']}; Python {about['python']}; {about['openssl']}",
+        f"{about['nginx']}; {about['nats-server']}; commit {about['commit']}{changed}; {about['date']}",
+        f"loopback, TLS, {settings['payload']}-byte payload, {settings['connections']} connections, median of "
+        f"{settings['rounds']} rounds of {settings['seconds']:g} s; server on one core, load on the other",
+    ]
+    headings = (
+        "requests/s",
+        "p50 ms",
+        "p99 ms",
+        "p99/p50",
+        "× nginx",
+        "× FastAPI",
+        "server µs",
+        "load core",
+        "not right",
+    )
+    for load, peers in facts["loads"].items():
+        lines += ["", table((LOADS[load], *headings), [_cells(each, peers) for each in peers.values()])]
+    if reached := goals(facts):
+        cells = [(name, measured, wanted, "reached" if good else "MISSED") for name, measured, wanted, good in reached]
+        lines += ["", table(("goal", "measured", "wanted", ""), cells)]
+    if notes := _notes(facts):
+        lines += ["", *notes]
+    return "\n".join(lines)
+
+
+def _cells(each: Mapping[str, Any], peers: Mapping[str, Any]) -> tuple[str, ...]:
+    def ratio(peer: str, digits: int) -> str:
+        return f"{each['rate'] / peers[peer]['rate']:.{digits}f}" if peer in peers else "–"
+
+    return (
+        each["name"],
+        f"{each['rate']:,.0f}",
+        f"{each['p50']:.2f}",
+        f"{each['p99']:.2f}",
+        f"{each['p99'] / each['p50']:.1f}" if each["p50"] else "–",
+        ratio("nginx", 2),
+        ratio("fastapi", 1),
+        f"{each['server_us']:.0f}",
+        f"{each['load_core']:.0%}",
+        str(each["bad"]),
+    )
+
+
+def _notes(facts: Mapping[str, Any]) -> list[str]:
+    """What a reader must know to judge the figures."""
+    notes = []
+    publish = facts["loads"].get("publish", {})
+    for load, peers in facts["loads"].items():
+        notes += [
+            f"{LOADS[load]}, {each['name']}: the load's core was full ({each['load_core']:.0%}): at least this"
+            for each in peers.values()
+            if each["load_core"] > _FULL
+        ]
+    if "nginx" in publish and "uplinkd" in publish and publish["uplinkd"]["server_us"]:
+        ratio = publish["nginx"]["server_us"] / publish["uplinkd"]["server_us"]
+        notes.append(
+            f"publish against nginx by CPU time of the server for each request, whatever the load does: {ratio:.2f} ×"
+        )
+    rows = [each for peers in facts["loads"].values() for each in peers.values()]
+    if (others := max((each["other_cores"] for each in rows), default=0.0)) > 0.05:
+        notes.append(f"other processes used up to {others:.0%} of a core meanwhile: repeat on an idle machine")
+    return notes
+
+
 def machine() -> dict[str, Any]:
     """Where and with what it was measured."""
     cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    root = Path(__file__).parent.parent
+    root = str(Path(__file__).parent.parent)
     return {
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "cpu": cpu[1] if cpu else platform.processor(),
@@ -73,11 +190,15 @@ def machine() -> dict[str, Any]:
         "openssl": ssl.OPENSSL_VERSION,
         "nginx": _first_line(shutil.which("nginx", path=os.environ["PATH"] + ":/usr/sbin") or "nginx", "-v"),
         "nats-server": _first_line(str(find_binary(Settings())), "--version"),
-        "commit": _first_line("git", "-C", str(root), "rev-parse", "--short", "HEAD"),
-        "changed": bool(_first_line("git", "-C", str(root), "status", "--porcelain")),
+        "wrk": _first_line("wrk", "-v"),
+        "commit": _first_line("git", "-C", root, "rev-parse", "--short", "HEAD"),
+        "changed": bool(_first_line("git", "-C", root, "status", "--porcelain")),
     }
 
 
 def _first_line(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
     return next(iter((done.stdout + done.stderr).splitlines()), "")

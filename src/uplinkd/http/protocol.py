@@ -312,12 +312,10 @@ class Connection(asyncio.Protocol):
             self._content_type = value.decode("latin-1")
         elif kind == _LENGTH:
             self._length = int(value)
-        elif kind == _EXPECT:
-            if value.strip().lower() != b"100-continue":
-                self._stop(417, f"Expect is {value[:40]!r}; only 100-continue is known")
-        elif kind == _ENCODING:
-            if value.strip().lower() != b"chunked":
-                self._stop(400, f"Transfer-Encoding is {value[:40]!r}; only chunked is known")
+        elif kind == _EXPECT and value.strip().lower() != b"100-continue":
+            self._stop(417, f"Expect is {value[:40]!r}; only 100-continue is known")
+        elif kind == _ENCODING and value.strip().lower() != b"chunked":
+            self._stop(400, f"Transfer-Encoding is {value[:40]!r}; only chunked is known")
 
     def on_headers_complete(self) -> None:
         limits, parser = self._limits, self._parser
