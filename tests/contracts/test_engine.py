@@ -247,6 +247,8 @@ async def test_a_frozen_engine_is_noticed_and_recovered_from(settings: Settings,
     await publisher.start()
     assert (await publish(publisher, b"before"))[1] == ""
     os.kill(server.pid, signal.SIGSTOP)
+    while Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        await asyncio.sleep(0.005)
     try:
         started = time.monotonic()
         number, reason = await publish(publisher, b"frozen")

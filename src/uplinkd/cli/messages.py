@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from uplinkd.cli.common import duration, json_option, local_time, print_json, printable, settings_options
+from uplinkd.cli.common import duration, json_option, local_time, print_json, printable, settings_options, warn
 from uplinkd.core.errors import Rejected
 from uplinkd.core.model import Message
 from uplinkd.engine import Query, open_reader
@@ -73,6 +73,8 @@ def list_messages(
     else:
         for message in found:
             _show(message)
+        if not found:
+            warn("no message is stored" + (" that matches" if query != Query() else ""))
 
 
 @messages.command("tail")

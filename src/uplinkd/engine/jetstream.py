@@ -214,8 +214,7 @@ class JetStreamPublisher:
                 info = await wire.info
                 if parts.scheme == "tls" or info.get("tls_required"):
                     await wire.secure(host)
-                wire.greet(access)
-                await wire.pong()
+                await wire.greet(access)
                 self._base = await self._ensure_stream(wire)
             except BaseException:
                 transport.abort()
@@ -376,7 +375,9 @@ class _Wire(asyncio.Protocol):
         context = ssl.create_default_context()
         self._transport = await self._loop.start_tls(self._transport, self, context, server_hostname=host)
 
-    def greet(self, access: Access) -> None:
+    async def greet(self, access: Access) -> None:
+        """Return once the server has let us in. All in one write: what a server that says no had not read yet would make the
+        kernel throw its words away."""
         options: dict[str, Any] = {
             "verbose": False,
             "pedantic": False,
@@ -393,13 +394,10 @@ class _Wire(asyncio.Protocol):
             options["auth_token"] = access.user
         subscriptions = f"SUB {self._inbox}.a.* 1\r\nSUB {self._inbox}.r.* 2\r\nSUB {_ADVISORIES} 3\r\n"
         self._reply = f" {self._inbox}.a.".encode()
-        self._send(f"CONNECT {json.dumps(options)}\r\n{subscriptions}".encode())
-
-    async def pong(self) -> None:
-        future: asyncio.Future[None] = self._loop.create_future()
-        self._pongs.append(future)
-        self._send(b"PING\r\n")
-        await future
+        welcome: asyncio.Future[None] = self._loop.create_future()
+        self._pongs.append(welcome)
+        self._send(f"CONNECT {json.dumps(options)}\r\n{subscriptions}PING\r\n".encode())
+        await welcome
 
     def ping(self) -> None:
         """Ask for a sign of life; `heard` tells whether one came."""
