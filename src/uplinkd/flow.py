@@ -21,7 +21,7 @@ __all__ = ["Flow"]
 # A device's slot: messages, bytes, logins, and one unused, so that a slot never crosses a cache line.
 _SLOT = 4
 _DEVICES = 1 << 22
-_REFUSALS = 1 << 17
+_REFUSALS = 1 << 20
 _LOCKS = 16
 _MINUTE = 60.0
 # A worker killed in the microsecond that it holds a lock leaves it taken: wait this long, then go on without.
@@ -31,7 +31,7 @@ _LOCK_PATIENCE = 0.002
 class Flow:
     """Made before the workers are forked, which then share its table and its locks.
 
-    Devices whose ids differ by a multiple of 4,194,304 share a slot; two addresses share one by a chance of 1 in 131,072,
+    Devices whose ids differ by a multiple of 4,194,304 share a slot; two addresses share one by a chance of 1 in a million,
     which nobody can aim at: Python's string hash is salted anew in each supervisor and the same in its workers.
     """
 
