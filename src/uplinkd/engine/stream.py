@@ -13,13 +13,18 @@ from typing import Any
 from uplinkd.core.errors import Unavailable
 from uplinkd.settings import Settings
 
-__all__ = ["STREAM", "SUBJECTS", "base_of", "changed", "new_base", "wanted"]
+__all__ = ["DELETED", "STREAM", "SUBJECTS", "base_of", "changed", "new_base", "wanted"]
 
 STREAM = "UPLINKD"
 SUBJECTS = "/.>"
+DELETED = f"$JS.EVENT.ADVISORY.STREAM.DELETED.{STREAM}"
+"""Where JetStream tells that the stream was deleted."""
 
 _BASE = "uplinkd.base"
 _BASE_SHIFT = 20
+# Nothing here sends Nats-Msg-Id. The window is named because it may not be longer than max_age, and is the server's own
+# default where there is no max_age: 0 would come back as something else and look like a change for ever.
+_DUPLICATE_WINDOW = 120 * 10**9
 
 
 def new_base(now: int) -> int:
@@ -29,18 +34,19 @@ def new_base(now: int) -> int:
 
 def wanted(settings: Settings, base: int) -> dict[str, Any]:
     """The stream's configuration, as the JetStream API takes it."""
+    age = round(settings.keep_age * 1e9)
     return {
         "name": STREAM,
         "subjects": [SUBJECTS],
         "retention": "limits",
         "storage": "file",
         "discard": "old",
-        "max_age": round(settings.keep_age * 1e9),
+        "max_age": age,
         "max_bytes": settings.keep_bytes,
         "max_msgs": -1,
         "max_consumers": -1,
         "num_replicas": 1,
-        "duplicate_window": 0 if not settings.keep_age else min(120 * 10**9, round(settings.keep_age * 1e9)),
+        "duplicate_window": min(_DUPLICATE_WINDOW, age) if age else _DUPLICATE_WINDOW,
         "allow_direct": True,
         "metadata": {_BASE: str(base)},
     }

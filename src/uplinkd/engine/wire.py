@@ -72,17 +72,17 @@ class Reader:
         return Received(name.decode(), words[1].decode(), int(words[2]), number, body[:header_size], body[header_size:])
 
 
-def ack_of(received: Received) -> tuple[int, str]:
-    """(sequence, "") of an acknowledgement, or (0, why not)."""
+def ack_of(received: Received) -> tuple[int, str | None]:
+    """(sequence, "") of an acknowledgement, (0, why not) of a refusal, (0, None) of what JetStream did not say."""
     if received.header:
         status = received.header.split(b"\r\n", 1)[0].removeprefix(b"NATS/1.0").strip().decode(errors="replace")
         if status.startswith("503"):
             return 0, "no stream takes this subject: JetStream is off, or the stream is gone"
-        return 0, f"the engine answered {status}"
+        return 0, f"the engine answered {status}" if status else None
     try:
         answer = json.loads(received.payload)
         if error := answer.get("error"):
             return 0, f"the engine did not store it: {error.get('description', error)}"
-        return int(answer["seq"]), ""
+        return (int(answer["seq"]), "") if answer["stream"] else (0, None)
     except (ValueError, KeyError, TypeError, AttributeError):
-        return 0, "the engine's answer was not understood"
+        return 0, None
