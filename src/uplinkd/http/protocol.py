@@ -208,10 +208,12 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._over:
             return
-        self._held.append(data)
         if not self._answering and not self._blocked:
+            self._feed(data)
             self._pump()
-        elif not self._paused and sum(map(len, self._held)) > self._limits.held_bytes:
+            return
+        self._held.append(data)
+        if not self._paused and sum(map(len, self._held)) > self._limits.held_bytes:
             self._paused = True
             assert self._transport
             self._transport.pause_reading()
@@ -505,11 +507,12 @@ class Connection(asyncio.Protocol):
 
     def _answered(self) -> None:
         self._answering = False
-        if self._keep_alive:
-            self._rest()
-            self._pump()
-        else:
+        if not self._keep_alive:
             self._close()
+            return
+        self._rest()
+        if self._queue or self._held or self._fault:
+            self._pump()
 
     def _rest(self) -> None:
         """Set the deadline for what is awaited now that nothing is being answered."""
