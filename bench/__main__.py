@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--seconds", type=float, default=3, help="length of one round [3]")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each server, in turn; the median counts [7]")
-    parser.add_argument("--connections", type=int, default=32, help="connections, each a device [32]")
+    parser.add_argument("--connections", type=int, default=64, help="connections, each a device [64]")
     parser.add_argument("--only", choices=SERVERS, action="append", help="measure this server alone; repeatable")
     parser.add_argument("--out", type=Path, help="file for the raw figures, JSON [bench/results/<date>.json]")
     options = parser.parse_args()
