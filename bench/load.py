@@ -71,7 +71,7 @@ def _wrk(peer: Peer, script: str, connections: int, seconds: float, **variables:
         text=True,
         timeout=seconds + 30,
         check=False,
-        env={**os.environ, **variables},
+        env={**os.environ, **variables, "COUNT": str(_SCRIPTS / "count.lua")},
     )
     return parse(
         done.stdout + done.stderr,

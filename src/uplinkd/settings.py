@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 from uplinkd.core.errors import Rejected
 
-__all__ = ["Origins", "Settings", "address", "is_list", "load", "seconds", "shown"]
+__all__ = ["Origins", "Settings", "address", "is_list", "load", "reachable", "seconds", "shown"]
 
 ENVIRONMENT_PREFIX = "UPLINKD_"
 DEFAULT_FILE = Path("uplinkd.toml")
@@ -80,6 +80,12 @@ def address(text: str) -> tuple[str, int]:
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
         raise ValueError("an address is host:port with a port from 0 to 65535, such as 127.0.0.1:8443 or [::1]:8443")
     return host, int(port)
+
+
+def reachable(host: str) -> str:
+    """`host` of a listener as it stands in a URL: what one can connect to, an IPv6 address in brackets."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - turns it into what one can connect to
+    return f"[{host}]" if ":" in host else host
 
 
 def _address(text: str) -> str:

@@ -13,7 +13,7 @@ import click
 
 from uplinkd import __version__
 from uplinkd.cli.common import json_option, print_json, print_table, settings_options
-from uplinkd.settings import Settings, shown
+from uplinkd.settings import Settings, reachable, shown
 
 if TYPE_CHECKING:
     from uplinkd.app import Started
@@ -72,7 +72,7 @@ def _make_demo(settings: Settings) -> None:
 def _banner(started: Started) -> None:
     """What listens where, and two lines that send a first message when pasted into any shell of this machine."""
     host, port = started.tls
-    url = f"https://{_reachable(host)}:{port}"
+    url = f"https://{reachable(host)}:{port}"
     lines = [
         f"uplinkd {__version__} is serving; Ctrl-C stops it",
         "",
@@ -80,7 +80,7 @@ def _banner(started: Started) -> None:
     ]
     if started.plain:
         lines.append(
-            f"            http://{_reachable(started.plain[0])}:{started.plain[1]}   (plain text, for a proxy on this network)"
+            f"            http://{reachable(started.plain[0])}:{started.plain[1]}   (plain text, for a proxy on this network)"
         )
     if started.authority:
         lines.append(f"  CA        {started.authority.absolute()}   (give it to your devices and clients)")
@@ -138,11 +138,6 @@ def _any_device(settings: Settings) -> tuple[str, str] | None:
         return None
     finally:
         registry.close()
-
-
-def _reachable(host: str) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - turns it into what one can connect to
-    return f"[{host}]" if ":" in host else host
 
 
 def _command() -> str:

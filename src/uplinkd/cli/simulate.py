@@ -15,7 +15,7 @@ from uplinkd.client import Answered, Device, login_body
 from uplinkd.core import signature
 from uplinkd.core.errors import EXPLANATIONS, Code, Rejected
 from uplinkd.registry import open_registry
-from uplinkd.settings import Settings, address
+from uplinkd.settings import Settings, address, reachable
 
 __all__ = ["publish", "sign"]
 
@@ -136,8 +136,7 @@ def _known_secret(settings: Settings, product: str, device: str) -> str:
 
 def _local_url(settings: Settings) -> str:
     host, port = address(settings.listen)
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - turns it into what one can connect to
-    return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+    return f"https://{reachable(host)}:{port}"
 
 
 def _explain(answer: Answered, as_json: bool) -> None:
