@@ -42,6 +42,7 @@ lock: $(VENV)/bin/python  ## resolve the dependencies anew into requirements/*.t
 	$(COMPILE) pyproject.toml -o requirements/run.txt
 	$(COMPILE) pyproject.toml --group dev -o requirements/dev.txt
 	$(COMPILE) pyproject.toml --group dev --group bench -o requirements/bench.txt
+	$(COMPILE) --group linkkit -o requirements/linkkit.txt
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

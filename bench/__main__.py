@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import report
+from bench import mqtt, report
 from bench.load import Measured, auth_load, idle_memory, publish_load, raise_file_limit
 from bench.peers import Peer, fastapi, nginx, start_uplinkd, uplinkd
 from uplinkd.engine.embedded import access_for
@@ -25,6 +25,7 @@ from uplinkd.settings import Settings
 
 NEEDED = {"wrk": "wrk", "nginx": "nginx-light", "taskset": "util-linux", "setpriv": "util-linux"}
 SERVERS = ("nginx", "fastapi", "uplinkd")
+PARTS = ("https", "mqtt")
 PAYLOAD = 200
 Load = Callable[[Peer, float], Measured]
 
@@ -35,8 +36,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each server, in turn; the median counts [7]")
     parser.add_argument("--connections", type=int, default=64, help="connections, each a device [64]")
     parser.add_argument("--only", choices=SERVERS, action="append", help="measure this server alone; repeatable")
+    parser.add_argument("--part", choices=PARTS, action="append", help="measure this door alone; repeatable")
+    parser.add_argument("--sessions", type=int, default=10_000, help="idle MQTT sessions [10,000]")
     parser.add_argument("--out", type=Path, help="file for the raw figures, JSON [bench/results/<date>.json]")
     options = parser.parse_args()
+    options.part = options.part or PARTS
     if options.seconds < 1 or options.rounds < 1 or not 1 <= options.connections <= 1000:
         parser.error("--seconds and --rounds are at least 1, --connections 1 to 1000")
     path = os.environ["PATH"] + ":/usr/sbin"
@@ -63,7 +67,6 @@ def main() -> None:
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Everything, bounded: rounds × seconds for each load on each server."""
-    chosen = options.only or SERVERS
     count = options.connections
     facts: dict[str, Any] = {
         "machine": report.machine(),
@@ -72,10 +75,24 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             "rounds": options.rounds,
             "connections": count,
             "payload": PAYLOAD,
-            "servers": list(chosen),
+            "sessions": options.sessions,
+            "servers": list(options.only or SERVERS),
         },
         "loads": {},
     }
+    if "https" in options.part:
+        measure_https(folder / "https", options, facts)
+    if "mqtt" in options.part:
+        with uplinkd(folder / "off", count) as without:
+            facts |= mqtt.measure(folder / "mqtt", without, options, say)
+    return facts
+
+
+def measure_https(folder: Path, options: argparse.Namespace, facts: dict[str, Any]) -> None:
+    """The loads of the HTTPS door, and what a server costs at rest."""
+    folder.mkdir()
+    chosen = options.only or SERVERS
+    count = options.connections
     if "uplinkd" in chosen:
         say("cold start …")
         facts["cold_start_seconds"] = [cold_start(folder / f"cold{number}") for number in range(3)]
@@ -118,7 +135,6 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             published = [facts["loads"][load]["uplinkd"] for load in ("publish", "publish_one")]
             facts["acknowledged"] = sum(each["acknowledged"] for each in published)
             facts["stored"] = stored(folder / "data")
-    return facts
 
 
 def rounds(load: str, act: Load, peers: dict[str, Peer], options: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from bench.peers import PIN, PRODUCT, SECRET, Peer, context, cpu_seconds, login, pss
 from uplinkd.client import login_body
 
-__all__ = ["Measured", "auth_load", "idle_memory", "parse", "publish_load", "raise_file_limit"]
+__all__ = ["LOAD_CORE", "Measured", "auth_load", "idle_memory", "parse", "publish_load", "raise_file_limit"]
 
 LOAD_CORE = "1"
 _SCRIPTS = Path(__file__).parent

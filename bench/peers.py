@@ -160,7 +160,7 @@ def fastapi(folder: Path, tls: Path, devices: int) -> Iterator[Peer]:
     affinity = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {int(SERVER_CORE)})  # the engine's process inherits it
     try:
-        engine = EmbeddedServer.start(Settings(data=folder / "baseline"))
+        engine = EmbeddedServer.start(Settings(data=folder / "baseline", nats_listen=""))
     finally:
         os.sched_setaffinity(0, affinity)
     try:
@@ -185,6 +185,7 @@ def fastapi(folder: Path, tls: Path, devices: int) -> Iterator[Peer]:
 def uplinkd(folder: Path, devices: int, *options: str) -> Iterator[Peer]:
     """uplinkd with one worker and its embedded engine, and `devices` devices."""
     data = folder / "data"
+    folder.mkdir(exist_ok=True)
     fleet = folder / "fleet.csv"
     rows = "".join(f"{PRODUCT},device{number:04},{SECRET}\n" for number in range(devices))
     fleet.write_text("ProductKey,DeviceName,DeviceSecret\n" + rows)
@@ -206,7 +207,8 @@ def start_uplinkd(folder: Path, data: Path, *options: str) -> Iterator[Peer]:
     """uplinkd with one worker and no flow control, once it has answered."""
     port = free_port()
     arguments = [sys.executable, "-m", "uplinkd", "serve", "--data", str(data), "--listen", f"127.0.0.1:{port}"]
-    arguments += ["--workers", "1", "--device-rate", "0", "--device-bytes", "0", "--auth-rate", "0", *options]
+    arguments += ["--workers", "1", "--device-rate", "0", "--device-bytes", "0", "--auth-rate", "0"]
+    arguments += ["--mqtt-listen", "", "--nats-listen", "", *options]
     log = folder / "uplinkd.log"
     ca = data / "tls" / "ca.pem"
     with _running(arguments, log) as process:

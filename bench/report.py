@@ -101,7 +101,39 @@ def goals(facts: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
                 facts["stored"] >= facts["acknowledged"],
             )
         )
+    if figures := facts.get("mqtt"):
+        found += _mqtt_goals(figures)
     return found
+
+
+def _mqtt_goals(figures: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
+    connects, beside = figures["connects, TLS"]["rate"], figures["beside"]["ratio"]
+    return [
+        ("MQTT connects a second, TLS", f"{connects:,.0f}", "≥ 1,000", connects >= 1000),
+        ("HTTPS publish beside MQTT", f"{beside:.3f} ×", "≥ 0.95 ×", beside >= 0.95),
+    ]
+
+
+def _mqtt_rows(figures: Mapping[str, Any], sessions: int) -> list[tuple[str, str, str]]:
+    """(what, figure, server's CPU for one)."""
+    rows = [
+        (f"MQTT: {what}, a second", f"{figures[what]['rate']:,.0f}", f"{figures[what]['cpu_micros']:.0f} µs")
+        for what in figures
+        if "rate" in figures[what]
+    ]
+    for what in ("idle, TLS", "idle, plain"):
+        rows.append(
+            (f"MQTT: {sessions:,} sessions {what}, memory of one", f"{figures[what]['bytes'] / 1000:.1f} kB", "")
+        )
+    heard, beside = figures["heard"], figures["beside"]
+    rows.append(
+        ("MQTT: from HTTPS publish to subscriber, p50 / p99", f"{heard['p50']:.2f} / {heard['p99']:.2f} ms", "")
+    )
+    rows.append(("… and to the answer of the publish", f"{heard['answer_p50']:.2f} / {heard['answer_p99']:.2f} ms", ""))
+    rows.append(
+        ("HTTPS publish without MQTT / beside 1,000 sessions", f"{beside['without']:,.0f} / {beside['with']:,.0f}", "")
+    )
+    return rows
 
 
 def faults(facts: Mapping[str, Any]) -> list[str]:
@@ -140,6 +172,8 @@ def render(facts: Mapping[str, Any]) -> str:
     )
     for load, peers in facts["loads"].items():
         lines += ["", table((LOADS[load], *headings), [_cells(each, peers) for each in peers.values()])]
+    if figures := facts.get("mqtt"):
+        lines += ["", table(("MQTT", "", "server CPU"), _mqtt_rows(figures, settings["sessions"]))]
     if reached := goals(facts):
         cells = [(name, measured, wanted, "reached" if good else "MISSED") for name, measured, wanted, good in reached]
         lines += ["", table(("goal", "measured", "wanted", ""), cells)]

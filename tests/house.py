@@ -21,6 +21,7 @@ from typing import Any
 from uplinkd.core import signature
 
 UPLINKD = [sys.executable, "-m", "uplinkd"]
+# Beside the HTTPS door, whose port the banner tells: so that servers of tests that run at the same time do not collide.
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -57,13 +58,16 @@ def cli_json(*arguments: str, data: Path) -> Any:
 
 @dataclass
 class Server:
-    """`uplinkd serve` on a port of its own; ends with the test."""
+    """`uplinkd serve` on ports of its own; ends with the test."""
 
     data: Path
     options: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
     banner: str = ""
     port: int = 0
+    mqtt_port: int = 0
+    mqtt_plain_port: int = 0
+    nats_port: int = 0
     log: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,10 +75,16 @@ class Server:
 
     def start(self, *, wait: float = 20) -> Server:
         self.data.mkdir(parents=True, exist_ok=True)
-        listen = f"127.0.0.1:{self.port}"
+        ports = {
+            "--listen": self.port,
+            "--mqtt-listen": self.mqtt_port,
+            "--mqtt-plain-listen": self.mqtt_plain_port,
+            "--nats-listen": self.nats_port,
+        }
+        listen = [part for flag, port in ports.items() for part in (flag, f"127.0.0.1:{port}")]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*UPLINKD, "serve", "--data", str(self.data), "--listen", listen, *self.options],
+                [*UPLINKD, "serve", "--data", str(self.data), *listen, *self.options],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=environment(),
@@ -93,7 +103,15 @@ class Server:
         os.set_blocking(self.process.stdout.fileno(), False)
         time.sleep(0.05)
         self.banner += (self.process.stdout.read() or b"").decode()
+        self.mqtt_port = self._told("mqtts")
+        self.mqtt_plain_port = self._told("mqtt")
+        self.nats_port = self._told("nats")
         return self
+
+    def _told(self, scheme: str) -> int:
+        """The port that the banner names with this scheme; 0 where it names none."""
+        match = re.search(rf"\b{scheme}://127\.0\.0\.1:(\d+)", self.banner)
+        return int(match[1]) if match else 0
 
     @property
     def pid(self) -> int:
@@ -227,6 +245,8 @@ def make_devices(server: Server, count: int) -> list[Device]:
 
 
 def stored(data: Path, product: str, limit: int = 10_000) -> dict[int, bytes]:
-    """messageId → payload of what is stored."""
+    """messageId → payload of what devices have reported; status changes are left out."""
     messages = cli_json("messages", "list", "--product", product, "--limit", str(limit), data=data)
-    return {int(each["messageId"]): base64.b64decode(each["payload"]) for each in messages}
+    return {
+        int(each["messageId"]): base64.b64decode(each["payload"]) for each in messages if each["origin"] != "status"
+    }

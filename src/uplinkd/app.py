@@ -14,6 +14,7 @@ import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -27,8 +28,9 @@ from types import FrameType
 from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.engine.embedded import Access, EmbeddedServer
 from uplinkd.flow import Flow
+from uplinkd.listener import Port
 from uplinkd.registry import open_registry
-from uplinkd.settings import Settings, address
+from uplinkd.settings import Settings, address, why_not
 from uplinkd.tls import CertificateFiles, ensure_material, reissue, server_context
 from uplinkd.worker import DRAIN_SECONDS, Task, run
 
@@ -55,8 +57,12 @@ class Started:
     workers: int
     tls: tuple[str, int]
     plain: tuple[str, int] | None
+    mqtt: tuple[str, int] | None
+    mqtt_plain: tuple[str, int] | None
     authority: Path | None
     engine: str
+    nats: str
+    """Where applications connect to it; empty where they do not."""
 
 
 def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: Callable[[Started], None]) -> None:
@@ -65,26 +71,38 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
     Raise Rejected or Unavailable with one clear line when it cannot start.
     """
     with contextlib.ExitStack() as stack:
+        _raise_file_limit()
         _data_folder(settings.data)
         stack.enter_context(_lock(settings.data / "serve.lock"))
-        open_registry(settings).close()
+        registry = open_registry(settings)
+        # Nobody serves yet: whatever session a registry tells of has died with its worker.
+        registry.abandoned(None, now=round(time.time() * 1000), timeout=round(settings.online_timeout * 1000))
+        registry.close()
         prepare(settings)
         certificates = ensure_material(settings)
         context = server_context(certificates)
         count = settings.workers or len(os.sched_getaffinity(0))
         tls = _bind(address(settings.listen), count, "listen", stack)
-        plain = _bind(address(settings.plain_listen), count, "plain_listen", stack) if settings.plain_listen else []
+        plain, mqtt, mqtt_plain = (
+            _bind(address(where), count, setting, stack) if where else []
+            for setting, where in (
+                ("plain_listen", settings.plain_listen),
+                ("mqtt_listen", settings.mqtt_listen),
+                ("mqtt_plain_listen", settings.mqtt_plain_listen),
+            )
+        )
         engine = None
         if settings.nats_url:
             access = Access.of(settings)
         else:
-            engine = EmbeddedServer.start(settings)
+            engine = EmbeddedServer.start(settings, tls=[(pair.certificate, pair.key) for pair in certificates])
             stack.callback(engine.stop)
             access = engine.access
         flow = Flow(settings, shared=count > 1)
         stack.callback(flow.close)
 
-        supervisor = _Supervisor(settings, tls, plain, context, certificates, flow, access, engine)
+        doors = _Doors([(tls, context), (plain, None)], [(mqtt, context), (mqtt_plain, None)], count)
+        supervisor = _Supervisor(settings, doors, certificates, flow, access, engine)
         with supervisor.signals():
             supervisor.start()
             authority = None if settings.tls_cert else settings.data / "tls" / "ca.pem"
@@ -93,12 +111,19 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
                     settings,
                     count,
                     tls[0].getsockname()[:2],
-                    plain[0].getsockname()[:2] if plain else None,
+                    _where(plain),
+                    _where(mqtt),
+                    _where(mqtt_plain),
                     authority,
                     "NATS JetStream, looked after by uplinkd" if engine else "your NATS servers",
+                    access.urls[0] if engine and settings.nats_listen else "",
                 )
             )
             supervisor.watch()
+
+
+def _where(sockets: list[socket.socket]) -> tuple[str, int] | None:
+    return sockets[0].getsockname()[:2] if sockets else None
 
 
 @dataclass(slots=True)
@@ -109,12 +134,30 @@ class _Worker:
     fast_deaths: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Doors:
+    """For each door its ports, each with a listening socket for every worker and its TLS context or None for plain text."""
+
+    https: list[tuple[list[socket.socket], ssl.SSLContext | None]]
+    mqtt: list[tuple[list[socket.socket], ssl.SSLContext | None]]
+    workers: int
+
+    def of(self, slot: int) -> tuple[list[Port], list[Port]]:
+        """The sockets of one worker, in its process: those of the others are closed there."""
+        for sockets, _ in [*self.https, *self.mqtt]:
+            for other, sock in enumerate(sockets):
+                if other != slot:
+                    sock.close()
+        https, mqtt = (
+            [(sockets[slot], context) for sockets, context in door if sockets] for door in (self.https, self.mqtt)
+        )
+        return https, mqtt
+
+
 @dataclass(slots=True)
 class _Supervisor:
     settings: Settings
-    tls: list[socket.socket]
-    plain: list[socket.socket]
-    context: ssl.SSLContext = field(repr=False)
+    doors: _Doors = field(repr=False)
     certificates: list[CertificateFiles]
     flow: Flow
     access: Access
@@ -127,7 +170,7 @@ class _Supervisor:
     def start(self) -> None:
         self.lifeline = os.pipe()
         gc.collect()
-        self.workers = [self._spawn(slot) for slot in range(len(self.tls))]
+        self.workers = [self._spawn(slot) for slot in range(self.doors.workers)]
         end = time.monotonic() + _READY_SECONDS
         for slot, worker in enumerate(self.workers):
             assert worker
@@ -191,15 +234,8 @@ class _Supervisor:
         """In the new process: keep only this worker's own sockets, then serve."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.close(self.lifeline[1])
-        for other in range(len(self.tls)):
-            if other != slot:
-                self.tls[other].close()
-                if self.plain:
-                    self.plain[other].close()
-        sockets: list[tuple[socket.socket, ssl.SSLContext | None]] = [(self.tls[slot], self.context)]
-        if self.plain:
-            sockets.append((self.plain[slot], None))
-        run(Task(self.settings, sockets, self.certificates, self.flow, self.access, ready, self.lifeline[0]))
+        https, mqtt = self.doors.of(slot)
+        run(Task(slot, self.settings, https, mqtt, self.certificates, self.flow, self.access, ready, self.lifeline[0]))
 
     def _restart_workers(self) -> None:
         now = time.monotonic()
@@ -232,6 +268,14 @@ def _end(exit_code: int | None) -> str:
     if exit_code is not None and exit_code < 0:
         return f"was killed by {signal.Signals(-exit_code).name}"
     return f"ended with exit code {exit_code}"
+
+
+def _raise_file_limit() -> None:
+    """As many open files as this process may have: each connection is one, and the usual soft limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _data_folder(data: Path) -> None:
@@ -276,12 +320,9 @@ def _bind(where: tuple[str, int], count: int, setting: str, stack: contextlib.Ex
             if error.errno == errno.EADDRINUSE and time.monotonic() < end:
                 time.sleep(0.1)
                 continue
-            what = {
-                errno.EADDRINUSE: "is in use by another program",
-                errno.EACCES: "may not be used: ports below 1024 need a privilege",
-                errno.EADDRNOTAVAIL: "is not an address of this machine",
-            }.get(error.errno or 0, f"cannot be used: {error.strerror or error}")
-            raise Rejected(f"{host}:{port} {what}; name another with --{setting.replace('_', '-')}") from error
+            raise Rejected(
+                f"{host}:{port} {why_not(error)}; name another with --{setting.replace('_', '-')}"
+            ) from error
 
 
 def _listen(host: str, port: int, count: int, stack: contextlib.ExitStack) -> list[socket.socket]:

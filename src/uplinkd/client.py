@@ -6,6 +6,7 @@ import http.client
 import json
 import socket
 import ssl
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -13,7 +14,7 @@ from urllib.parse import quote, urlsplit
 from uplinkd.core import signature
 from uplinkd.core.errors import Rejected, Unavailable
 
-__all__ = ["Answered", "Device", "login_body"]
+__all__ = ["Answered", "Device", "Published", "login_body"]
 
 _SECONDS = 10
 # OpenSSL's numbers for a certificate that is trusted and does not name the host or the address.
@@ -29,6 +30,15 @@ class Answered(Exception):  # noqa: N818 - an answer, not an error of ours
         self.code = code
         self.message = message
         self.request_id = request_id
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A stored message; with it may have come a message for the device: its topic, and `data`, None where none came."""
+
+    message_id: int
+    topic: str
+    data: str | None
 
 
 class Device:
@@ -61,11 +71,13 @@ class Device:
         answer = self._post("/auth", body.encode(), {"Content-Type": "application/json"})
         return str(self._expected(answer, "token"))
 
-    def publish(self, token: str, topic: str, payload: bytes) -> int:
-        """The messageId of a stored message; raise Answered or Unavailable."""
+    def publish(self, token: str, topic: str, payload: bytes) -> Published:
+        """Report; raise Answered or Unavailable."""
         headers = {"Content-Type": "application/octet-stream", "password": token}
         answer = self._post("/topic" + quote(topic, safe="/@:._-"), payload, headers)
-        return int(self._expected(answer, "messageId"))
+        message_id = int(self._expected(answer, "messageId"))
+        info = answer["info"]
+        return Published(message_id, str(info.get("topic", "")), info.get("data"))
 
     def _expected(self, answer: Any, name: str) -> Any:
         try:

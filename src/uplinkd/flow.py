@@ -18,7 +18,7 @@ from uplinkd.settings import Settings
 
 __all__ = ["Flow"]
 
-# A device's slot: messages, bytes, logins, and one unused, so that a slot never crosses a cache line.
+# A device's slot: messages, bytes, logins, and until when it is claimed.
 _SLOT = 4
 _DEVICES = 1 << 22
 _REFUSALS = 1 << 20
@@ -111,6 +111,20 @@ class Flow:
         ):
             with self._locked(slot):
                 self._until[slot] = max(self._until[slot], self._clock()) + cost
+
+    def claim(self, device_id: int, seconds: float) -> bool:
+        """Whether the caller alone, of all workers, may now do for the device what is done by one at a time; for `seconds`, or until
+        it lets go by `release`."""
+        slot = device_id % _DEVICES * _SLOT + 3
+        with self._locked(slot):
+            now = self._clock()
+            if self._until[slot] > now:
+                return False
+            self._until[slot] = now + seconds
+            return True
+
+    def release(self, device_id: int) -> None:
+        self._until[device_id % _DEVICES * _SLOT + 3] = 0.0
 
     def heal(self) -> None:
         """Free the locks that a killed worker took with it; called by the supervisor after a worker died."""

@@ -1,29 +1,41 @@
-"""What uplinkd does for a device: authenticate() and publish(), in the order of the specification.
+"""What uplinkd does for a device: authenticate() and publish() over HTTPS, connect(), report() and subscribe() over MQTT, send()
+towards it; each in the order of the specification.
 
-Both decide at once from what is in memory. When they lack a fact they raise Wait, whose `fetch` brings it; the door awaits
-that and calls again. So the usual request needs no task of its own, and the unusual one reads the same story.
+What a device asks for is decided at once from what is in memory. When a fact is lacking, Wait is raised, whose `fetch` brings
+it; the door awaits that and calls again. So the usual request needs no task of its own, and the unusual one reads the same
+story.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from uplinkd.core import signature, tokens, topics, wire
-from uplinkd.core.errors import Code, Refused, Unavailable
-from uplinkd.core.model import Device, DeviceName, ProductKey, SigningKey
-from uplinkd.engine import Done, Publisher
+from uplinkd.core.errors import Code, NotFound, Refused, Rejected, Unavailable
+from uplinkd.core.model import Device, DeviceName, Origin, ProductKey, SigningKey
+from uplinkd.engine import Done, Downlink, Publisher, Waiting
 from uplinkd.flow import Flow
+from uplinkd.presence import Presence
 from uplinkd.registry.cache import DeviceCache, Entry
+from uplinkd.roster import Roster
 from uplinkd.settings import Settings
 
-__all__ = ["MAX_PAYLOAD_BYTES", "Gateway", "Request", "Wait"]
+__all__ = ["MAX_MQTT_PAYLOAD_BYTES", "MAX_PAYLOAD_BYTES", "Gateway", "Outcome", "Request", "Sent", "Wait"]
 
 MAX_PAYLOAD_BYTES = 128 * 1024
+MAX_MQTT_PAYLOAD_BYTES = 256 * 1024
 
 _TOKENS = 100_000
 _TOPICS = 20_000
+# A message on its way home is nobody else's for so long: more than any answer takes to be written.
+_CLAIM_SECONDS = 10.0
+_CLAIM_PATIENCE, _CLAIM_PAUSE = 0.2, 0.002
+# Where nothing of what waits could ride home, the next look is made after so long, or when something new waits.
+_FRUITLESS_SECONDS = 5.0
+_FRUITLESS = 100_000
 _LONGEST_NAME = 64
 
 # Unknown devices are signed with this secret, so that they cost what a wrong sign costs.
@@ -51,12 +63,38 @@ class Request:
     fresh: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a request ended, for the record. `endpoint` is auth, topic, http (before it was known) or mqtt; `status` is HTTP's, or
+    the return code of a CONNACK; `reason` is for the operator. The code SUCCESS marks a note: nothing was refused."""
+
+    request_id: str
+    endpoint: str
+    status: int
+    code: Code
+    reason: str
+    address: str
+    product_key: str = ""
+    device_name: str = ""
+    topic: str = ""
+
+
 class Wait(Exception):  # noqa: N818 - not an error: the answer needs a fact that is not in memory
     """Await `fetch()` (which may raise Refused), then call again with the same request."""
 
     def __init__(self, fetch: Callable[[], Awaitable[None]]) -> None:
         super().__init__()
         self.fetch = fetch
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A message was taken for a device: `way` is mqtt when a session has subscribed to it, else waits. `dropped` is the id of
+    the message that had to go for it, the oldest of as many as may wait."""
+
+    message_id: int
+    way: str
+    dropped: int = 0
 
 
 class Gateway:
@@ -69,19 +107,30 @@ class Gateway:
         cache: DeviceCache,
         engine: Publisher,
         flow: Flow,
+        presence: Presence,
+        roster: Roster,
+        downlink: Downlink,
         keys: list[SigningKey],
         clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cache = cache
         self._engine = engine
         self._flow = flow
+        self._presence = presence
+        self._roster = roster
+        self._downlink = downlink
+        self._down_limit = settings.down_limit
+        self._monotonic = monotonic
+        self._fruitless: dict[int, float] = {}
+        downlink.on_waiting(self._look_again)
         self._keys = {key.id: key for key in keys}
         self._key = max((key for key in keys if not key.retired), key=lambda key: key.id)
         self._clock = clock
         self._token_ttl = round(settings.token_ttl * 1000)
         self._window = round(settings.timestamp_window * 1000)
         self._tokens: dict[str, tokens.Token] = {}
-        self._topics: dict[bytes, topics.Topic] = {}
+        self._topics: dict[bytes | str, topics.Topic] = {}
 
     def authenticate(self, request: Request) -> str:
         """The token for the device that `request` signs for. Raise Refused with the documented code, or Wait."""
@@ -89,25 +138,13 @@ class Gateway:
         if not wire.media_type_is(request.content_type, "application/json"):
             raise Refused(Code.PARAM_ERROR, f"Content-Type is {request.content_type!r}; it must be application/json")
         login = wire.login(request.body)
-        request.product_key, request.device_name = login.product_key[:_LONGEST_NAME], login.device_name[:_LONGEST_NAME]
-        self._flow.before_login(login.product_key, login.device_name, request.address)
+        entry = self._recognise(request, login, now)
+        self._presence.saw(entry, now, request.address)
+        return tokens.issue(self._key, entry.device, expires=now + self._token_ttl)
 
-        entry = request.entry if request.fresh else self._cache.get_by_name(login.product_key, login.device_name)
-        device = entry.device if entry else None
-        fault = self._fault(login, device, now)
-        if fault and not request.fresh:
-            # A refusal is decided on fresh facts alone: a secret changed a moment ago counts, and what the registry
-            # does not know takes as long as what it knows.
-            raise Wait(lambda: self._load_by_name(request, login))
-        if fault or device is None:
-            self._flow.refused_login(login.product_key, login.device_name, request.address)
-            raise Refused(Code.AUTH_CHECK_ERROR, fault)
-
-        if device.activated is None:
-            raise Wait(lambda: self._activate(request, device, now))
-        self._flow.login(device.id)
-        self._cache.saw(device.id, now)
-        return tokens.issue(self._key, device, expires=now + self._token_ttl)
+    def connect(self, request: Request, login: wire.Login) -> Entry:
+        """The device that signs in over MQTT, with its rights. Raise Refused, or Wait."""
+        return self._recognise(request, login, round(self._clock() * 1000))
 
     def publish(self, request: Request, done: Done) -> None:
         """Store the request's body under its topic, then call `done`. Raise Refused with the documented code, or Wait."""
@@ -121,18 +158,169 @@ class Gateway:
         device = entry.device
         request.product_key, request.device_name = device.product_key, device.name
 
+        request.entry = entry
         self._flow.message(device.id, len(request.body))
         topic = self._topic(request)
-        if not topics.may_publish(topic, device, entry.publish_levels):
-            raise Refused(Code.PUBLISH_MESSAGE_ERROR, topics.explain(topic, device, entry.classes), topic=topic.text)
-        self._cache.saw(device.id, now)
+        self._check_right(topic, entry)
+        self._presence.saw(entry, now, request.address)
         self._engine.publish(topic.subject, request.body, done)
 
-    def _fault(self, login: wire.Login, device: Device | None, now: int) -> str:
-        """Why `login` is not accepted, empty if it is. Each way out has cost one HMAC."""
+    def report(self, request: Request, entry: Entry, done: Done) -> None:
+        """The same for a message over MQTT, to `request.topic` from the device that has signed in."""
+        device = entry.device
+        self._flow.message(device.id, len(request.body))
+        topic = self._topics.get(request.topic) or self._remember(request.topic, topics.of_text(request.topic))
+        self._check_right(topic, entry)
+        self._engine.publish(topic.subject, request.body, done, Origin.MQTT)
+
+    def before_app(self, key: str, address: str) -> None:
+        """Raise Refused 40000 when too many applications' logins from `address` were refused lately."""
+        self._flow.before_login("", key, address)
+
+    def refused_app(self, key: str, address: str) -> None:
+        """An application's login was refused."""
+        self._flow.refused_login("", key, address)
+
+    def heard(self, entry: Entry, address: str, stamp: int) -> None:
+        """The device's MQTT session `stamp` (see roster) stands."""
+        self._presence.stands(entry, round(self._clock() * 1000), address, stamp)
+
+    def left(self, entry: Entry, stamp: int) -> None:
+        """It has ended."""
+        self._presence.ended(entry, round(self._clock() * 1000), stamp)
+
+    def subscribe(self, entry: Entry, topic_filter: str) -> None:
+        """Return if the device may subscribe to `topic_filter`; raise Refused otherwise."""
+        topics.check_filter(topic_filter)
+        if not topics.may_subscribe(topic_filter, entry.device, entry.classes):
+            reason = topics.explain_filter(topic_filter, entry.device, entry.classes)
+            raise Refused(Code.PUBLISH_MESSAGE_ERROR, reason, topic=topic_filter)
+
+    # -- towards devices
+
+    async def send(self, topic_text: str, payload: bytes) -> Sent:
+        """Take a message for the device that `topic_text` belongs to; return once it is stored.
+
+        Raise Rejected when it can never arrive (NotFound: no such device), Unavailable when it cannot be stored now.
+        """
+        topic = _topic_to_send(topic_text)
+        entry = await self._cache.load_by_name(topic.product_key, topic.device_name)
+        if entry is None:
+            raise NotFound(f"there is no device {topic.device_name!r} in a product {topic.product_key!r}")
+        device = entry.device
+        if not topics.may_receive(topic, device, entry.classes):
+            raise Rejected(
+                f"{topic.text} is not for messages to a device: {topics.explain_filter(topic.text, device, entry.classes)}"
+            )
+        _check_size(payload)
+        by_mqtt = await self._subscribed(device.id, topic.text)
+        if not by_mqtt and (fault := wire.fits_home(payload)):
+            raise Rejected(
+                f"the message cannot wait for a report over HTTPS, and no MQTT session has subscribed: {fault}"
+            )
+        dropped = await self._oldest_of_too_many(device.id)
+        message_id = await self._downlink.store(device.id, topic.text, payload)
+        return Sent(message_id, "mqtt" if by_mqtt else "waits", dropped)
+
+    def waits(self, request: Request) -> bool:
+        """Whether something may wait for the device whose publish was stored."""
+        entry = request.entry
+        if entry is None or entry.device.id not in self._downlink.waiting:
+            return False
+        return self._fruitless.get(entry.device.id, 0.0) <= self._monotonic()
+
+    def _look_again(self, device_id: int) -> None:
+        self._fruitless.pop(device_id, None)
+
+    async def take(self, device_id: int) -> Waiting | None:
+        """The oldest message that may ride home in an answer to the device; nobody else takes it until `arrived` or `spared`."""
+        if not await self._claim(device_id):
+            return None
+        after, looks, taken = 0, 0, False
+        try:
+            while found := await self._downlink.next(device_id, after):
+                if not wire.fits_home(found.payload) and not await self._subscribed(device_id, found.topic):
+                    taken = True
+                    return found
+                after = found.sequence
+                looks += 1
+        finally:
+            if not taken:
+                self._flow.release(device_id)
+        if looks:
+            if len(self._fruitless) >= _FRUITLESS:
+                self._fruitless.clear()
+            self._fruitless[device_id] = self._monotonic() + _FRUITLESS_SECONDS
+        return None
+
+    async def _claim(self, device_id: int) -> bool:
+        """The one before may be on its way out still, in this worker or in another."""
+        end = self._monotonic() + _CLAIM_PATIENCE
+        while not self._flow.claim(device_id, _CLAIM_SECONDS):
+            if self._monotonic() > end:
+                return False
+            await asyncio.sleep(_CLAIM_PAUSE)
+        return True
+
+    async def arrived(self, device_id: int, message: Waiting) -> None:
+        """The answer with it was written."""
+        try:
+            await self._downlink.remove(message.sequence)
+        finally:
+            self._flow.release(device_id)
+
+    def spared(self, device_id: int) -> None:
+        """The answer with it could not be written: it waits on."""
+        self._flow.release(device_id)
+
+    async def _subscribed(self, device_id: int, topic: str) -> bool:
+        """Whether an MQTT session takes messages of `topic` for the device: one that stands, or a persistent one that is away."""
+        if self._roster.subscribed(device_id, topic):
+            return True
+        if device_id not in self._downlink.persistent:
+            return False
+        record = await self._downlink.session(device_id)
+        return record is not None and any(topics.filter_matches(each, topic) for each in record.subscriptions)
+
+    async def _oldest_of_too_many(self, device_id: int) -> int:
+        if await self._downlink.count(device_id) < self._down_limit:
+            return 0
+        oldest = await self._downlink.next(device_id)
+        return oldest.id if oldest else 0
+
+    # -- what both doors share
+
+    def _recognise(self, request: Request, login: wire.Login, now: int) -> Entry:
+        """The device that `login` is of."""
+        request.product_key, request.device_name = login.product_key[:_LONGEST_NAME], login.device_name[:_LONGEST_NAME]
+        self._flow.before_login(login.product_key, login.device_name, request.address)
+
+        entry = request.entry if request.fresh else self._cache.get_by_name(login.product_key, login.device_name)
+        fault = self._fault(login, entry.device if entry else None, now)
+        if fault and not request.fresh:
+            # A refusal is decided on fresh facts alone: a secret changed a moment ago counts, and what the registry
+            # does not know takes as long as what it knows.
+            raise Wait(lambda: self._load_by_name(request, login))
+        if fault or entry is None:
+            self._flow.refused_login(login.product_key, login.device_name, request.address)
+            raise fault or Refused(Code.AUTH_CHECK_ERROR, "the device is not known")
+
+        device = entry.device
+        if device.activated is None:
+            raise Wait(lambda: self._activate(request, device, now))
+        self._flow.login(device.id)
+        return entry
+
+    def _check_right(self, topic: topics.Topic, entry: Entry) -> None:
+        device = entry.device
+        if not topics.may_publish(topic, device, entry.publish_levels):
+            raise Refused(Code.PUBLISH_MESSAGE_ERROR, topics.explain(topic, device, entry.classes), topic=topic.text)
+
+    def _fault(self, login: wire.Login, device: Device | None, now: int) -> Refused | None:
+        """Why `login` is not accepted, None if it is. Each way out has cost one HMAC."""
         right = signature.matches((device or _NOBODY).secret, login.content, login.method, login.sign)
         if device is None:
-            return f"there is no device {login.device_name!r} in a product {login.product_key!r}"
+            return _unauthenticated(f"there is no device {login.device_name!r} in a product {login.product_key!r}")
         if not right:
             content = login.content.replace(device.secret, "***")
             digits = signature.HEX_DIGITS[login.method]
@@ -141,18 +329,21 @@ class Gateway:
                 if len(login.sign) == digits
                 else f"; the sign has {len(login.sign)} digits, {login.method} gives {digits}"
             )
-            return f"wrong sign: the server signed {content!r} with {login.method} and the DeviceSecret that it knows{length}"
+            return _unauthenticated(
+                f"wrong sign: the server signed {content!r} with {login.method} and the DeviceSecret that it knows{length}"
+            )
         if not device.enabled:
-            return (
-                f"the device is disabled; `uplinkd device enable {device.product_key} {device.name}` lets it in again"
+            return _unauthenticated(
+                f"the device is disabled; `uplinkd device enable {device.product_key} {device.name}` lets it in again",
+                forbidden=True,
             )
         if login.timestamp is not None and self._window and abs(now - login.timestamp) > self._window:
             off = (login.timestamp - now) / 1000
-            return (
+            return _unauthenticated(
                 f"stale timestamp: {login.timestamp} is {abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} the server's "
                 f"clock ({now}); at most {self._window / 1000:g} s are allowed (timestamp_window)"
             )
-        return ""
+        return None
 
     def _token(self, text: str | None) -> tokens.Token:
         if not text:
@@ -177,11 +368,14 @@ class Gateway:
             raise Refused(Code.PARAM_ERROR, "the URL has a query string, which /topic does not take")
         topic = self._topics.get(request.path)
         if topic is None:
-            topic = topics.parse(request.path)
-            if len(self._topics) >= _TOPICS:
-                self._topics.clear()
-            self._topics[request.path] = topic
+            topic = self._remember(request.path, topics.parse(request.path))
         request.topic = topic.text
+        return topic
+
+    def _remember(self, text: bytes | str, topic: topics.Topic) -> topics.Topic:
+        if len(self._topics) >= _TOPICS:
+            self._topics.clear()
+        self._topics[text] = topic
         return topic
 
     async def _load_by_name(self, request: Request, login: wire.Login) -> None:
@@ -204,3 +398,22 @@ class Gateway:
         except Unavailable as fault:
             raise Refused(Code.COMMON_ERROR, str(fault)) from fault
         request.fresh = True
+
+
+def _unauthenticated(reason: str, *, forbidden: bool = False) -> Refused:
+    return Refused(Code.AUTH_CHECK_ERROR, reason, forbidden=forbidden)
+
+
+def _topic_to_send(text: str) -> topics.Topic:
+    try:
+        topic = topics.of_text(text)
+    except Refused as refused:
+        raise Rejected(refused.reason) from refused
+    if not topic.product_key or not topic.device_name:
+        raise Rejected(f"{text} is no topic of a device, such as /${{productKey}}/${{deviceName}}/user/get")
+    return topic
+
+
+def _check_size(payload: bytes) -> None:
+    if len(payload) > MAX_MQTT_PAYLOAD_BYTES:
+        raise Rejected(f"the message has {len(payload)} bytes; at most {MAX_MQTT_PAYLOAD_BYTES} are allowed")

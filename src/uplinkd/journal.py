@@ -42,9 +42,10 @@ _STRETCH = 5000
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One no. `endpoint` is auth, topic or http (before it was known), `status` HTTP's, `at` in ms since 1970.
+    """One no. `endpoint` is auth, topic, http (before it was known), mqtt or send, `status` HTTP's or a CONNACK's, `at` in ms
+    since 1970.
 
-    An entry about the journal itself has the endpoint journal, and 0 as code and status.
+    A note has the code 0: nothing was refused (a will was ignored, say). One about the journal itself has the endpoint journal.
     """
 
     request_id: str
@@ -178,7 +179,10 @@ def read(settings: Settings, wanted: Wanted, limit: int) -> list[Refusal]:
             return []
         where, values = _where(wanted)
         sql = f"SELECT {_COLUMNS} FROM refusals WHERE {where} ORDER BY id DESC LIMIT ?"  # noqa: S608 - names of ours
-        return [Refusal(*row) for row in connection.execute(sql, (*values, limit))][::-1]
+        found = [Refusal(*row) for row in connection.execute(sql, (*values, limit))]
+    found.reverse()
+    found.sort(key=attrgetter("at"))  # workers write in turn, not in the order of events
+    return found
 
 
 def follow(settings: Settings, wanted: Wanted) -> Iterator[Refusal]:

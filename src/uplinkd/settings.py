@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import difflib
+import errno
 import ipaddress
 import os
 import re
@@ -22,7 +23,18 @@ from pydantic.fields import FieldInfo
 
 from uplinkd.core.errors import Rejected
 
-__all__ = ["Origins", "Settings", "address", "is_list", "load", "reachable", "seconds", "shown"]
+__all__ = [
+    "Origins",
+    "Settings",
+    "address",
+    "is_list",
+    "is_loopback",
+    "load",
+    "reachable",
+    "seconds",
+    "shown",
+    "why_not",
+]
 
 ENVIRONMENT_PREFIX = "UPLINKD_"
 DEFAULT_FILE = Path("uplinkd.toml")
@@ -88,9 +100,30 @@ def reachable(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def is_loopback(host: str) -> bool:
+    """Whether an IP address is of this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def why_not(error: OSError) -> str:
+    """In words, why an address cannot be listened at."""
+    return {
+        errno.EADDRINUSE: "is in use by another program",
+        errno.EACCES: "may not be used: ports below 1024 need a privilege",
+        errno.EADDRNOTAVAIL: "is not an address of this machine",
+    }.get(error.errno or 0, f"cannot be used: {error.strerror or error}")
+
+
 def _address(text: str) -> str:
     address(text)
     return text
+
+
+def _optional_address(text: str) -> str:
+    return _address(text) if text else text
 
 
 def _trusted_address(text: str) -> str:
@@ -155,6 +188,12 @@ class Settings(BaseModel):
     plain_listen: Annotated[str, AfterValidator(_trusted_address)] = Field(
         "", description="address of a plain-text port for a TLS-terminating proxy; empty: none"
     )
+    mqtt_listen: Annotated[str, AfterValidator(_optional_address)] = Field(
+        "127.0.0.1:8883", description="address of the MQTT door (TLS); empty: none"
+    )
+    mqtt_plain_listen: Annotated[str, AfterValidator(_optional_address)] = Field(
+        "", description="address of MQTT without TLS, for devices that cannot do better, usually port 1884; empty: none"
+    )
     workers: int = Field(0, ge=0, le=256, description="worker processes; 0: one for each core")
     database_url: Annotated[str, AfterValidator(_database_url)] = Field(
         "", description="registry database; empty: SQLite in the data folder"
@@ -164,6 +203,10 @@ class Settings(BaseModel):
     )
     nats_server: str = Field(
         "", description="nats-server binary to start; empty: the one that was installed with uplinkd"
+    )
+    nats_listen: Annotated[str, AfterValidator(_optional_address)] = Field(
+        "127.0.0.1:4223",
+        description="address at which applications reach the nats-server that uplinkd looks after; empty: no application does",
     )
     secret_key: Annotated[SecretStr, AfterValidator(_secret_key)] = Field(
         SecretStr(""),
@@ -183,17 +226,27 @@ class Settings(BaseModel):
     device_bytes: Bytes = Field(
         1024**2, ge=0, description="payload bytes a second of one device, and its burst; 0: no limit"
     )
-    auth_rate: float = Field(30.0, ge=0, description="logins a minute of one device, and its burst; 0: no limit")
+    auth_rate: float = Field(
+        30.0, ge=0, description="logins a minute of one device, over HTTPS and MQTT, and its burst; 0: no limit"
+    )
     address_auth_rate: float = Field(
         600.0, ge=0, description="refused logins a minute from one address, and its burst; 0: no limit"
     )
     online_timeout: Seconds = Field(
-        600.0, ge=1, description="a device counts as online this long after its last request"
+        600.0, ge=1, description="a device that reports over HTTPS counts as online this long after its last request"
     )
 
     keep_age: Seconds = Field(7 * 86400.0, ge=0, description="messages are kept this long; 0: no limit by age")
     keep_bytes: Bytes = Field(
         10 * 1024**3, ge=1024**2, description="messages are kept up to this size, the oldest go first"
+    )
+    down_age: Seconds = Field(
+        7 * 86400.0,
+        ge=1,
+        description="messages sent down wait this long for their device, and persistent MQTT sessions for its return",
+    )
+    down_limit: int = Field(
+        100, ge=1, le=10_000, description="messages that may wait for one device; the oldest is dropped for one more"
     )
     publish_timeout: Seconds = Field(
         1.5, gt=0, le=2, description="longest wait for the engine before a publish is refused"

@@ -6,8 +6,8 @@ import asyncio
 import gc
 import logging
 import os
+import secrets
 import signal
-import socket
 import ssl
 import time
 from collections.abc import Callable
@@ -16,17 +16,30 @@ from multiprocessing.connection import Connection
 
 import uvloop
 
-from uplinkd.core.model import DeviceName, ProductKey
+from uplinkd.core.apps import check_app_secret
+from uplinkd.core.errors import Code
+from uplinkd.core.model import App, DeviceName, ProductKey
+from uplinkd.core.topics import owner
 from uplinkd.engine import open_publisher
-from uplinkd.engine.embedded import Access
+from uplinkd.engine.bus import NatsBus
+from uplinkd.engine.callout import Callout
+from uplinkd.engine.down import JetStreamDownlink
+from uplinkd.engine.embedded import Access, account_key
 from uplinkd.flow import Flow
-from uplinkd.gateway import Gateway
+from uplinkd.gateway import Gateway, Outcome, Sent
 from uplinkd.http.limits import Limits
-from uplinkd.http.listener import Listener
-from uplinkd.http.protocol import Door, Outcome
+from uplinkd.http.protocol import Connection as HttpConnection
+from uplinkd.http.protocol import Door as HttpDoor
 from uplinkd.journal import Journal, Refusal
-from uplinkd.registry import open_registry
+from uplinkd.listener import Listener, Port
+from uplinkd.mqtt.session import Connection as MqttConnection
+from uplinkd.mqtt.session import Door as MqttDoor
+from uplinkd.mqtt.websocket import WebSocket
+from uplinkd.presence import Presence
+from uplinkd.registry import Registry, open_registry
 from uplinkd.registry.cache import DeviceCache
+from uplinkd.roster import Roster
+from uplinkd.sending import Sending
 from uplinkd.settings import Settings
 from uplinkd.tls import CertificateFiles, Renewal
 
@@ -41,11 +54,13 @@ _CLOSING_SECONDS = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What the supervisor hands to a worker. `ready` is written to once it serves; `lifeline` reports EOF when the
-    supervisor has died."""
+    """What the supervisor hands to a worker. `slot` tells it from the others, 0 the first. `ready` is written to once it
+    serves; `lifeline` reports EOF when the supervisor has died."""
 
+    slot: int
     settings: Settings
-    sockets: list[tuple[socket.socket, ssl.SSLContext | None]] = field(repr=False)
+    https: list[Port] = field(repr=False)
+    mqtt: list[Port] = field(repr=False)
     certificates: list[CertificateFiles]
     flow: Flow
     access: Access
@@ -69,20 +84,50 @@ async def _serve(task: Task) -> None:
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_reader(task.lifeline, stop.set)
 
-    settings = task.settings
+    settings, name = task.settings, str(task.slot)
     registry = open_registry(settings)
     cache = DeviceCache(registry)
     engine = open_publisher(settings, task.access)
+    bus = NatsBus(task.access, f"uplinkd worker {name}")
+    downlink = JetStreamDownlink(settings, bus)
+    roster = Roster(bus, name)
+    presence = Presence(settings, registry, engine, bus, worker=name, sweeps=task.slot == 0)
     journal = Journal(settings)
-    gateway = Gateway(settings, cache=cache, engine=engine, flow=task.flow, keys=registry.signing_keys())
-    door = Door(gateway, Limits.of(settings), _recorder(journal), time.monotonic, settings.access_log)
-    listener = Listener(door, task.sockets)
+    gateway = Gateway(
+        settings,
+        cache=cache,
+        engine=engine,
+        flow=task.flow,
+        presence=presence,
+        roster=roster,
+        downlink=downlink,
+        keys=registry.signing_keys(),
+    )
+    record = _recorder(journal)
+    sending = Sending(bus, gateway, lambda *broadcast: mqtt.deliver_to_product(*broadcast), _dropped(record))
+    mqtt = MqttDoor(gateway, roster, downlink, bus, cache, record, _Apps(registry), sending, time.monotonic)
+    mqtt.take_limits(settings)
+    https = HttpDoor(gateway, Limits.of(settings), record, time.monotonic, settings.access_log)
+    https.websocket = lambda: WebSocket(lambda: MqttConnection(mqtt))
+    doors = [
+        Listener(https, lambda: HttpConnection(https), task.https),
+        Listener(mqtt, lambda: MqttConnection(mqtt), task.mqtt),
+    ]
 
     await engine.start()
-    duties = [asyncio.create_task(duty) for duty in (cache.run(), journal.run(), listener.run())]
-    if context := next((context for _, context in task.sockets if context), None):
+    await presence.start()
+    duties = [
+        asyncio.create_task(duty)
+        for duty in (bus.run(), cache.run(), journal.run(), presence.run(), downlink.run(), *map(Listener.run, doors))
+    ]
+    if task.access.file and settings.nats_listen:
+        callout = Callout(registry, task.access, account_key(task.access.file.parent))
+        cache.on_change(lambda change: None if change.product_key else callout.changed(change.app_id or 0))
+        duties.append(asyncio.create_task(callout.run()))
+    if context := next((context for _, context in [*task.https, *task.mqtt] if context), None):
         duties.append(asyncio.create_task(_renew(context, task.certificates)))
-    await listener.start()
+    for door in doors:
+        await door.start()
     task.ready.send_bytes(b"ready")
 
     stopped = asyncio.create_task(stop.wait())
@@ -90,9 +135,11 @@ async def _serve(task: Task) -> None:
     loop.remove_reader(task.lifeline)
     # Whatever may hang: without a supervisor there is nobody else to end this process.
     loop.call_later(DRAIN_SECONDS + _CLOSING_SECONDS, os._exit, 1)
-    cut = await listener.drain(within=DRAIN_SECONDS)
+    cut = sum(await asyncio.gather(*(door.drain(within=DRAIN_SECONDS) for door in doors)))
     if cut:
         log.warning("%d requests had not fully arrived within %g s of the stop and were cut", cut, DRAIN_SECONDS)
+    await sending.drain()
+    await presence.close()
     await engine.stop()
     failed = [duty for duty in duties if duty.done() and not duty.cancelled()]
     for duty in duties:
@@ -110,6 +157,34 @@ async def _renew(context: ssl.SSLContext, certificates: list[CertificateFiles]) 
     while True:
         await asyncio.sleep(_RENEWAL_SECONDS)
         renewal.check()
+
+
+class _Apps:
+    """The registry's applications, asked in a thread."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    async def signed_in(self, key: str, secret: bytes) -> App | None:
+        app = await asyncio.to_thread(self._registry.find_app, key)
+        return app if check_app_secret(app, secret.decode(errors="replace")) else None
+
+    async def by_id(self, app_id: int) -> App | None:
+        return await asyncio.to_thread(self._registry.find_app_by_id, app_id)
+
+
+def _dropped(record: Callable[[Outcome], None]) -> Callable[[str, Sent], None]:
+    """Records that a message had to go for a newer one."""
+
+    def drop(topic: str, sent: Sent) -> None:
+        product_key, device_name = owner(topic)
+        reason = (
+            f"as many messages as may wait for the device (down_limit) did so; the oldest, {sent.dropped}, was dropped for "
+            f"{sent.message_id}"
+        )
+        record(Outcome(secrets.token_hex(8), "send", 0, Code.SUCCESS, reason, "", product_key, device_name, topic))
+
+    return drop
 
 
 def _recorder(journal: Journal) -> Callable[[Outcome], None]:

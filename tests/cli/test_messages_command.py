@@ -58,7 +58,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(data: Path) -> Iterator[EmbeddedServer]:
-    server = EmbeddedServer.start(Settings(data=data))
+    server = EmbeddedServer.start(Settings(data=data, nats_listen=""))
     yield server
     server.stop()
 
@@ -78,6 +78,7 @@ def test_a_listing_is_one_document_with_the_documented_keys(data: Path, server: 
         "topic": TOPICS[0],
         "productKey": "pk1",
         "deviceName": "lamp",
+        "origin": "https",
         "payload": base64.b64encode(b"\x00\xff").decode(),
     }
 

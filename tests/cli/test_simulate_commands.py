@@ -102,6 +102,14 @@ def test_publish_goes_the_whole_way(endpoint: Endpoint) -> None:
     assert payload == b"hello"
 
 
+def test_publish_tells_what_rides_home(endpoint: Endpoint) -> None:
+    """The message that waited for the device, with its topic; control characters as escapes."""
+    endpoint.topic["info"] |= {"topic": f"/{PRODUCT}/{DEVICE}/user/get", "data": "on\n"}
+    assert f"on /{PRODUCT}/{DEVICE}/user/get: on\\n" in publish(endpoint, "hello").stdout
+    document = json.loads(publish(endpoint, "hello", "--json").stdout)
+    assert document["down"] == {"topic": f"/{PRODUCT}/{DEVICE}/user/get", "data": "on\n"}
+
+
 def test_publish_reads_octets_from_standard_input(endpoint: Endpoint) -> None:
     """Whatever they are."""
     publish(endpoint, "-", stdin=b"\x00\xff\r\n")
@@ -204,6 +212,22 @@ def test_sign_shows_content_and_sign(method: str, tmp_path: Path, monkeypatch: p
         "signmethod": method.lower(),
         "sign": expected,
     }
+
+
+def test_sign_shows_what_a_connect_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same content and sign, as clientId, user name and password of MQTT."""
+    monkeypatch.chdir(tmp_path)
+    who = ("--product", "pk", "--device", "device", "--secret", "secret", "--client-id", "12345", "--timestamp", "789")
+    document = json.loads(run("sign", *who, "--mqtt", "--json").stdout)
+    assert document == {
+        "content": "clientId12345deviceNamedeviceproductKeypktimestamp789",
+        "clientId": "12345|securemode=2,signmethod=hmacsha1,timestamp=789|",
+        "username": "device&pk",
+        "password": "fafd82a3d602b37fb0fa8b7892f24a477f851a14",
+    }
+    shown = run("sign", *who, "--mqtt").stdout
+    assert all(value in shown for value in document.values())
+    assert run("sign", *who, "--mqtt", "--body").exit_code == 2
 
 
 def test_sign_uses_the_sdks_client_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

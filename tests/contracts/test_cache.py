@@ -28,7 +28,6 @@ class Troubled:
         self.reached = threading.Event()
         self.go_on = threading.Event()
         self.go_on.set()
-        self.written: list[tuple[int, int]] = []
 
     def __getattr__(self, name: str) -> Any:
         if self.away:
@@ -40,12 +39,6 @@ class Troubled:
         self.reached.set()
         assert self.go_on.wait(10)
         return found
-
-    def seen(self, latest: list[tuple[int, int]]) -> None:
-        self.reached.set()
-        assert self.go_on.wait(10)
-        self.__getattr__("seen")(latest)
-        self.written += latest
 
 
 @pytest.fixture
@@ -63,7 +56,7 @@ def troubled(registry: Registry) -> Troubled:
 
 @pytest.fixture
 async def cache(troubled: Troubled) -> AsyncIterator[DeviceCache]:
-    cache = DeviceCache(troubled, capacity=3)  # type: ignore[arg-type]  # what it lacks, __getattr__ has
+    cache = DeviceCache(troubled, capacity=3)
     yield cache
     await cache.close()
 
@@ -218,57 +211,3 @@ async def test_a_first_login_is_recorded_before_it_is_answered(cache: DeviceCach
     assert entry is not None
     assert entry.device.activated == 1_000
     assert registry.device(PRODUCT, device.name).activated == 1_000
-
-
-async def test_last_seen_is_written_soon_but_not_each_time(
-    cache: DeviceCache, registry: Registry, troubled: Troubled
-) -> None:
-    """Of a busy device one time in five seconds is written; of each device the first at once."""
-    device = registry.create_device(PRODUCT)
-    await cache.load(device.id)
-    for now in range(1_000_000, 1_012_000, 100):
-        cache.saw(device.id, now)
-        await cache.flush()
-    written = [at for device_id, at in troubled.written if device_id == device.id]
-    assert written == [1_000_000, 1_005_000, 1_010_000]
-    assert registry.device(PRODUCT, device.name).last_seen == 1_010_000
-
-
-async def test_last_seen_reaches_the_registry_while_the_cache_runs(cache: DeviceCache, registry: Registry) -> None:
-    """Nobody has to flush: what was seen is in the registry within two seconds."""
-    device = registry.create_device(PRODUCT)
-    await cache.load(device.id)
-    task = asyncio.create_task(cache.run())
-    cache.saw(device.id, 1_000_000)
-    await until(lambda: registry.device(PRODUCT, device.name).last_seen == 1_000_000)
-    await stopped(task)
-
-
-async def test_what_was_seen_during_an_outage_is_written_after_it(
-    cache: DeviceCache, registry: Registry, troubled: Troubled
-) -> None:
-    """A refused write is kept for the next time, and a time that came in while it was under way wins."""
-    device, other = (registry.create_device(PRODUCT) for _ in range(2))
-    cache.saw(device.id, 1_000)
-    cache.saw(other.id, 1_000)
-    troubled.away = True
-    troubled.go_on.clear()
-    refused = asyncio.create_task(cache.flush())
-    await until(troubled.reached.is_set)
-    cache.saw(other.id, 9_000)
-    troubled.go_on.set()
-    with pytest.raises(Unavailable):
-        await refused
-    troubled.away = False
-    await cache.flush()
-    assert registry.device(PRODUCT, device.name).last_seen == 1_000
-    assert registry.device(PRODUCT, other.name).last_seen == 9_000
-
-
-async def test_closing_writes_what_was_seen(registry: Registry) -> None:
-    """A worker that drains loses no lastSeen."""
-    cache = DeviceCache(registry)
-    device = registry.create_device(PRODUCT)
-    cache.saw(device.id, 7_000)
-    await cache.close()
-    assert registry.device(PRODUCT, device.name).last_seen == 7_000

@@ -46,7 +46,7 @@ class _Both:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings(data=tmp_path)
+    return Settings(data=tmp_path, nats_listen="")
 
 
 @pytest.fixture
@@ -367,7 +367,7 @@ async def test_a_foreign_stream_of_our_name_is_explained_and_left_alone(
 
 async def test_messages_are_kept_up_to_a_size(tmp_path: Path) -> None:
     """The oldest go first, and what is left is found."""
-    settings = Settings(data=tmp_path, keep_bytes=2**20)
+    settings = Settings(data=tmp_path, nats_listen="", keep_bytes=2**20)
     server = EmbeddedServer.start(settings)
     publisher = open_publisher(settings, server.access)
     await publisher.start()
@@ -442,7 +442,7 @@ def test_an_old_binary_on_path_does_not_serve(
 @pytest.mark.parametrize("name", ["数据 目录", 'a "quoted" one', "$HOME\\x"])
 def test_any_folder_may_hold_the_data(tmp_path: Path, name: str) -> None:
     """Its name is quoted as nats-server reads it."""
-    server = EmbeddedServer.start(Settings(data=tmp_path / name))
+    server = EmbeddedServer.start(Settings(data=tmp_path / name, nats_listen=""))
     assert (tmp_path / name / "nats" / "jetstream").is_dir()
     server.stop()
 
@@ -560,7 +560,7 @@ async def test_a_stream_deleted_under_load_comes_back_and_gives_no_id_twice(
 @pytest.mark.parametrize("age", [0.0, 0.5, 3600.0])
 async def test_a_stream_that_is_as_set_is_left_in_peace(tmp_path: Path, age: float) -> None:
     """Also without a limit by age: what the server makes of a setting must not look like a change, or it goes on for ever."""
-    settings = Settings(data=tmp_path, keep_age=age)
+    settings = Settings(data=tmp_path, nats_listen="", keep_age=age)
     server = EmbeddedServer.start(settings)
     for _ in range(2):
         publisher = open_publisher(settings, server.access)
@@ -576,7 +576,7 @@ async def test_a_stream_that_is_as_set_is_left_in_peace(tmp_path: Path, age: flo
 async def test_a_smaller_size_is_followed_after_a_restart(tmp_path: Path) -> None:
     """The server's own limit stands in the way of neither the old stream nor the new size."""
     for size in (20 * 2**30, 2**24):
-        settings = Settings(data=tmp_path, keep_bytes=size)
+        settings = Settings(data=tmp_path, nats_listen="", keep_bytes=size)
         server = EmbeddedServer.start(settings)
         publisher = open_publisher(settings, server.access)
         await publisher.start()

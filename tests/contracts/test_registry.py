@@ -23,7 +23,7 @@ from pydantic import SecretStr
 from uplinkd.core import names
 from uplinkd.core.errors import Conflict, NotFound, Rejected, Unavailable
 from uplinkd.core.model import ProductKey, Right, TopicClass
-from uplinkd.registry import Change, ImportRow, Registry, open_registry
+from uplinkd.registry import Change, ImportRow, Registry, Sighting, open_registry
 from uplinkd.registry.schema import REVISIONS, metadata
 from uplinkd.registry.vault import Vault, fingerprint
 from uplinkd.settings import Settings
@@ -231,10 +231,10 @@ def test_a_fleet_is_listed_by_name_across_batches(registry: Registry) -> None:
 def test_the_first_login_stays_and_the_latest_request_rises(registry: Registry) -> None:
     """activated is written once; last_seen never goes back, and a deleted device is passed over."""
     device = registry.create_device(PRODUCT, "lamp-1")
-    registry.activate(device.id, 1000)
-    registry.activate(device.id, 2000)
-    registry.seen([(device.id, 5000), (device.id + 1, 5000)])
-    registry.seen([(device.id, 3000)])
+    registry.activate([(device.id, 1000)])
+    registry.activate([(device.id, 2000)])
+    registry.sighted([Sighting(device.id, 5000, ""), Sighting(device.id + 1, 5000, "")], now=5000, timeout=600)
+    registry.sighted([Sighting(device.id, 3000, "")], now=5000, timeout=600)
     found = registry.device(PRODUCT, "lamp-1")
     assert (found.activated, found.last_seen) == (1000, 5000)
 
@@ -590,7 +590,7 @@ def test_a_database_of_a_newer_uplinkd_is_refused(settings: Settings) -> None:
     connection.execute("UPDATE alembic_version SET version_num = '9999'")
     connection.commit()
     connection.close()
-    with pytest.raises(Rejected, match=r"newer uplinkd.*9999.*0001"):
+    with pytest.raises(Rejected, match=r"newer uplinkd.*9999.*0002"):
         open_registry(settings)
 
 

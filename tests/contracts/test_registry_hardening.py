@@ -70,7 +70,7 @@ def test_a_slow_source_of_rows_does_not_hold_the_registry(registry: Registry) ->
     assert reached.wait(30)
     try:
         started = time.monotonic()
-        registry.activate(device.id, 1000)
+        registry.activate([(device.id, 1000)])
         assert time.monotonic() - started < 1
     finally:
         go_on.set()

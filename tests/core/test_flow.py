@@ -127,7 +127,7 @@ def test_the_limit_holds_across_processes(flow: Flow) -> None:
 
 def test_a_lock_that_died_with_its_worker_is_healed(flow: Flow) -> None:
     """A worker killed while it holds a lock neither stops the others nor weakens the limit for good."""
-    for lock in flow._locks:
+    for lock in flow._locks[:2]:  # the device's is the second
         lock.acquire()
     assert passes(lambda: flow.message(1, 10)) == 30
     flow.heal()

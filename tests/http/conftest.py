@@ -1,63 +1,21 @@
-"""A whole worker without sockets: real registry, real gateway, the engine in memory, a transport that keeps what is written."""
+"""Devices that speak HTTP to a worker without sockets."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.room import DEVICE, PRODUCT, SECRET, Room, Transport, open_room
 from uplinkd.core import signature
 from uplinkd.core.errors import Code
-from uplinkd.engine.memory import MemoryEngine
-from uplinkd.flow import Flow
-from uplinkd.gateway import Gateway
-from uplinkd.http.limits import Limits
-from uplinkd.http.protocol import Connection, Door, Outcome
-from uplinkd.registry import Registry, open_registry
-from uplinkd.registry.cache import DeviceCache
+from uplinkd.http.protocol import Connection
 from uplinkd.settings import Settings
-
-PRODUCT, DEVICE, SECRET = "a1GFjLP3xxC", "device123", "secret"
-
-
-class Transport(asyncio.Transport):
-    """Keeps what is written, write by write; `full` plays a peer that does not read."""
-
-    def __init__(self, address: str) -> None:
-        super().__init__()
-        self.writes: list[bytes] = []
-        self.paused = False
-        self.closed = False
-        self.aborted = False
-        self._address = address
-
-    def write(self, data: Any) -> None:
-        assert not self.closed, "nothing is written after close"
-        self.writes.append(bytes(data))
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return (self._address, 4711) if name == "peername" else default
-
-    def pause_reading(self) -> None:
-        self.paused = True
-
-    def resume_reading(self) -> None:
-        self.paused = False
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def close(self) -> None:
-        self.closed = True
-
-    def abort(self) -> None:
-        self.closed = self.aborted = True
 
 
 @dataclass
@@ -126,37 +84,6 @@ class Peer:
         return after[-1]
 
 
-@dataclass
-class House:
-    """Everything that a test may want to look at or to break."""
-
-    settings: Settings
-    registry: Registry
-    engine: MemoryEngine
-    cache: DeviceCache
-    flow: Flow
-    gateway: Gateway
-    door: Door
-    outcomes: list[Outcome] = field(default_factory=list)
-    monotonic: float = 1000.0
-    wall: float = field(default_factory=time.time)
-
-    def connect(self, address: str = "192.0.2.7") -> Peer:
-        peer = Peer(Connection(self.door), Transport(address))
-        peer.connection.connection_made(peer.transport)
-        return peer
-
-    def later(self, seconds: float) -> None:
-        """Let the door's clock pass."""
-        self.monotonic += seconds
-        self.door.tick()
-
-    async def token(self, device: str = DEVICE) -> str:
-        reply = await self.connect().ask(login_request(device=device))
-        assert reply.code == Code.SUCCESS, self.outcomes
-        return str(reply.json["info"]["token"])
-
-
 def login_body(
     *, product: str = PRODUCT, device: str = DEVICE, secret: str = SECRET, method: str = "hmacsha1", **extra: object
 ) -> dict[str, object]:
@@ -192,29 +119,21 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(data=tmp_path)
 
 
+class House(Room):
+    """A worker with devices that speak HTTP to it."""
+
+    def connect(self, address: str = "192.0.2.7") -> Peer:
+        peer = Peer(Connection(self.door), Transport(address))
+        peer.connection.connection_made(peer.transport)
+        return peer
+
+    async def token(self, device: str = DEVICE) -> str:
+        reply = await self.connect().ask(login_request(device=device))
+        assert reply.code == Code.SUCCESS, self.outcomes
+        return str(reply.json["info"]["token"])
+
+
 @pytest.fixture
 async def house(settings: Settings) -> AsyncIterator[House]:
-    registry = open_registry(settings)
-    registry.create_product("lamps", key=PRODUCT)
-    registry.create_device(PRODUCT, DEVICE, secret=SECRET)
-    engine = MemoryEngine()
-    await engine.start()
-    cache = DeviceCache(registry)
-    flow = Flow(settings, shared=False)
-    outcomes: list[Outcome] = []
-    house: House | None = None
-    gateway = Gateway(
-        settings,
-        cache=cache,
-        engine=engine,
-        flow=flow,
-        keys=registry.signing_keys(),
-        clock=lambda: house.wall if house else time.time(),
-    )
-    door = Door(gateway, Limits.of(settings), outcomes.append, lambda: house.monotonic if house else 1000.0)
-    house = House(settings, registry, engine, cache, flow, gateway, door, outcomes)
-    yield house
-    await engine.stop()
-    await cache.close()
-    flow.close()
-    registry.close()
+    async with open_room(settings, House) as house:
+        yield house

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import pytest
 
-from tests.http.conftest import DEVICE, PRODUCT, SECRET, House, login_body, login_request, publish_request, request
+from tests.http.conftest import House, login_body, login_request, publish_request, request
+from tests.room import DEVICE, PRODUCT, SECRET
 from uplinkd.core import signature, tokens
 from uplinkd.core.errors import Unavailable
 from uplinkd.core.model import Right
@@ -345,7 +345,7 @@ async def test_the_seeds_example_topic_is_a_custom_class(house: House) -> None:
 async def test_the_engines_no_is_30001(house: House) -> None:
     """The log says that it was the engine, and why."""
     token = await house.token()
-    house.engine.publish = lambda subject, payload, done: done(0, "the engine is away")  # type: ignore[method-assign]
+    house.engine.publish = lambda *given: given[2](0, "the engine is away")  # type: ignore[method-assign]
     reply = await house.connect().ask(publish_request(token))
     assert (reply.code, reply.json["message"]) == (30001, "publish message error")
     assert last_reason(house) == "the engine is away"
@@ -391,14 +391,5 @@ async def test_message_ids_rise(house: House) -> None:
 async def test_a_token_from_before_a_restart_stands(house: House) -> None:
     """The signing key is in the registry, not in the process."""
     token = await house.token()
-    from uplinkd.gateway import Gateway
-
-    house.door.gateway = Gateway(
-        house.settings,
-        cache=house.cache,
-        engine=house.engine,
-        flow=house.flow,
-        keys=house.registry.signing_keys(),
-        clock=time.time,
-    )
+    house.door.gateway = house.another_gateway()
     assert (await house.connect().ask(publish_request(token))).code == 0

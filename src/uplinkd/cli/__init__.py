@@ -18,7 +18,9 @@ COMMANDS = {
     "product": ("uplinkd.cli.products", "product"),
     "device": ("uplinkd.cli.devices", "device"),
     "topic": ("uplinkd.cli.topics", "topic"),
+    "app": ("uplinkd.cli.apps", "app"),
     "messages": ("uplinkd.cli.messages", "messages"),
+    "send": ("uplinkd.cli.send", "send"),
     "logs": ("uplinkd.cli.logs", "logs"),
     "publish": ("uplinkd.cli.simulate", "publish"),
     "sign": ("uplinkd.cli.simulate", "sign"),
@@ -40,7 +42,7 @@ class _Commands(click.Group):
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="uplinkd")
 def uplinkd() -> None:
-    """An HTTPS access server for IoT devices, wire-compatible with Alibaba Cloud IoT Platform."""
+    """An HTTPS and MQTT access server for IoT devices, wire-compatible with Alibaba Cloud IoT Platform."""
 
 
 def main() -> None:

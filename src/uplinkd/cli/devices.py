@@ -56,8 +56,11 @@ def list_devices(settings: Settings, pk: str, prefix: str, limit: int | None, as
     if as_json:
         print_json([_document(settings, each, secret=False) for each in found])
     else:
-        rows = [(each.name, _state(settings, each), local_time(each.last_seen)) for each in found]
-        print_table(("DEVICE NAME", "STATE", "LAST SEEN"), rows)
+        rows = [
+            (each.name, _state(settings, each), _connection(settings, each), local_time(each.last_seen), each.address)
+            for each in found
+        ]
+        print_table(("DEVICE NAME", "STATE", "BY", "LAST SEEN", "FROM"), rows)
 
 
 @device.command()
@@ -88,7 +91,7 @@ def enable(settings: Settings, pk: str, name: str, as_json: bool) -> None:
 @json_option
 @_options
 def disable(settings: Settings, pk: str, name: str, as_json: bool) -> None:
-    """Shut a device out; its tokens die within a second."""
+    """Shut a device out; its tokens and its MQTT session end within a second."""
     with opened(settings) as registry:
         _done(settings, registry.set_enabled(pk, name, False), "is disabled", as_json)
 
@@ -99,7 +102,7 @@ def disable(settings: Settings, pk: str, name: str, as_json: bool) -> None:
 @json_option
 @_options
 def reset_secret(settings: Settings, pk: str, name: str, as_json: bool) -> None:
-    """Give a device a new secret; its tokens die within a second."""
+    """Give a device a new secret; its tokens and its MQTT session end within a second."""
     with opened(settings) as registry:
         _show(settings, registry.reset_secret(pk, name), as_json)
 
@@ -110,7 +113,7 @@ def reset_secret(settings: Settings, pk: str, name: str, as_json: bool) -> None:
 @json_option
 @_options
 def delete(settings: Settings, pk: str, name: str, as_json: bool) -> None:
-    """Delete a device; its tokens die within a second, its messages stay."""
+    """Delete a device; its tokens and its MQTT session end within a second, its messages stay."""
     with opened(settings) as registry:
         registry.delete_device(pk, name)
     if as_json:
@@ -239,7 +242,9 @@ def _document(settings: Settings, found: Device, *, secret: bool = True) -> dict
         "deviceName": found.name,
         **({"deviceSecret": found.secret} if secret else {}),
         "state": _state(settings, found),
+        "connection": _connection(settings, found),
         "lastSeen": found.last_seen,
+        "clientIp": found.address,
         "createTime": found.created,
         "activeTime": found.activated,
     }
@@ -253,8 +258,8 @@ def _show(settings: Settings, found: Device, as_json: bool) -> None:
         f"productKey    {found.product_key}\n"
         f"deviceName    {found.name}\n"
         f"deviceSecret  {found.secret}\n"
-        f"state         {_state(settings, found)}\n"
-        f"last seen     {local_time(found.last_seen)}"
+        f"state         {_state(settings, found)}{f', by {by}' if (by := _connection(settings, found)) else ''}\n"
+        f"last seen     {local_time(found.last_seen)}{f', from {found.address}' if found.address else ''}"
     )
 
 
@@ -267,3 +272,7 @@ def _done(settings: Settings, found: Device, what: str, as_json: bool) -> None:
 
 def _state(settings: Settings, found: Device) -> str:
     return found.state(now=round(time.time() * 1000), online_timeout=round(settings.online_timeout * 1000)).value
+
+
+def _connection(settings: Settings, found: Device) -> str:
+    return found.connection(now=round(time.time() * 1000), online_timeout=round(settings.online_timeout * 1000))

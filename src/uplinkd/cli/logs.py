@@ -41,7 +41,10 @@ def logs(
     follow: bool,
     as_json: bool,
 ) -> None:
-    """Every refusal with its reason, the latest last; one of them by the REQUEST_ID that its device was given."""
+    """Every refusal with its reason, the latest last; one of them by the REQUEST_ID that its device was given.
+
+    A note tells of what was not refused, and is worth knowing: ignored, slowed down, taken over, dropped.
+    """
     oldest = round((time.time() - duration(since)) * 1000) if since else None
     if request_id and request and request_id != request:
         raise click.UsageError(f"two requests are asked for: {request_id} and {request}")
@@ -81,18 +84,27 @@ def _document(refusal: Refusal) -> dict[str, object]:
 
 
 def _message(refusal: Refusal) -> str:
-    """Empty for an entry about the journal itself."""
+    """Empty for a note: nothing was refused."""
     return MESSAGES[Code(refusal.code)] if refusal.code else ""
 
 
 def _show(refusal: Refusal) -> None:
-    if not refusal.code:
+    if refusal.endpoint == "journal":
         click.echo(f"{local_time(refusal.at)}  {printable(refusal.reason)}")
         return
-    device = f"{refusal.product_key}/{refusal.device_name}" if refusal.device_name else "unknown device"
-    status = f" (HTTP {refusal.status})" if refusal.status != 200 else ""
-    what = f"{refusal.code} {_message(refusal)}{status}"
-    click.echo(f"{local_time(refusal.at)}  {refusal.request_id}  {what}  {printable(device)}  from {refusal.address}")
+    who = (
+        "/".join(filter(None, (refusal.product_key, refusal.device_name))) if refusal.device_name else "unknown device"
+    )
+    where = f"  from {refusal.address}" if refusal.address else ""
+    what = f"{refusal.code} {_message(refusal)}{_status(refusal)}" if refusal.code else "note"
+    click.echo(f"{local_time(refusal.at)}  {refusal.request_id}  {what}  {printable(who)}{where}")
     if refusal.topic:
         click.echo(f"    topic   {printable(refusal.topic)}")
     click.echo(f"    reason  {printable(refusal.reason)}")
+
+
+def _status(refusal: Refusal) -> str:
+    """How the refusal looked on the wire, where that is not plain from the code."""
+    if refusal.endpoint == "mqtt":
+        return f" (CONNACK {refusal.status})" if refusal.status else " (MQTT)"
+    return f" (HTTP {refusal.status})" if refusal.status != 200 else ""

@@ -129,13 +129,15 @@ def _document(message: Message) -> dict[str, object]:
         "productKey": message.product_key,
         "deviceName": message.device_name,
         "generateTime": message.generate_time,
+        "origin": message.origin.value,
         "payload": base64.b64encode(message.payload).decode(),
     }
 
 
 def _show(message: Message) -> None:
     click.echo(
-        f"{local_time(message.generate_time)}  {message.id}  {printable(message.topic)}  {_payload(message.payload)}"
+        f"{local_time(message.generate_time)}  {message.id}  {message.origin:6}  {printable(message.topic)}  "
+        f"{_payload(message.payload)}"
     )
 
 

@@ -28,7 +28,7 @@ DEMO_DEVICE = "demo-device"
 @settings_options("*")
 @click.option("--demo", is_flag=True, help="With an empty registry, make a product and a device to try things with.")
 def serve(settings: Settings, demo: bool) -> None:
-    """Serve devices over HTTPS until Ctrl-C or SIGTERM."""
+    """Serve devices over HTTPS and MQTT until Ctrl-C or SIGTERM."""
     from uplinkd import app
     from uplinkd.observe import set_up_logging
 
@@ -82,8 +82,16 @@ def _banner(started: Started) -> None:
         lines.append(
             f"            http://{reachable(started.plain[0])}:{started.plain[1]}   (plain text, for a proxy on this network)"
         )
+    for scheme, where, what in (
+        ("mqtts", started.mqtt, f"MQTT; also wss://{reachable(host)}:{port}/mqtt"),
+        ("mqtt", started.mqtt_plain, "MQTT without TLS"),
+    ):
+        if where:
+            lines.append(f"            {scheme}://{reachable(where[0])}:{where[1]}   ({what})")
     if started.authority:
         lines.append(f"  CA        {started.authority.absolute()}   (give it to your devices and clients)")
+    if started.nats:
+        lines.append(f"  apps      {started.nats}   (NATS; `uplinkd app create` makes credentials)")
     lines += [
         f"  engine    {started.engine}",
         f"  state     {started.settings.data.absolute()}",

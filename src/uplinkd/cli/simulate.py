@@ -74,16 +74,21 @@ def publish(
     actor = Device(url or _local_url(settings), product, device, secret or _known_secret(settings, product, device),
                    ca=ca or (own if own.exists() and not settings.tls_cert else None))  # fmt: skip
     try:
-        message_id = actor.publish(actor.authenticate(method.lower()), topic, body)
-    except Answered as answer:
-        _explain(answer, as_json)
+        answer = actor.publish(actor.authenticate(method.lower()), topic, body)
+    except Answered as refusal:
+        _explain(refusal, as_json)
         sys.exit(1)
     finally:
         actor.close()
     if as_json:
-        print_json({"code": 0, "message": "success", "messageId": message_id, "topic": topic})
+        down = {} if answer.data is None else {"down": {"topic": answer.topic, "data": answer.data}}
+        print_json({"code": 0, "message": "success", "messageId": answer.message_id, "topic": topic, **down})
     else:
-        click.echo(f"stored as messageId {message_id}: {len(body)} bytes to {printable(topic)}")
+        click.echo(f"stored as messageId {answer.message_id}: {len(body)} bytes to {printable(topic)}")
+        if answer.data is not None:
+            click.echo(
+                f"a message for the device came with the answer, on {printable(answer.topic)}: {printable(answer.data)}"
+            )
 
 
 @click.command()
@@ -94,6 +99,9 @@ def publish(
 @click.option("--timestamp", metavar="MS", help="Milliseconds since 1970; left out by default.")
 @_method("hmacsha1")
 @click.option("--body", "only_body", is_flag=True, help="Print the JSON body of POST /auth alone, for curl -d.")
+@click.option(
+    "--mqtt", "for_mqtt", is_flag=True, help="Show the clientId, user name and password of an MQTT CONNECT instead."
+)
 @json_option
 @settings_options("database_url", "secret_key")
 def sign(
@@ -105,9 +113,12 @@ def sign(
     timestamp: str | None,
     method: str,
     only_body: bool,
+    for_mqtt: bool,
     as_json: bool,
 ) -> None:
     """Show what a device signs and what comes out."""
+    if only_body and for_mqtt:
+        raise click.UsageError("--body is for HTTPS; --mqtt shows what a CONNECT has")
     if timestamp is not None and not timestamp.isdecimal():
         raise Rejected(f"timestamp {timestamp!r} is not a whole number of milliseconds since 1970")
     if client_id is not None and not 1 <= len(client_id) <= 64:
@@ -116,7 +127,9 @@ def sign(
     body = login_body(product, device, key, client_id=client_id, timestamp=timestamp, method=method.lower())
     members: dict[str, str] = json.loads(body)
     content = signature.content_of(members)
-    if only_body:
+    if for_mqtt:
+        _show_connect(members, content, as_json)
+    elif only_body:
         click.echo(body)
     elif as_json:
         print_json({"content": content, "sign": members["sign"], "signmethod": members["signmethod"], "body": members})
@@ -124,6 +137,24 @@ def sign(
         click.echo(
             f"content     {printable(content)}\nsignmethod  {members['signmethod']}\nsign        {members['sign']}"
         )
+
+
+def _show_connect(members: dict[str, str], content: str, as_json: bool) -> None:
+    """The same identity in MQTT's form."""
+    parameters = f"securemode=2,signmethod={members['signmethod']}"
+    if "timestamp" in members:
+        parameters += f",timestamp={members['timestamp']}"
+    connect = {
+        "clientId": f"{members['clientId']}|{parameters}|",
+        "username": f"{members['deviceName']}&{members['productKey']}",
+        "password": members["sign"],
+    }
+    if as_json:
+        print_json({"content": content, **connect})
+    else:
+        click.echo(f"content   {printable(content)}")
+        for name, value in connect.items():
+            click.echo(f"{name:8}  {printable(value)}")
 
 
 def _known_secret(settings: Settings, product: str, device: str) -> str:

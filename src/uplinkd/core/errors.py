@@ -121,12 +121,23 @@ EXPLANATIONS: dict[Code, Explanation] = {
 
 
 class Refused(Exception):  # noqa: N818 - a refusal is an answer, not an error of ours
-    """The device is answered no with `code`; `reason` is for the operator alone and ends the search."""
+    """The device is answered no with `code`; `reason` is for the operator alone and ends the search.
+
+    `forbidden`: it has shown who it is, and may not all the same (MQTT tells these two apart).
+    """
 
     def __init__(
-        self, code: Code, reason: str, *, product_key: str = "", device_name: str = "", topic: str = ""
+        self,
+        code: Code,
+        reason: str,
+        *,
+        product_key: str = "",
+        device_name: str = "",
+        topic: str = "",
+        forbidden: bool = False,
     ) -> None:
         super().__init__(reason)
+        self.forbidden = forbidden
         self.code = code
         self.reason = reason
         self.product_key = product_key

@@ -6,7 +6,20 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NewType
 
-__all__ = ["Device", "DeviceName", "Message", "Product", "ProductKey", "Right", "SigningKey", "State", "TopicClass"]
+__all__ = [
+    "App",
+    "Device",
+    "DeviceName",
+    "Message",
+    "Origin",
+    "Product",
+    "ProductKey",
+    "Right",
+    "SigningKey",
+    "State",
+    "StatusChange",
+    "TopicClass",
+]
 
 ProductKey = NewType("ProductKey", str)
 DeviceName = NewType("DeviceName", str)
@@ -53,7 +66,9 @@ class Device:
     """One device as the registry knows it.
 
     `id` is never given twice, not even after a deletion. `generation` rises whenever all tokens of the device must die
-    (disabled, secret changed). `activated` is the first login, `last_seen` the latest request, each None before it.
+    (disabled, secret changed). `activated` is the first login, `requested` the latest HTTPS request, `last_seen` the latest
+    sign of life over either door, each None before it; `address` is where that came from, `session` the worker that holds
+    the device's MQTT session, or empty.
     """
 
     id: int
@@ -65,14 +80,24 @@ class Device:
     created: int
     activated: int | None
     last_seen: int | None
+    requested: int | None = None
+    address: str = ""
+    session: str = ""
 
     def state(self, *, now: int, online_timeout: int) -> State:
-        """The device's state at `now` (ms); it is online for `online_timeout` ms after its last request."""
+        """The device's state at `now` (ms): online while an MQTT session stands, or `online_timeout` ms from its last request."""
         if not self.enabled:
             return State.DISABLED
         if self.last_seen is None:
             return State.INACTIVE
-        return State.ONLINE if now - self.last_seen < online_timeout else State.OFFLINE
+        lately = self.requested is not None and now - self.requested < online_timeout
+        return State.ONLINE if self.session or lately else State.OFFLINE
+
+    def connection(self, *, now: int, online_timeout: int) -> str:
+        """How the device is connected at `now`: `mqtt`, `https` (it has reported lately), or empty."""
+        if self.state(now=now, online_timeout=online_timeout) is not State.ONLINE:
+            return ""
+        return "mqtt" if self.session else "https"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +118,44 @@ class SigningKey:
 
 
 @dataclass(frozen=True, slots=True)
+class App:
+    """A program of the owner's that reads the messages of `products` and, if it `sends`, sends messages down to their devices.
+
+    `key` is its user name on the wire. Of its secret only a hash is kept: the secret is random, and so long that a plain
+    SHA-256 cannot be searched.
+    """
+
+    id: int
+    key: str
+    name: str
+    secret_hash: bytes = field(repr=False)
+    sends: bool
+    created: int
+    products: tuple[ProductKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StatusChange:
+    """A device has come online or gone offline at `at` (ms); `last_seen` is the last time that it was heard, from `address`."""
+
+    id: int
+    product_key: ProductKey
+    device_name: DeviceName
+    online: bool
+    at: int
+    last_seen: int
+    address: str
+
+
+class Origin(StrEnum):
+    """Which way a stored message came."""
+
+    HTTPS = "https"
+    MQTT = "mqtt"
+    STATUS = "status"
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One stored message. `generate_time` is when the engine stored it, ms."""
 
@@ -102,3 +165,4 @@ class Message:
     device_name: DeviceName
     generate_time: int
     payload: bytes
+    origin: Origin = Origin.HTTPS

@@ -14,12 +14,15 @@ __all__ = [
     "MAX_CUSTOM_CLASSES",
     "MAX_TOPIC_BYTES",
     "MAX_TOPIC_SLASHES",
+    "check_app_name",
     "check_device_name",
     "check_device_secret",
     "check_levels",
     "check_product_key",
     "check_product_name",
     "check_product_secret",
+    "make_app_key",
+    "make_app_secret",
     "make_device_name",
     "make_device_secret",
     "make_product_key",
@@ -46,6 +49,7 @@ _PRODUCT_KEY = re.compile(r"[A-Za-z0-9]{1,30}")
 _DEVICE_NAME = re.compile(r"[A-Za-z0-9_@.:-]{4,32}")
 _IMPORTED_DEVICE_NAME = re.compile(r"[A-Za-z0-9_@.:-]{1,64}")
 _LEVEL = re.compile(r"[A-Za-z0-9_]+")
+_APP_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 def _random(length: int) -> str:
@@ -66,6 +70,16 @@ def make_device_name() -> DeviceName:
 
 def make_device_secret() -> str:
     return _random(32)
+
+
+def make_app_key() -> str:
+    """An application's user name: in lower case, and without a character that means something in a NATS subject."""
+    return "app-" + "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(12))
+
+
+def make_app_secret() -> str:
+    """43 characters of 256 random bits, so that a plain hash of it suffices."""
+    return secrets.token_urlsafe(32)
 
 
 def check_product_key(text: str) -> ProductKey:
@@ -99,6 +113,12 @@ def check_device_name(text: str, *, imported: bool = False) -> DeviceName:
 
 def check_device_secret(text: str) -> str:
     return _check_secret(text, "DeviceSecret")
+
+
+def check_app_name(text: str) -> str:
+    if not _APP_NAME.fullmatch(text):
+        raise Rejected(f"application name {text!r}: it has 1 to 64 letters, digits and - _ .")
+    return text
 
 
 def _check_secret(text: str, what: str) -> str:

@@ -7,7 +7,10 @@ space or control character would change what the subject means.
 
 from __future__ import annotations
 
-__all__ = ["filters_of", "from_subject", "to_subject"]
+__all__ = ["SENDING", "filters_of", "from_subject", "subjects_of_filter", "to_subject"]
+
+SENDING = "uplinkd.send."
+"""What stands before the subject of a topic in the request that sends a message down to it."""
 
 
 def to_subject(topic: str) -> str:
@@ -18,6 +21,16 @@ def to_subject(topic: str) -> str:
 def from_subject(subject: str) -> str:
     """The topic of `subject`; the inverse of `to_subject`."""
     return subject[1:].replace("//", "\0").replace(".", "/").replace("\0", ".")
+
+
+def subjects_of_filter(topic_filter: str) -> list[str]:
+    """The subjects that together match what an MQTT filter matches; it begins with a slash and has no empty level."""
+    subject = to_subject(topic_filter)
+    levels = ["*" if level == "+" else level for level in subject.split(".")]
+    if levels[-1] != "#":
+        return [".".join(levels)]
+    parents = levels[:-1]
+    return [".".join([*parents, ">"]), *([".".join(parents)] if len(parents) > 1 else [])]
 
 
 def filters_of(product_key: str | None, device_name: str | None) -> list[str]:
@@ -34,6 +47,7 @@ def filters_of(product_key: str | None, device_name: str | None) -> list[str]:
             f"/.ota.device.*.{product_key}.*",
             f"/.shadow.*.{product_key}.*",
             f"/.ext.*.{product_key}.>",
+            f"/.as.mqtt.status.{product_key}.*",
         ]
     device = to_subject("/" + device_name)[2:]
     return [
@@ -42,4 +56,5 @@ def filters_of(product_key: str | None, device_name: str | None) -> list[str]:
         f"/.ota.device.*.{product_key}.{device}",
         f"/.shadow.*.{product_key}.{device}",
         f"/.ext.*.{product_key}.{device}.>",
+        f"/.as.mqtt.status.{product_key}.{device}",
     ]

@@ -1,4 +1,4 @@
-"""JSON on the wire: the login a device submits, and the bodies it is answered with.
+"""What is on the wire: the login a device submits, as JSON over HTTPS or in MQTT's CONNECT, and the bodies it is answered with.
 
 Rules marked † are ours where the platform's pages are silent; docs/en/protocol.md says them too.
 """
@@ -13,17 +13,36 @@ from typing import Any, NoReturn
 from uplinkd.core import signature
 from uplinkd.core.errors import MESSAGES, Code, Refused
 
-__all__ = ["MAX_LOGIN_BYTES", "Login", "login", "media_type_is", "published", "refusal", "token_issued"]
+__all__ = [
+    "MAX_HOME_BYTES",
+    "MAX_LOGIN_BYTES",
+    "Login",
+    "fits_home",
+    "login",
+    "media_type_is",
+    "mqtt_login",
+    "published",
+    "published_with",
+    "refusal",
+    "token_issued",
+]
 
 MAX_LOGIN_BYTES = 4096
 MAX_CLIENT_ID = 64
+MAX_HOME_BYTES = 512
+"""A message that rides home in the answer to a publish has at most so many bytes, as JSON text: the old SDKs read the whole
+answer into a buffer of about 1 KiB, head included."""
+
+# The last edition of the platform's page "MQTT" has the parameters between two bars; their order is free.
+_MQTT_CLIENT_ID = re.compile(r"([^|]+)\|([^|]*)\|?")
 _REQUIRED = ("productKey", "deviceName", "clientId", "sign")
 _TIMESTAMP = re.compile(r"[0-9]{1,15}")
 
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """A well-formed login. `content` is what the server signs; `timestamp` is ms since 1970, None when not given."""
+    """A well-formed login. `content` is what the server signs; `timestamp` is ms since 1970, None when it is not held against
+    the clock. `auto_subscribe`: over MQTT, the device expects its system topics without a SUBSCRIBE."""
 
     product_key: str
     device_name: str
@@ -32,6 +51,7 @@ class Login:
     method: str
     timestamp: int | None
     content: str
+    auto_subscribe: bool = False
 
 
 class _Number(str):
@@ -60,12 +80,48 @@ def login(body: bytes) -> Login:
         raise
 
 
+def mqtt_login(client_id: str, username: str, password: bytes) -> Login:
+    """The login in a CONNECT; raise Refused 10001 naming what is wrong.
+
+    The clientId is `${clientId}|securemode=2,signmethod=hmacsha1,timestamp=789|`, the user name
+    `${deviceName}&${productKey}`, the password the sign. The timestamp is signed, but not held against the clock: Link SDKs
+    send 2524608000000.
+    """
+    device_name, _, product_key = username.rpartition("&")
+    try:
+        return _checked_mqtt(client_id, device_name, product_key, username, password)
+    except Refused as refused:
+        refused.product_key, refused.device_name = product_key[:64], device_name[:64]
+        raise
+
+
 def token_issued(token: str) -> bytes:
     return b'{"code":0,"message":"success","info":{"token":"%b"}}' % token.encode()
 
 
 def published(message_id: int) -> bytes:
     return b'{"code":0,"message":"success","info":{"messageId":%d}}' % message_id
+
+
+def published_with(message_id: int, topic: str, payload: bytes) -> bytes:
+    """The same, with a message for the device, which `fits_home`."""
+    home = b'"topic":%b,"data":%b' % (_json_text(topic), _json_text(payload.decode()))
+    return b'{"code":0,"message":"success","info":{"messageId":%d,%b}}' % (message_id, home)
+
+
+def fits_home(payload: bytes) -> str:
+    """Why a message cannot ride home in the answer to a publish, empty if it can."""
+    try:
+        size = len(_json_text(payload.decode())) - 2
+    except UnicodeDecodeError as error:
+        return f"its byte {error.start} is not UTF-8, which an answer in JSON must be"
+    if size > MAX_HOME_BYTES:
+        return f"it has {size} bytes as JSON text; at most {MAX_HOME_BYTES} fit into the answer to an HTTPS report"
+    return ""
+
+
+def _json_text(text: str) -> bytes:
+    return json.dumps(text, ensure_ascii=False).encode()
 
 
 def refusal(code: Code, request_id: str) -> bytes:
@@ -134,6 +190,40 @@ def _checked(members: dict[str, str]) -> Login:
         method=method,
         timestamp=None if timestamp is None else int(timestamp),
         content=content,
+    )
+
+
+def _checked_mqtt(client_id: str, device_name: str, product_key: str, username: str, password: bytes) -> Login:
+    if not device_name or not product_key:
+        raise Refused(Code.PARAM_ERROR, f"the user name is {username[:200]!r}; it must be deviceName&productKey")
+    found = _MQTT_CLIENT_ID.fullmatch(client_id)
+    if not found:
+        raise Refused(
+            Code.PARAM_ERROR, f"the clientId is {client_id[:200]!r}; it must be ID|securemode=…,signmethod=…|"
+        )
+    if len(found[1]) > MAX_CLIENT_ID:
+        raise Refused(Code.PARAM_ERROR, f"clientId has {len(found[1])} characters; at most {MAX_CLIENT_ID} are allowed")
+    parameters = dict(part.partition("=")[::2] for part in found[2].split(",") if part)
+    method = parameters.get("signmethod", signature.DEFAULT_METHOD).lower()
+    if method not in signature.METHODS:
+        known = ", ".join(signature.METHODS)
+        raise Refused(Code.PARAM_ERROR, f"signmethod {method[:40]!r} is not known; it is one of {known}")
+    if kind := parameters.get("authType"):
+        raise Refused(
+            Code.PARAM_ERROR, f"authType is {kind[:40]!r}: only devices with a secret of their own are let in"
+        )
+    members = {"clientId": found[1], "deviceName": device_name, "productKey": product_key}
+    if "timestamp" in parameters:
+        members["timestamp"] = parameters["timestamp"]
+    return Login(
+        product_key=product_key,
+        device_name=device_name,
+        client_id=found[1],
+        sign=password.decode(errors="replace"),
+        method=method,
+        timestamp=None,
+        content=signature.content_of(members),
+        auto_subscribe=parameters.get("_ss") == "1",
     )
 
 

@@ -1,4 +1,8 @@
-"""Runs nats-server as a child process: one for a data folder, on loopback, with a password of its own.
+"""Runs nats-server as a child process: one for a data folder, with a password of its own, on loopback or where applications
+reach it.
+
+uplinkd and its stream have the account UPLINKD there; applications have the account APPS, into which only the services that
+they need are let. Who they are is asked of uplinkd's workers (engine.callout).
 
 It takes no lock on its store, and two servers on one store harm it. So its process inherits a lock of ours, which stands
 exactly as long as the process lives, whoever started it and however it ends.
@@ -8,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -21,38 +26,67 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from uplinkd.core.errors import Rejected, Unavailable
-from uplinkd.settings import Settings
+from uplinkd.core.subjects import SENDING
+from uplinkd.engine.nkeys import AccountKey
+from uplinkd.engine.stream import STREAM
+from uplinkd.settings import Settings, address, reachable, why_not
 
-__all__ = ["Access", "EmbeddedServer", "access_for"]
+__all__ = ["APPS_ACCOUNT", "Access", "EmbeddedServer", "access_for", "account_key", "announced"]
 
 log = logging.getLogger("uplinkd.engine")
 
+APPS_ACCOUNT = "APPS"
+"""The account of applications in nats-server."""
+
+_ACCOUNT = "UPLINKD"
+_GLOBAL_ACCOUNT = "$G"
+# What of our account applications may call, where their own rights let them. A pull of messages has many replies, so nats-server
+# does not know which is the last: it forgets where they go once none came for 2 minutes. Until then each pull costs it 0.75 KB,
+# and a pull that waits longer, without heartbeats, waits in vain.
+_SERVICES = (
+    f'"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.*", response_type: stream, response_threshold: "2m"',
+    f'"$JS.API.CONSUMER.INFO.{STREAM}.*"',
+    f'"$JS.ACK.{STREAM}.>"',
+    f'"$JS.ACK.*.*.{STREAM}.>"',
+    f'"{SENDING}>"',
+)
 _READY_SECONDS = 15.0
+# A port of a server that was killed a moment ago is let go within this time.
+_PATIENCE_SECONDS = 2.0
 _LOCK_SECONDS = 10.0
 _OLDEST = (2, 12)
 # max_bytes of the stream bounds the store. A limit below that of an existing stream would keep it from being recovered or
 # changed, and the server's own default is what the disk happens to have free: so there is none.
 _NO_LIMIT = 1 << 60
 _HEALTH_SECONDS = 2.0
+# How long a connection may take to sign in, and so the wait for a worker that says who it is. After 2 s nats-server sends a first
+# PING even to one that has not signed in yet; nats-py 2.16 takes that for its welcome, the refusal that follows for the end,
+# and never reconnects.
+_SIGN_IN_SECONDS = 1.5
 _ROOM_BYTES = 4 * 1024**2
+_PORT_TAKEN = "address already in use"
 _FAILED_TO_STORE = b"JetStream failed to store"
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Where the engine is and how to get in. `file` is read anew on each connect: a restarted server may have moved."""
+    """Where the engine is and how to get in. `file` is read anew on each connect: a restarted server may have moved.
+
+    `system` is the password of the user `system` of an embedded server, who sees and ends connections.
+    """
 
     urls: tuple[str, ...]
     user: str = ""
     password: str = field(default="", repr=False)
     file: Path | None = None
+    system: str = field(default="", repr=False)
 
     @classmethod
     def of(cls, settings: Settings) -> Access:
@@ -67,10 +101,15 @@ class Access:
         return read_access(self.file) if self.file else self
 
 
+def announced(settings: Settings) -> Access:
+    """Access to the server of the data folder, as the last one that started there has told it; raise Unavailable."""
+    return read_access(_folder(settings) / "access.json")
+
+
 def read_access(file: Path) -> Access:
     try:
         facts = json.loads(file.read_text())
-        return Access((facts["url"],), facts["user"], facts["password"], file)
+        return Access((facts["url"],), facts["user"], facts["password"], file, facts.get("system", ""))
     except (OSError, ValueError, KeyError) as error:
         raise Unavailable(f"{file} does not tell where nats-server is: {error}") from error
 
@@ -78,23 +117,34 @@ def read_access(file: Path) -> Access:
 class EmbeddedServer:
     """A nats-server with JetStream on `data/nats`. Synchronous: the supervisor, which forks, has no event loop."""
 
-    def __init__(self, settings: Settings, binary: Path, lock: int, announced: bool) -> None:
+    def __init__(
+        self, settings: Settings, binary: Path, lock: int, announced: bool, tls: Sequence[tuple[Path, Path]]
+    ) -> None:
         self._announced = announced
+        self._for_apps = announced and bool(settings.nats_listen)
+        self._tls = tls if self._for_apps else ()
+        self._tls_state = _state(self._tls)
         self._binary = binary
         self._lock: int | None = lock
         self._folder = _folder(settings)
         self._password = secrets.token_urlsafe(24)
-        self._port = _free_port()
+        self._system = secrets.token_urlsafe(24)
+        self._host, self._port = address(settings.nats_listen) if self._for_apps else ("127.0.0.1", 0)
+        self._stays = self._port != 0
+        self._port = self._port or _free_port(self._host)
         self._process: subprocess.Popen[bytes] | None = None
         self._health_due = 0.0
         self._log_read = 0
         self._wounded = False
 
     @classmethod
-    def start(cls, settings: Settings, *, announced: bool = True) -> EmbeddedServer:
+    def start(
+        cls, settings: Settings, *, announced: bool = True, tls: Sequence[tuple[Path, Path]] = ()
+    ) -> EmbeddedServer:
         """Return once JetStream answers. Raise Rejected or Unavailable with one clear line.
 
-        One that is not `announced` serves this process alone: nobody else comes to rely on it.
+        One that is not `announced` serves this process alone: nobody else comes to rely on it. Any other serves
+        applications too, at settings.nats_listen, and offers them TLS with the pairs of certificate and key in `tls`.
         """
         binary = find_binary(settings)
         folder = _folder(settings)
@@ -103,9 +153,21 @@ class EmbeddedServer:
             lock = _take_lock(folder / "lock")
         except OSError as error:
             raise Rejected(f"the folder {folder} cannot be written: {error.strerror}") from error
-        server = cls(settings, binary, lock, announced)
         try:
-            server._launch()
+            server = cls(settings, binary, lock, announced, tls)
+        except BaseException:
+            os.close(lock)
+            raise
+        try:
+            if server._stays:
+                _check_free(server._host, server._port, _PATIENCE_SECONDS)
+            _adopt_store(folder / "jetstream")
+            try:
+                server._launch()
+            except Unavailable as fault:
+                if server._stays or _PORT_TAKEN not in str(fault):
+                    raise
+                server.restart()  # on another port: somebody was quicker
         except BaseException:
             server.stop()
             raise
@@ -114,7 +176,8 @@ class EmbeddedServer:
     @property
     def access(self) -> Access:
         file = self._folder / "access.json" if self._announced else None
-        return Access((f"nats://127.0.0.1:{self._port}",), "uplinkd", self._password, file)
+        url = f"nats://{reachable(self._host)}:{self._port}"
+        return Access((url,), "uplinkd", self._password, file, self._system)
 
     @property
     def pid(self) -> int:
@@ -127,6 +190,7 @@ class EmbeddedServer:
             return False
         if time.monotonic() >= self._health_due:
             self._health_due = time.monotonic() + _HEALTH_SECONDS
+            self._follow_certificates()
             if self._cannot_store():
                 log.error(
                     "nats-server does not store since the disk was full; there is room now and it must start again"
@@ -145,17 +209,26 @@ class EmbeddedServer:
             self._log_read = size
         return self._wounded and shutil.disk_usage(self._folder).free > _ROOM_BYTES
 
+    def _follow_certificates(self) -> None:
+        """Let it load certificates that were renewed. It keeps the old ones where a pair does not fit, as between the
+        replacements of two files; the second replacement is seen again."""
+        state = _state(self._tls)
+        if state != self._tls_state and self._process:
+            self._tls_state = state
+            self._process.send_signal(signal.SIGHUP)
+
     def restart(self) -> None:
-        """After its death: again on the same port, or on another one when that was taken meanwhile."""
+        """After its death: again on the same port. One that was not chosen by the owner may change, when it was taken
+        meanwhile."""
         self.stop()
         self._lock = _take_lock(self._folder / "lock")
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", self._port))
-            except OSError:
-                self._port = _free_port()
         try:
+            try:
+                _check_free(self._host, self._port, 0)
+            except Rejected:
+                if self._stays:
+                    raise
+                self._port = _free_port(self._host)
             self._launch()
         except BaseException:
             self.stop()
@@ -173,6 +246,7 @@ class EmbeddedServer:
         self._release_lock()
 
     def _launch(self) -> None:
+        self._tls_state = _state(self._tls)
         config = self._folder / "nats.conf"
         _write_private(config, self._config())
         assert self._lock is not None
@@ -192,6 +266,7 @@ class EmbeddedServer:
                 "url": self.access.urls[0],
                 "user": "uplinkd",
                 "password": self._password,
+                "system": self._system,
                 "pid": self._process.pid,
             }
             _write_private(self._folder / "access.json", json.dumps(facts))
@@ -213,8 +288,9 @@ class EmbeddedServer:
     def _await_ready(self) -> None:
         """The client port opens once JetStream has recovered its store."""
         end = time.monotonic() + _READY_SECONDS
+        host = urlsplit(self.access.urls[0]).hostname
         while time.monotonic() < end:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), timeout=1) as probe:
+            with contextlib.suppress(OSError), socket.create_connection((host, self._port), timeout=1) as probe:
                 if probe.recv(5) == b"INFO ":
                     return
             if self._process is None or self._process.poll() is not None:
@@ -233,10 +309,53 @@ class EmbeddedServer:
         def quoted(text: str) -> str:
             return json.dumps(text, ensure_ascii=False)  # its \u escapes are not nats-server's
 
+        def user(name: str, password: str) -> str:
+            return f"users: [ {{ user: {name}, password: {quoted(password)} }} ]"
+
+        listen = f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
+        exports = imports = callout = ""
+        if self._for_apps:
+            exports = (
+                "exports: [\n"
+                + "".join(f"    {{ service: {each}, accounts: [ {APPS_ACCOUNT} ] }}\n" for each in _SERVICES)
+                + "  ]"
+            )
+            imports = (
+                f"{APPS_ACCOUNT} {{ imports: [\n"
+                + "".join(
+                    f"    {{ service: {{ account: {_ACCOUNT}, subject: {each.partition(',')[0]} }} }}\n"
+                    for each in _SERVICES
+                )
+                + "  ] }"
+            )
+            callout = f"""authorization {{
+  timeout: {_SIGN_IN_SECONDS}
+  auth_callout {{ issuer: {account_key(self._folder).public}, account: {_ACCOUNT}, auth_users: [ uplinkd, system ] }}
+}}"""
+        # Offered: our own workers, and applications on this machine, need none. Clients that ask for TLS at once get it; those
+        # that wait for the server's word get that after a moment, and it does not ask them to.
+        tls = ""
+        if self._tls:
+            pairs = "".join(
+                f"  {{ cert_file: {quoted(str(cert.absolute()))}, key_file: {quoted(str(key.absolute()))} }}\n"
+                for cert, key in self._tls
+            )
+            tls = f'tls {{ handshake_first: "auto", certs: [\n{pairs}] }}\nallow_non_tls: true'
         return f"""# Written by uplinkd at each start.
-listen: "127.0.0.1:{self._port}"
+listen: {quoted(listen)}
 server_name: "uplinkd"
-authorization {{ user: "uplinkd", password: {quoted(self._password)} }}
+accounts {{
+  SYS {{ {user("system", self._system)} }}
+  {_ACCOUNT} {{
+    jetstream: enabled
+    {user("uplinkd", self._password)}
+    {exports}
+  }}
+  {imports}
+}}
+system_account: SYS
+{callout}
+{tls}
 jetstream {{
   store_dir: {quoted(str(self._folder.absolute()))}
   sync_interval: "100ms"
@@ -325,8 +444,8 @@ def _running(folder: Path) -> Access | None:
     while _is_locked(folder / "lock"):
         try:
             access = read_access(folder / "access.json")
-            host, port = access.urls[0].removeprefix("nats://").split(":")
-            socket.create_connection((host, int(port)), timeout=1).close()
+            where = urlsplit(access.urls[0])
+            socket.create_connection((where.hostname, where.port), timeout=1).close()
         except (Unavailable, OSError):
             if time.monotonic() > end:
                 raise Unavailable(f"nats-server on {folder} does not answer") from None
@@ -334,6 +453,52 @@ def _running(folder: Path) -> Access | None:
         else:
             return access
     return None
+
+
+def account_key(folder: Path) -> AccountKey:
+    """The key with which applications' rights are signed, made when absent; `folder` is the embedded server's."""
+    return AccountKey.of(folder / "account.nk")
+
+
+def _adopt_store(store: Path) -> None:
+    """Earlier versions had one account, NATS' global one, and their messages lie in its folder: give them to ours."""
+    before, now = store / _GLOBAL_ACCOUNT, store / _ACCOUNT
+    if before.is_dir() and not now.exists():
+        before.rename(now)
+
+
+def _check_free(host: str, port: int, patience: float) -> None:
+    """Raise Rejected when nats-server could not listen there, even after `patience` seconds."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            family, kind, protocol, _, target = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(target)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and time.monotonic() < end:
+                time.sleep(0.1)
+                continue
+            raise Rejected(
+                f"{host}:{port}, for applications, {why_not(error)}; name another with --nats-listen, or none with --nats-listen ''"
+            ) from error
+        else:
+            return
+
+
+def _state(pairs: Sequence[tuple[Path, Path]]) -> list[tuple[int, int, int]]:
+    """What changes when one of the files is replaced."""
+    states = []
+    for path in (path for pair in pairs for path in pair):
+        try:
+            found = path.stat()
+            states.append((found.st_mtime_ns, found.st_size, found.st_ino))
+        except OSError:
+            states.append((0, 0, 0))
+    return states
 
 
 def _take_lock(path: Path) -> int:
@@ -367,9 +532,8 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         return int(probe.getsockname()[1])
 
 

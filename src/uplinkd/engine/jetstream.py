@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 from uplinkd import __version__
 from uplinkd.core.errors import Unavailable
-from uplinkd.engine import Done
+from uplinkd.core.model import Origin
+from uplinkd.engine import ORIGIN_HEADER, Done
 from uplinkd.engine.embedded import Access
 from uplinkd.engine.stream import DELETED, STREAM, base_of, changed, new_base, wanted
 from uplinkd.engine.wire import Reader, Received, ack_of
@@ -44,7 +45,13 @@ _FULL_BATCH = 64
 _GHOST_SECONDS = 0.5
 _GHOST_PAUSE = 0.02
 
-_Publish = tuple[bytes, bytes, Done, float]
+_Publish = tuple[bytes, bytes, Done, float, bytes]
+
+# What names a message's origin to NATS; the usual one needs no header.
+_HEADERS = {
+    origin: b"" if origin is Origin.HTTPS else f"NATS/1.0\r\n{ORIGIN_HEADER}: {origin}\r\n\r\n".encode()
+    for origin in Origin
+}
 
 
 class JetStreamPublisher:
@@ -95,21 +102,22 @@ class JetStreamPublisher:
     def connected(self) -> bool:
         return self._wire is not None
 
-    def publish(self, subject: bytes, payload: bytes, done: Done) -> None:
+    def publish(self, subject: bytes, payload: bytes, done: Done, origin: Origin = Origin.HTTPS) -> None:
         wire = self._wire
+        header = _HEADERS[origin]
         if self._stopping:
             _finish(done, 0, "uplinkd is stopping")
-        elif wire and len(payload) > wire.max_payload:
+        elif wire and len(header) + len(payload) > wire.max_payload:
             # The server would end the connection, and with it what others have under way.
             _finish(
                 done, 0, f"it has {len(payload)} bytes and the NATS server takes {wire.max_payload} (its max_payload)"
             )
         elif wire is None or wire.buffered > _HELD_BYTES:
-            self._hold((subject, payload, done, self._loop.time() + self._patience))
+            self._hold((subject, payload, done, self._loop.time() + self._patience, header))
         else:
             number = self._take_number()
             self._pending[number] = (done, self._loop.time() + self._patience)
-            wire.publish(subject, number, payload)
+            wire.publish(subject, number, payload, header)
 
     def _take_number(self) -> int:
         """A number for a publish. It is used again only after JetStream has answered under it in time, and the freshest first:
@@ -130,14 +138,14 @@ class JetStreamPublisher:
     def _release(self) -> None:
         """Send what was held while the engine was away."""
         while self._held and self._wire and self._wire.buffered <= _HELD_BYTES:
-            subject, payload, done, deadline = self._held.popleft()
+            subject, payload, done, deadline, header = self._held.popleft()
             self._held_bytes -= len(payload)
             if len(payload) > self._wire.max_payload:
                 self.publish(subject, payload, done)
                 continue
             number = self._take_number()
             self._pending[number] = (done, deadline)
-            self._wire.publish(subject, number, payload)
+            self._wire.publish(subject, number, payload, header)
 
     def _give_up(self, item: _Publish, reason: str) -> None:
         self._held_bytes -= len(item[1])
@@ -475,8 +483,12 @@ class _Wire(asyncio.Protocol):
         )
         return await future
 
-    def publish(self, subject: bytes, number: int, payload: bytes) -> None:
-        self._out.append(b"PUB %b%b%d %d\r\n%b\r\n" % (subject, self._reply, number, len(payload), payload))
+    def publish(self, subject: bytes, number: int, payload: bytes, header: bytes) -> None:
+        if header:
+            sizes = (len(header), len(header) + len(payload))
+            self._out.append(b"HPUB %b%b%d %d %d\r\n%b%b\r\n" % (subject, self._reply, number, *sizes, header, payload))
+        else:
+            self._out.append(b"PUB %b%b%d %d\r\n%b\r\n" % (subject, self._reply, number, len(payload), payload))
         self._published += 1
         if not self._scheduled and (self._answered >= self._batch_end or len(self._out) >= _FULL_BATCH):
             self._scheduled = True

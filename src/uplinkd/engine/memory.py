@@ -1,27 +1,31 @@
-"""An engine in memory: what the real one does, without its process. Messages are gone with it."""
+"""The engine, the bus and what waits for devices in memory: what the real ones do, without their process."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
-from uplinkd.core.model import DeviceName, Message, ProductKey
+from uplinkd.core.errors import Unavailable
+from uplinkd.core.model import DeviceName, Message, Origin, ProductKey
 from uplinkd.core.subjects import from_subject
 from uplinkd.core.topics import owner
-from uplinkd.engine import Done, Query
+from uplinkd.engine import ORIGIN_HEADER, Done, Handler, Query, SessionRecord, Told, Waiting
 from uplinkd.engine.reader import check, matches
 from uplinkd.engine.stream import new_base
 
-__all__ = ["MemoryEngine"]
+__all__ = ["MemoryBus", "MemoryDownlink", "MemoryEngine"]
 
 
 class MemoryEngine:
-    """Publisher and Reader in one; keeps the newest `keep` messages."""
+    """Publisher and Reader in one; keeps the newest `keep` messages. What is stored is told on `bus`, as NATS does."""
 
-    def __init__(self, *, keep: int = 10_000, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, *, keep: int = 10_000, clock: Callable[[], float] = time.time, bus: MemoryBus | None = None
+    ) -> None:
         self._clock = clock
+        self._bus = bus
         self._next = new_base(round(clock() * 1000)) + 1
         self._messages: deque[Message] = deque(maxlen=keep)
         self._stored = asyncio.Event()
@@ -40,7 +44,7 @@ class MemoryEngine:
     def connected(self) -> bool:
         return self._connected
 
-    def publish(self, subject: bytes, payload: bytes, done: Done) -> None:
+    def publish(self, subject: bytes, payload: bytes, done: Done, origin: Origin = Origin.HTTPS) -> None:
         loop = asyncio.get_running_loop()
         if not self._connected:
             loop.call_soon(done, 0, "the engine is away")
@@ -48,13 +52,22 @@ class MemoryEngine:
         topic = from_subject(subject.decode())
         product_key, device_name = owner(topic)
         message = Message(
-            self._next, topic, ProductKey(product_key), DeviceName(device_name), round(self._clock() * 1000), payload
+            self._next,
+            topic,
+            ProductKey(product_key),
+            DeviceName(device_name),
+            round(self._clock() * 1000),
+            payload,
+            origin,
         )
         self._next += 1
         self._messages.append(message)
         self._stored.set()
         self._stored = asyncio.Event()
         loop.call_soon(done, message.id, "")
+        if self._bus:
+            headers = {} if origin is Origin.HTTPS else {ORIGIN_HEADER: origin.value}
+            self._bus.tell(subject.decode(), payload, headers)
 
     async def latest(self, query: Query, limit: int) -> list[Message]:
         check(query)
@@ -70,3 +83,135 @@ class MemoryEngine:
                 if matches(query, message):
                     yield message
             await stored.wait()
+
+
+class MemoryBus:
+    """One bus that several gateways of a test may share."""
+
+    def __init__(self) -> None:
+        self._ears: list[tuple[list[str], str, Handler]] = []
+        self._acts: list[Callable[[], Awaitable[None]]] = []
+        self._replies = 0
+        self.connected = True
+
+    def on_connected(self, act: Callable[[], Awaitable[None]]) -> None:
+        self._acts.append(act)
+
+    async def connect(self) -> None:
+        """Play that the connection stands anew."""
+        self.connected = True
+        for act in self._acts:
+            await act()
+
+    def tell(self, subject: str, payload: bytes, headers: Mapping[str, str] | None = None) -> None:
+        if self.connected:
+            asyncio.get_running_loop().call_soon(self._deliver, Told(subject, payload, dict(headers or {})))
+
+    def listen(self, subject: str, handler: Handler, *, queue: str = "") -> Callable[[], None]:
+        ear = (subject.split("."), queue, handler)
+        self._ears.append(ear)
+        return lambda: self._ears.remove(ear)
+
+    async def settled(self) -> None:
+        if not self.connected:
+            raise Unavailable("the engine is away")
+
+    async def ask(
+        self, subject: str, payload: bytes = b"", headers: Mapping[str, str] | None = None, *, patience: float = 2.0
+    ) -> Told:
+        self._replies += 1
+        inbox = f"_INBOX.memory.{self._replies}"
+        answer: asyncio.Future[Told] = asyncio.get_running_loop().create_future()
+        end = self.listen(inbox, lambda told: None if answer.done() else answer.set_result(told))
+        try:
+            if not self.connected or not self._deliver(Told(subject, payload, dict(headers or {}), inbox)):
+                raise Unavailable("the engine does not answer: nobody is there")
+            return await asyncio.wait_for(answer, patience)
+        except TimeoutError:
+            raise Unavailable("the engine does not answer: it does not answer") from None
+        finally:
+            end()
+
+    def _deliver(self, told: Told) -> int:
+        served: set[str] = set()
+        heard = 0
+        for pattern, queue, handler in list(self._ears):
+            if queue not in served and _hears(pattern, told.subject.split(".")):
+                if queue:
+                    served.add(queue)
+                handler(told)
+                heard += 1
+        return heard
+
+
+class MemoryDownlink:
+    """`engine.Downlink` for the gateways that share `bus`; at most `limit` messages a device."""
+
+    def __init__(self, bus: MemoryBus, *, limit: int = 100) -> None:
+        self._bus = bus
+        self._limit = limit
+        self._messages: dict[int, list[Waiting]] = {}
+        self._sessions: dict[int, SessionRecord] = {}
+        self._sequence = 0
+        self._acts: list[Callable[[int], None]] = []
+        self.waiting: set[int] = set()
+        self.persistent: set[int] = set()
+        self.looks = 0
+
+    def on_waiting(self, act: Callable[[int], None]) -> None:
+        self._acts.append(act)
+
+    async def store(self, device_id: int, topic: str, payload: bytes) -> int:
+        self._check()
+        self._sequence += 1
+        message = Waiting((1 << 62) + self._sequence, self._sequence, topic, payload)
+        self._messages[device_id] = [*self._messages.get(device_id, []), message][-self._limit :]
+        self.waiting.add(device_id)
+        for act in self._acts:
+            act(device_id)
+        return message.id
+
+    async def count(self, device_id: int) -> int:
+        self._check()
+        return len(self._messages.get(device_id, []))
+
+    async def next(self, device_id: int, after: int = 0) -> Waiting | None:
+        self._check()
+        self.looks += 1
+        await asyncio.sleep(0)
+        found = next((each for each in self._messages.get(device_id, []) if each.sequence > after), None)
+        if found is None and not after:
+            self.waiting.discard(device_id)
+        return found
+
+    async def remove(self, sequence: int) -> None:
+        self._check()
+        for device_id, messages in self._messages.items():
+            self._messages[device_id] = [each for each in messages if each.sequence != sequence]
+
+    async def session(self, device_id: int) -> SessionRecord | None:
+        self._check()
+        return self._sessions.get(device_id)
+
+    async def save_session(self, device_id: int, record: SessionRecord) -> None:
+        self._check()
+        self._sessions[device_id] = record
+        self.persistent.add(device_id)
+
+    async def forget_session(self, device_id: int) -> None:
+        self._check()
+        self._sessions.pop(device_id, None)
+        self.persistent.discard(device_id)
+
+    def _check(self) -> None:
+        if not self._bus.connected:
+            raise Unavailable("the engine is away")
+
+
+def _hears(pattern: list[str], subject: list[str]) -> bool:
+    for index, level in enumerate(pattern):
+        if level == ">":
+            return len(subject) > index
+        if index == len(subject) or level not in ("*", subject[index]):
+            return False
+    return len(pattern) == len(subject)

@@ -15,16 +15,17 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import nats
 import nats.errors
 
 from uplinkd.core.errors import Refused, Rejected, Unavailable
-from uplinkd.core.model import DeviceName, Message, ProductKey
+from uplinkd.core.model import DeviceName, Message, Origin, ProductKey
 from uplinkd.core.subjects import filters_of, from_subject, to_subject
 from uplinkd.core.topics import owner, parse
-from uplinkd.engine import Query
+from uplinkd.engine import ORIGIN_HEADER, Query
+from uplinkd.engine.bus import connect, words
 from uplinkd.engine.embedded import Access
 from uplinkd.engine.stream import STREAM, base_of
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["JetStreamReader", "check", "matches"]
 
-_CONNECT_SECONDS = 2
 _REQUEST_SECONDS = 5.0
 _PULL_SECONDS = 2.0
 _BATCH = 256
@@ -268,9 +268,9 @@ class JetStreamReader:
         faults = []
         for url in access.urls:
             try:
-                self._client = await _connect(url, access)
+                self._client = await connect(url, access, "uplinkd reader")
             except (nats.errors.Error, OSError, TimeoutError) as error:
-                faults.append(f"{url}: {_text(error)}")
+                faults.append(f"{url}: {words(error)}")
             else:
                 return self._client
         raise Unavailable(f"the engine does not answer: {'; '.join(faults)}")
@@ -280,40 +280,13 @@ class _NotThere(Unavailable):
     """There is no such stream or consumer."""
 
 
-async def _connect(url: str, access: Access) -> Client:
-    """Without the client's own reconnecting: an embedded server may come back on another port."""
-    return await nats.connect(
-        url,
-        name="uplinkd reader",
-        user=access.user if access.password else None,
-        password=access.password or None,
-        token=access.user if access.user and not access.password else None,
-        tls_hostname=urlsplit(url).hostname,
-        connect_timeout=_CONNECT_SECONDS,
-        allow_reconnect=False,
-        max_reconnect_attempts=1,  # without an end it would try for ever to connect for the first time
-        reconnect_time_wait=0,
-        error_cb=_ignore,
-    )
-
-
-async def _ignore(_error: Exception) -> None:
-    """Each call reports its own failure; the client's stray ones would only repeat it."""
-
-
 @contextlib.contextmanager
 def _in_words() -> Iterator[None]:
     """Failures of the client as Unavailable."""
     try:
         yield
     except (nats.errors.Error, OSError, TimeoutError) as error:
-        raise Unavailable(f"the engine is away: {_text(error)}") from error
-
-
-def _text(error: Exception) -> str:
-    if isinstance(error, TimeoutError):
-        return "it does not answer"
-    return str((isinstance(error, OSError) and error.strerror) or error).removeprefix("nats: ")
+        raise Unavailable(f"the engine is away: {words(error)}") from error
 
 
 def _message(message: Msg, base: int) -> Message:
@@ -330,4 +303,5 @@ def _message(message: Msg, base: int) -> Message:
         device_name=DeviceName(device_name),
         generate_time=int(tokens[at + 5]) // 10**6,
         payload=message.data,
+        origin=Origin((message.headers or {}).get(ORIGIN_HEADER, Origin.HTTPS)),
     )

@@ -13,7 +13,17 @@ from typing import Any
 from uplinkd.core.errors import Unavailable
 from uplinkd.settings import Settings
 
-__all__ = ["DELETED", "STREAM", "SUBJECTS", "base_of", "changed", "new_base", "wanted"]
+__all__ = [
+    "DELETED",
+    "STREAM",
+    "SUBJECTS",
+    "base_of",
+    "base_of_metadata",
+    "changed",
+    "new_base",
+    "wanted",
+    "with_base",
+]
 
 STREAM = "UPLINKD"
 SUBJECTS = "/.>"
@@ -35,7 +45,7 @@ def new_base(now: int) -> int:
 def wanted(settings: Settings, base: int) -> dict[str, Any]:
     """The stream's configuration, as the JetStream API takes it."""
     age = round(settings.keep_age * 1e9)
-    return {
+    config = {
         "name": STREAM,
         "subjects": [SUBJECTS],
         "retention": "limits",
@@ -48,19 +58,34 @@ def wanted(settings: Settings, base: int) -> dict[str, Any]:
         "num_replicas": 1,
         "duplicate_window": min(_DUPLICATE_WINDOW, age) if age else _DUPLICATE_WINDOW,
         "allow_direct": True,
-        "metadata": {_BASE: str(base)},
     }
+    return with_base(config, base)
 
 
-def base_of(config: Mapping[str, Any]) -> int:
-    """The base of an existing stream; raise Unavailable when it is not one of ours."""
+def with_base(config: dict[str, Any], base: int) -> dict[str, Any]:
+    """`config` with the base of its ids."""
+    return {**config, "metadata": {_BASE: str(base)}}
+
+
+def base_of_metadata(config: Mapping[str, Any]) -> int:
+    """The base that a stream of ours was made with; raise Unavailable when it is not one of ours."""
     base = (config.get("metadata") or {}).get(_BASE, "")
-    if config.get("subjects") != [SUBJECTS] or not base.isdecimal():
+    if not base.isdecimal():
         raise Unavailable(
-            f"the NATS stream {STREAM} was not made by uplinkd (subjects {config.get('subjects')}, metadata {_BASE} = {base!r}); "
+            f"the NATS stream {config.get('name')} was not made by uplinkd (metadata {_BASE} = {base!r}); "
             "rename or remove it, it is left as it is"
         )
     return int(base)
+
+
+def base_of(config: Mapping[str, Any]) -> int:
+    """The base of the existing stream of messages; raise Unavailable when it is not the one."""
+    if config.get("subjects") != [SUBJECTS]:
+        raise Unavailable(
+            f"the NATS stream {STREAM} was not made by uplinkd (subjects {config.get('subjects')}); "
+            "rename or remove it, it is left as it is"
+        )
+    return base_of_metadata(config)
 
 
 def changed(config: Mapping[str, Any], settings: Settings) -> dict[str, Any] | None:

@@ -7,11 +7,12 @@ answers, a status line with a reason of at most 17 characters, one write for the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import Any, NamedTuple, cast
@@ -19,11 +20,11 @@ from typing import Any, NamedTuple, cast
 import httptools
 
 from uplinkd.core import wire
-from uplinkd.core.errors import MESSAGES, Code, Refused
-from uplinkd.gateway import Gateway, Request, Wait
+from uplinkd.core.errors import MESSAGES, Code, Refused, Unavailable
+from uplinkd.gateway import Gateway, Outcome, Request, Wait
 from uplinkd.http.limits import Limits
 
-__all__ = ["Connection", "Door", "Outcome"]
+__all__ = ["Connection", "Door"]
 
 log = logging.getLogger("uplinkd.http")
 
@@ -58,27 +59,17 @@ _HEADERS = {
 _SPELLINGS = {name: kind for known, kind in _HEADERS.items() for name in (known, known.title())}
 _METHOD = re.compile(rb"([A-Za-z-]{1,20}) [/*]")
 _TOPIC_PREFIX = len(b"/topic")
+_WEBSOCKET_PATH = b"/mqtt"
+_G = ord("G")
 _DRAIN_PATIENCE = 0.3
 _NEVER = float("inf")
+# So long an answer waits for the message that is to ride home with it.
+_TAKE_SECONDS = 0.7
+_LEAVING_SECONDS = 0.02
 
 
 # What the parser waits for. Plain numbers: before Python 3.12 each look-up of an enum's member costs as much as a call.
 _IDLE, _HEAD, _BODY = range(3)
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a request ended, for the record; `status` is HTTP's, `reason` is for the operator."""
-
-    request_id: str
-    endpoint: str
-    status: int
-    code: Code
-    reason: str
-    address: str
-    product_key: str = ""
-    device_name: str = ""
-    topic: str = ""
 
 
 @dataclass(slots=True)
@@ -92,6 +83,7 @@ class Door:
     access_log: bool = False
     now: float = 0.0
     draining: bool = False
+    websocket: Callable[[], asyncio.Protocol] | None = None  # speaks MQTT over WebSocket, at /mqtt
     connections: set[Connection] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     ok: bytes = b""
@@ -143,6 +135,7 @@ class Connection(asyncio.Protocol):
         self._fault: tuple[int, str] | None = None  # why parsing ended, answered after the queue
         self._answering = False
         self._over = False  # nothing more will be answered
+        self._broken = False  # the connection did not end in peace
         self._pumping = False
         self._blocked = False  # the peer does not take its answers
         self._paused = False
@@ -154,6 +147,8 @@ class Connection(asyncio.Protocol):
         self._answer_old = False
         self._bare = False
 
+        self._raw = b""
+        self._becomes_websocket = False
         self._stage = _IDLE
         self._messages = 0
         self._counting = False
@@ -185,6 +180,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._door.connections.discard(self)
         self._over = True
+        self._broken = exc is not None
         self._transport = self._parser = None
         self._queue.clear()
         self._held.clear()
@@ -250,11 +246,18 @@ class Connection(asyncio.Protocol):
         stage, messages = self._stage, self._messages
         if stage == _IDLE:
             self.deadline = self._door.now + self._limits.head_timeout
+            if data[0] == _G:
+                self._raw = data  # of what may become a WebSocket, whose own parser reads it anew
+        elif self._raw:
+            self._raw += data
         # A head that comes whole in less than the limit need not be counted.
         self._counting = stage == _HEAD or len(data) > self._limits.head_bytes
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
+            if self._becomes_websocket:
+                self._hand_over()
+                return
             # What follows a CONNECT is not HTTP/1.1 for certain: answer, then close.
             self._queue[-1] = self._queue[-1]._replace(keep_alive=False)
         except httptools.HttpParserError as error:
@@ -356,6 +359,9 @@ class Connection(asyncio.Protocol):
         method = parser.get_method()
         self._stage = _IDLE
         if parser.should_upgrade() and method != b"CONNECT":
+            if method == b"GET" and self._url.partition(b"?")[0] == _WEBSOCKET_PATH and self._may_hand_over():
+                self._becomes_websocket = True
+                return
             # The parser takes the body for the other protocol's, so it cannot be ignored as RFC 9110, 7.8 would have it.
             self._stop(400, "the request asks for another protocol (Upgrade); only HTTP/1.1 is spoken")
         self._queue.append(
@@ -369,6 +375,26 @@ class Connection(asyncio.Protocol):
                 self._old,
             )
         )
+
+    def _may_hand_over(self) -> bool:
+        """Whether this connection can become a WebSocket: it has raw bytes of one request alone, and none is under way."""
+        return bool(self._door.websocket and self._raw and self._messages == 1 and not self._queue)
+
+    def _hand_over(self) -> None:
+        """From here on the connection is another protocol's, beginning with the request that asked for it."""
+        assert self._door.websocket
+        assert self._transport
+        transport, raw = self._transport, self._raw + b"".join(self._held)
+        self._door.connections.discard(self)
+        self._over = True
+        self._held.clear()
+        self._transport = self._parser = None
+        if self._paused:
+            transport.resume_reading()
+        successor = self._door.websocket()
+        transport.set_protocol(successor)
+        successor.connection_made(transport)
+        successor.data_received(raw)
 
     def _count(self, size: int) -> None:
         self._head_bytes += size
@@ -416,11 +442,14 @@ class Connection(asyncio.Protocol):
         except Refused as refused:
             self._answer_refused(refused)
         except Wait as wait:
-            task = asyncio.get_running_loop().create_task(self._fetch(request, wait.fetch))
-            self._door.tasks.add(task)
-            task.add_done_callback(self._door.tasks.discard)
+            self._spawn(self._fetch(request, wait.fetch))
         except Exception:
             self._answer_bug()
+
+    def _spawn(self, act: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(act)
+        self._door.tasks.add(task)
+        task.add_done_callback(self._door.tasks.discard)
 
     async def _fetch(self, request: Request, fetch: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -434,10 +463,48 @@ class Connection(asyncio.Protocol):
 
     def _stored(self, message_id: int, fault: str) -> None:
         """The engine's word on the publish under way."""
+        request = self._request
         if fault:
             self._answer_refused(Refused(Code.PUBLISH_MESSAGE_ERROR, fault))
+        elif request and self._door.gateway.waits(request):
+            self._spawn(self._answer_with_message(request, message_id))
         else:
             self._answer(wire.published(message_id))
+
+    async def _answer_with_message(self, request: Request, message_id: int) -> None:
+        """Let what waits for the device ride home; it is done with once the answer has left."""
+        assert request.entry
+        gateway, device_id = self._door.gateway, request.entry.device.id
+        message = None
+        try:
+            async with asyncio.timeout(_TAKE_SECONDS):
+                message = await gateway.take(device_id)
+        except (Unavailable, TimeoutError) as fault:
+            log.debug("what waits for the device stays where it is: %s", fault)
+        except Exception:
+            log.exception("a fault of ours while looking at what waits for a device")
+        if message is None:
+            self._answer(wire.published(message_id))
+            return
+        transport = self._transport
+        self._answer(wire.published_with(message_id, message.topic, message.payload))
+        if await self._has_left(transport):
+            with contextlib.suppress(Unavailable):
+                await gateway.arrived(device_id, message)
+        else:
+            gateway.spared(device_id)
+
+    async def _has_left(self, transport: asyncio.Transport | None) -> bool:
+        """Whether what was just written has gone to the network, and not down with the connection."""
+        if transport is None:
+            return False
+        end = self._door.clock() + self._limits.write_timeout
+        await asyncio.sleep(0)  # uvloop writes at the end of a turn
+        while not self._broken and self._door.clock() < end:
+            if self._transport is None or not transport.get_write_buffer_size():
+                return True
+            await asyncio.sleep(_LEAVING_SECONDS)
+        return False
 
     def _answer_refused(self, refused: Refused) -> None:
         request = self._request

@@ -6,23 +6,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from uplinkd.core.model import Device, Product, ProductKey, Right, SigningKey, TopicClass
+from uplinkd.core.model import App, Device, Product, ProductKey, Right, SigningKey, StatusChange, TopicClass
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from uplinkd.settings import Settings
 
-__all__ = ["Change", "ImportReport", "ImportRow", "Registry", "open_registry"]
+__all__ = ["Change", "ImportReport", "ImportRow", "Registry", "Sighting", "open_registry"]
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
     """Something a gateway may hold in its cache has changed: one device, or (device_id None) a whole product, that is its
-    topic classes or its existence. An empty product_key means: forget everything, the changes in between are not known."""
+    topic classes or its existence; or, where app_id is given, an application. An empty product_key without an app_id means:
+    forget everything, the changes in between are not known."""
 
     product_key: ProductKey
     device_id: int | None
+    app_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,20 @@ class ImportReport:
     products_created: list[str] = field(default_factory=list)
     bad: list[tuple[int, str]] = field(default_factory=list)
     stored: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """A sign of life of a device at `at` (ms) from `address`: an HTTPS request; or, where `session` names the worker that
+    holds it, of an MQTT session, or (`ended`) its end. Workers write at their own pace: `stamp` orders the sessions of a device,
+    and what is told of an older one than the last is passed over."""
+
+    device_id: int
+    at: int
+    address: str
+    session: str = ""
+    stamp: int = 0
+    ended: bool = False
 
 
 class Registry(Protocol):
@@ -82,12 +98,53 @@ class Registry(Protocol):
     def add_topic_class(self, product_key: str, levels: str, right: Right) -> TopicClass: ...
     def remove_topic_class(self, product_key: str, levels: str) -> None: ...
 
+    def create_app(self, name: str, *, products: Sequence[str] = (), sends: bool = True) -> tuple[App, str]:
+        """A new application and its secret in clear, which is kept nowhere."""
+
+    def apps(self) -> list[App]: ...
+    def app(self, name: str) -> App: ...
+    def grant_app(self, name: str, products: Sequence[str]) -> App:
+        """Let the application reach `products` too; what it has already stays."""
+
+    def withdraw_app(self, name: str, products: Sequence[str]) -> App:
+        """Take `products` from the application; NotFound, and nothing changes, when it does not have one of them."""
+
+    def delete_app(self, name: str) -> None: ...
+
     # what gateways need
+    def find_app(self, key: str) -> App | None: ...
+    def find_app_by_id(self, app_id: int) -> App | None: ...
     def find_device(self, product_key: str, name: str) -> Device | None: ...
     def find_device_by_id(self, device_id: int) -> Device | None: ...
-    def activate(self, device_id: int, at: int) -> None: ...
-    def seen(self, latest: Sequence[tuple[int, int]]) -> None:
-        """Record (device id, ms) of latest requests; an older time than the recorded one, or a deleted device, is passed over."""
+    def activate(self, logins: Sequence[tuple[int, int]]) -> None:
+        """Record logins, (device id, ms): the first of a device stays as `activated`. One write for many, which wait for the disk."""
+
+    def sighted(self, sightings: Sequence[Sighting], *, now: int, timeout: int) -> list[StatusChange]:
+        """Record signs of life in their order; give the status changes that they make at `now`.
+
+        A device is online while it is enabled and has an MQTT session, or an HTTPS request less than `timeout` ms ago. An
+        older time than the recorded one, or a deleted device, is passed over; a time beyond `now` counts as `now`.
+
+        Changes are kept until they are `told`. Of each device one is given at a time, by whatever makes or tells changes: the
+        next follows when the one before was told, or somebody could be left with the wrong one.
+        """
+
+    def expired(self, *, now: int, timeout: int, limit: int) -> list[StatusChange]:
+        """Devices, at most `limit`, that have gone offline because nothing was heard of them for `timeout` ms."""
+
+    def abandoned(self, session: str | None, *, now: int, timeout: int) -> list[StatusChange]:
+        """End every MQTT session that the worker `session` held: it has died. None: every session there is, before the first
+        worker starts, and with them the order of sessions so far."""
+
+    def clock_jumped(self, by: int, *, now: int, lately: int) -> None:
+        """The clock was set `by` ms ahead (or back): move the times of devices that are online with it, none beyond `now`. What
+        was recorded within the last `lately` ms may be by the new clock already."""
+
+    def untold(self, limit: int) -> list[StatusChange]:
+        """Status changes that were not published yet: the oldest of each device, oldest first."""
+
+    def told(self, changes: Sequence[int]) -> list[StatusChange]:
+        """The status changes with these ids are published: forget them. The next ones of their devices, to be published now."""
 
     def signing_keys(self) -> list[SigningKey]: ...
     def changes_cursor(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from typing import TypeVar
 from uplinkd.core.errors import NotFound, Unavailable
 from uplinkd.core.model import Device, TopicClass
 from uplinkd.observe import Occasionally
-from uplinkd.registry import Registry
+from uplinkd.registry import Change, Registry
 
 __all__ = ["DeviceCache", "Entry"]
 
@@ -22,9 +22,6 @@ log = logging.getLogger("uplinkd.registry")
 T = TypeVar("T")
 
 _POLL_SECONDS = 0.25
-_FLUSH_SECONDS = 1.0
-# `lastSeen` of a busy device is written this often; for people it is precise enough, for the database it is cheap.
-_SEEN_MILLISECONDS = 5000
 _THREADS = 2
 
 
@@ -37,7 +34,7 @@ class _Rights:
 
 
 class Entry:
-    """One device with its rights, as a gateway needs it. `seen` is the latest time that was recorded, ms."""
+    """One device with its rights, as a gateway needs it. `seen` is for `presence`: the latest time that it recorded, ms."""
 
     __slots__ = ("classes", "device", "publish_levels", "seen")
 
@@ -57,9 +54,11 @@ class DeviceCache:
         self._by_id: dict[int, Entry] = {}
         self._by_name: dict[tuple[str, str], Entry] = {}
         self._rights: dict[str, _Rights] = {}
-        self._seen: dict[int, int] = {}
         self._cursor = registry.changes_cursor()
         self._forgotten = 0  # counts what was dropped, so that what is loaded meanwhile is known to be stale
+        self._acts: list[Callable[[Change], None]] = []
+        self._activating: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._recording: asyncio.Task[None] | None = None
         self._threads = ThreadPoolExecutor(_THREADS, "registry")
         self._warn = Occasionally(10)
 
@@ -78,16 +77,37 @@ class DeviceCache:
 
     async def activate(self, device: Device, at: int) -> Entry | None:
         """Record the first login at `at` (ms); return the device anew. Raise Unavailable when that cannot be recorded."""
-        await self._in_thread(lambda: self._registry.activate(device.id, at))
+        recorded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._activating.append((device.id, at, recorded))
+        if self._recording is None:
+            self._recording = asyncio.create_task(self._record_activations())
+        await recorded
         return await self.load(device.id)
 
-    def saw(self, device_id: int, now: int) -> None:
-        """Note a request of the device at `now` (ms); written soon."""
-        entry = self._by_id.get(device_id)
-        if entry is None:
-            self._seen[device_id] = now
-        elif now - entry.seen >= _SEEN_MILLISECONDS:
-            entry.seen = self._seen[device_id] = now
+    async def _record_activations(self) -> None:
+        """Those that come while the disk is busy are written together: it takes milliseconds, whatever their number."""
+        try:
+            while self._activating:
+                batch, self._activating = self._activating, []
+                logins = [(device_id, at) for device_id, at, _ in batch]
+                fault: Exception | None = None
+                try:
+                    await self._in_thread(functools.partial(self._registry.activate, logins))
+                except Exception as error:
+                    fault = error
+                for _, _, recorded in batch:
+                    if recorded.done():  # whoever waited has gone
+                        continue
+                    if fault is None:
+                        recorded.set_result(None)
+                    else:
+                        recorded.set_exception(fault)
+        finally:
+            self._recording = None
+
+    def on_change(self, act: Callable[[Change], None]) -> None:
+        """Have `act` called with each change, once what it makes stale was dropped."""
+        self._acts.append(act)
 
     def forget(self) -> None:
         """Drop everything that is held."""
@@ -97,16 +117,11 @@ class DeviceCache:
         self._rights.clear()
 
     async def run(self) -> None:
-        """Follow the registry's changes and write what was seen, until cancelled. An outage is waited out."""
-        due = 0.0
-        loop = asyncio.get_running_loop()
+        """Follow the registry's changes, until cancelled. An outage is waited out."""
         while True:
             await asyncio.sleep(_POLL_SECONDS)
             try:
                 await self.follow()
-                if loop.time() >= due:
-                    due = loop.time() + _FLUSH_SECONDS
-                    await self.flush()
             except Unavailable as fault:
                 if self._warn():
                     log.warning("%s; devices that are known go on", fault)
@@ -115,31 +130,25 @@ class DeviceCache:
         """Drop what has changed since the last call."""
         self._cursor, changed = await self._in_thread(lambda: self._registry.changes(self._cursor))
         for change in changed:
-            if not change.product_key:
-                self.forget()
-            elif change.device_id is not None:
-                self._forgotten += 1
-                self._drop(change.device_id)
-            else:
-                self._forgotten += 1
-                self._rights.pop(change.product_key, None)
-                for entry in [each for each in self._by_id.values() if each.device.product_key == change.product_key]:
-                    self._drop(entry.device.id)
+            self._apply(change)
+            for act in self._acts:
+                act(change)
 
-    async def flush(self) -> None:
-        """Write what was seen; what cannot be written is kept for the next time."""
-        seen, self._seen = self._seen, {}
-        if not seen:
+    def _apply(self, change: Change) -> None:
+        if change.app_id is not None:
             return
-        try:
-            await self._in_thread(lambda: self._registry.seen(list(seen.items())))
-        except Unavailable:
-            self._seen = {**seen, **self._seen}
-            raise
+        if not change.product_key:
+            self.forget()
+        elif change.device_id is not None:
+            self._forgotten += 1
+            self._drop(change.device_id)
+        else:
+            self._forgotten += 1
+            self._rights.pop(change.product_key, None)
+            for entry in [each for each in self._by_id.values() if each.device.product_key == change.product_key]:
+                self._drop(entry.device.id)
 
     async def close(self) -> None:
-        with contextlib.suppress(Unavailable):
-            await self.flush()
         self._threads.shutdown()
 
     async def _load(self, find: Callable[[], Device | None]) -> Entry | None:

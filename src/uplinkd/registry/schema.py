@@ -7,17 +7,31 @@ from sqlalchemy import (
     Boolean,
     Column,
     ForeignKey,
+    Index,
     Integer,
     LargeBinary,
     MetaData,
     String,
     Table,
     UniqueConstraint,
+    false,
+    text,
 )
 
-__all__ = ["REVISIONS", "changes", "devices", "metadata", "products", "signing_keys", "topic_classes"]
+__all__ = [
+    "REVISIONS",
+    "app_products",
+    "apps",
+    "changes",
+    "devices",
+    "metadata",
+    "products",
+    "signing_keys",
+    "status_changes",
+    "topic_classes",
+]
 
-REVISIONS: tuple[str, ...] = ("0001",)
+REVISIONS: tuple[str, ...] = ("0001", "0002")
 """Every Alembic revision, oldest first: known here so that an up-to-date registry opens without Alembic (160 ms)."""
 
 # SQLite numbers rows by itself only where the type is INTEGER, which there has 64 bits.
@@ -54,9 +68,33 @@ devices = Table(
     Column("created", BigInteger, nullable=False),
     Column("activated", BigInteger),
     Column("last_seen", BigInteger),
+    # Presence: whether the last status change was `online`, the latest HTTPS request, where the device was heard from, and
+    # which worker holds its MQTT session; `session_at` orders sessions, see registry.Sighting.
+    Column("online", Boolean, nullable=False, server_default=false()),
+    Column("requested", BigInteger),
+    Column("address", String(45)),
+    Column("session", String(64)),
+    Column("session_at", BigInteger),
     UniqueConstraint("product_id", "name"),
     sqlite_autoincrement=True,
 )
+# Who is online is asked every few seconds, among many who are not.
+Index("ix_devices_online", devices.c.requested, sqlite_where=text("online = 1"), postgresql_where=text("online = true"))
+
+status_changes = Table(
+    "status_changes",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("product_key", String(30), nullable=False),
+    Column("device_name", String(64), nullable=False),
+    Column("online", Boolean, nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Column("last_seen", BigInteger, nullable=False),
+    Column("address", String(45), nullable=False),
+    sqlite_autoincrement=True,
+)
+# Those of one device are told one after the other.
+Index("ix_status_changes_device", status_changes.c.product_key, status_changes.c.device_name)
 
 topic_classes = Table(
     "topic_classes",
@@ -75,7 +113,27 @@ changes = Table(
     Column("seq", _Id, primary_key=True),
     Column("product_key", String(30), nullable=False),
     Column("device_id", BigInteger),
+    Column("app_id", BigInteger),
     sqlite_autoincrement=True,
+)
+
+apps = Table(
+    "apps",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("key", String(32), nullable=False, unique=True),
+    Column("name", String(64), nullable=False, unique=True),
+    Column("secret_hash", LargeBinary, nullable=False),
+    Column("sends", Boolean, nullable=False),
+    Column("created", BigInteger, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+app_products = Table(
+    "app_products",
+    metadata,
+    Column("app_id", _Id, ForeignKey("apps.id", ondelete="CASCADE"), primary_key=True),
+    Column("product_id", _Id, ForeignKey("products.id", ondelete="CASCADE"), primary_key=True),
 )
 
 signing_keys = Table(

@@ -12,21 +12,46 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import ColumnElement, bindparam, case, create_engine, delete, event, func, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Select,
+    bindparam,
+    case,
+    create_engine,
+    delete,
+    event,
+    exists,
+    func,
+    insert,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidatePoolError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import QueuePool
 
 from uplinkd.core import names
+from uplinkd.core.apps import hash_secret
 from uplinkd.core.errors import Conflict, NotFound, Rejected, Unavailable
-from uplinkd.core.model import Device, DeviceName, Product, ProductKey, Right, SigningKey, TopicClass
-from uplinkd.registry import Change, ImportReport, ImportRow
-from uplinkd.registry.schema import REVISIONS, changes, devices, products, signing_keys, topic_classes
+from uplinkd.core.model import App, Device, DeviceName, Product, ProductKey, Right, SigningKey, StatusChange, TopicClass
+from uplinkd.registry import Change, ImportReport, ImportRow, Sighting
+from uplinkd.registry.schema import (
+    REVISIONS,
+    app_products,
+    apps,
+    changes,
+    devices,
+    products,
+    signing_keys,
+    status_changes,
+    topic_classes,
+)
 from uplinkd.registry.vault import Vault, key_of, make_key
 from uplinkd.settings import Settings
 
@@ -39,6 +64,8 @@ _LOCK_SECONDS = 30.0
 _CONNECTIONS = 16
 _PAGE = 1000
 _BATCH = 5000
+# A worker that had to wait to write is behind the others by as much, ms.
+_GRACE = 10_000
 
 _FORGET_EVERYTHING = Change(ProductKey(""), None)
 _DEFAULT_LEVELS = frozenset(levels for levels, _ in names.DEFAULT_CLASSES)
@@ -54,15 +81,75 @@ _DEVICE = select(
     devices.c.created,
     devices.c.activated,
     devices.c.last_seen,
+    devices.c.requested,
+    devices.c.address,
+    devices.c.session,
 ).join(products)
 _DEVICE_BY_NAME = _DEVICE.where(products.c.key == bindparam("product_key"), devices.c.name == bindparam("device_name"))
 _DEVICE_BY_ID = _DEVICE.where(devices.c.id == bindparam("device_id"))
+_APP = (
+    select(
+        apps.c.id, apps.c.key, apps.c.name, apps.c.secret_hash, apps.c.sends, apps.c.created, products.c.key.label("pk")
+    )
+    .outerjoin_from(apps, app_products)
+    .outerjoin(products)
+    .order_by(apps.c.id, products.c.id)
+)
+_APP_BY_NAME = _APP.where(apps.c.name == bindparam("app_name"))
+_APP_BY_KEY = _APP.where(apps.c.key == bindparam("app_key"))
+_APP_BY_ID = _APP.where(apps.c.id == bindparam("app_id"))
 _CLASSES = select(topic_classes.c.levels, topic_classes.c.right).order_by(topic_classes.c.id)
 _CHANGES_KEPT = select(
     select(func.min(changes.c.seq)).scalar_subquery(), select(func.max(changes.c.seq)).scalar_subquery()
 )
-_LAST_SEEN: ColumnElement[Any] = case(
-    (devices.c.last_seen > bindparam("at"), devices.c.last_seen), else_=bindparam("at")
+
+
+def _latest(column: ColumnElement[Any]) -> ColumnElement[Any]:
+    """`at`, or the column's own time where that is later; one far beyond `now` is by a clock that was wrong, and gives way."""
+    return case((column.between(bindparam("at"), bindparam("now") + _GRACE), column), else_=bindparam("at"))
+
+
+_LAST_SEEN = _latest(devices.c.last_seen)
+_IS_ONLINE: ColumnElement[bool] = devices.c.online == true()  # as the partial index has it
+_BY_ID = update(devices).where(devices.c.id == bindparam("device_id"))
+_REQUEST = _BY_ID.values(
+    last_seen=_LAST_SEEN, requested=_latest(devices.c.requested), address=bindparam("from_address")
+)
+_ACTIVATED = _BY_ID.values(activated=func.coalesce(devices.c.activated, bindparam("at")), last_seen=_LAST_SEEN)
+_SESSION_BEGUN = _BY_ID.where(
+    (func.coalesce(devices.c.session_at, 0) < bindparam("stamp"))
+    | ((devices.c.session_at == bindparam("stamp")) & devices.c.session.is_not(None))
+).values(
+    last_seen=_LAST_SEEN,
+    address=bindparam("from_address"),
+    session=bindparam("session_of"),
+    session_at=bindparam("stamp"),
+)
+_SESSION_ENDED = _BY_ID.where(devices.c.session_at == bindparam("stamp")).values(last_seen=_LAST_SEEN, session=None)
+_STATUS = select(
+    status_changes.c.id,
+    status_changes.c.product_key,
+    status_changes.c.device_name,
+    status_changes.c.online,
+    status_changes.c.at,
+    status_changes.c.last_seen,
+    status_changes.c.address,
+)
+_older, _later = status_changes.alias("older"), status_changes.alias("later")
+_IS_NEXT = ~exists().where(
+    _older.c.product_key == status_changes.c.product_key,
+    _older.c.device_name == status_changes.c.device_name,
+    _older.c.id < status_changes.c.id,
+)
+_FOLLOWING = (
+    select(func.min(_later.c.id))
+    .join(
+        status_changes,
+        (_later.c.product_key == status_changes.c.product_key)
+        & (_later.c.device_name == status_changes.c.device_name)
+        & (_later.c.id > status_changes.c.id),
+    )
+    .group_by(_later.c.product_key, _later.c.device_name)
 )
 
 T = TypeVar("T")
@@ -129,6 +216,12 @@ class SqlRegistry:
             if count and not with_devices:
                 what = "1 device" if count == 1 else f"{count} devices"
                 raise Conflict(f"product {key!r} has {what}; delete them with it by --with-devices")
+            mine = devices.c.product_id == product_id
+            connection.execute(update(devices).where(mine & _IS_ONLINE).values(enabled=False))
+            _change_status(connection, mine & _IS_ONLINE, now=_now(), timeout=0)
+            readers = select(app_products.c.app_id).where(app_products.c.product_id == product_id)
+            for app_id in connection.execute(readers).scalars().all():
+                _announce(connection, app_id=app_id)
             connection.execute(delete(products).where(products.c.id == product_id))
             _announce(connection, key)
             return count
@@ -175,6 +268,8 @@ class SqlRegistry:
     def delete_device(self, product_key: str, name: str) -> None:
         with self._writing() as connection:
             device_id = _device_row(connection, product_key, name).id
+            connection.execute(update(devices).where(devices.c.id == device_id).values(enabled=False))
+            _change_status(connection, devices.c.id == device_id, now=_now(), timeout=0)
             connection.execute(delete(devices).where(devices.c.id == device_id))
             _announce(connection, product_key, device_id)
 
@@ -188,25 +283,76 @@ class SqlRegistry:
             row = connection.execute(_DEVICE_BY_ID, {"device_id": device_id}).first()
         return self._device(row) if row else None
 
-    def activate(self, device_id: int, at: int) -> None:
-        """Record a login at `at` (ms): the first one stays as `activated`."""
+    def activate(self, logins: Sequence[tuple[int, int]]) -> None:
+        with self._writing() as connection:
+            now = _now()
+            connection.execute(_ACTIVATED, [{"device_id": device_id, "at": at, "now": now} for device_id, at in logins])
+
+    # who is online
+
+    def sighted(self, sightings: Sequence[Sighting], *, now: int, timeout: int) -> list[StatusChange]:
+        if not sightings:
+            return []
+        changed: list[StatusChange] = []
+        with self._writing() as connection:
+            for batch in _once_each(sightings):
+                _record(connection, batch, now)
+                for part in _batches((each.device_id for each in batch), _PAGE):
+                    changed += _change_status(connection, devices.c.id.in_(part), now=now, timeout=timeout)
+        return changed
+
+    def expired(self, *, now: int, timeout: int, limit: int) -> list[StatusChange]:
+        silent = _IS_ONLINE & (devices.c.requested < now - timeout) & devices.c.session.is_(None)
+        with self._reading() as connection:
+            if connection.execute(select(devices.c.id).where(silent).limit(1)).first() is None:
+                return []
+        with self._writing() as connection:
+            found = connection.execute(select(devices.c.id).where(silent).limit(limit)).scalars().all()
+            return _change_status(connection, devices.c.id.in_(found), now=now, timeout=timeout)
+
+    def abandoned(self, session: str | None, *, now: int, timeout: int) -> list[StatusChange]:
+        changed: list[StatusChange] = []
+        held = devices.c.session.is_not(None) if session is None else devices.c.session == session
+        while True:
+            with self._writing() as connection:
+                found = connection.execute(select(devices.c.id).where(_IS_ONLINE & held).limit(_PAGE)).scalars().all()
+                if not found:  # what is left belongs to devices that are disabled
+                    connection.execute(
+                        update(devices).where(held).values(session=None)
+                        if session
+                        else update(devices)
+                        .where(devices.c.session_at.is_not(None))
+                        .values(session=None, session_at=None)
+                    )
+                    return changed
+                mine = devices.c.id.in_(found)
+                connection.execute(update(devices).where(mine).values(session=None))
+                changed += _change_status(connection, mine, now=now, timeout=timeout)
+
+    def clock_jumped(self, by: int, *, now: int, lately: int) -> None:
+        def moved(column: ColumnElement[Any]) -> ColumnElement[Any]:
+            return case((column + by > now, now), (column.between(now - lately, now), column), else_=column + by)
+
         with self._writing() as connection:
             connection.execute(
                 update(devices)
-                .where(devices.c.id == device_id)
-                .values(activated=func.coalesce(devices.c.activated, at), last_seen=_LAST_SEEN),
-                {"at": at},
+                .where(_IS_ONLINE)
+                .values(last_seen=moved(devices.c.last_seen), requested=moved(devices.c.requested))
             )
 
-    def seen(self, latest: Sequence[tuple[int, int]]) -> None:
-        """Record (device id, ms) of latest requests; an older time than the recorded one is passed over."""
-        if not latest:
-            return
+    def untold(self, limit: int) -> list[StatusChange]:
+        with self._reading() as connection:
+            rows = connection.execute(_STATUS.where(_IS_NEXT).order_by(status_changes.c.id).limit(limit)).all()
+        return [_status_change(row) for row in rows]
+
+    def told(self, changes: Sequence[int]) -> list[StatusChange]:
+        following: list[StatusChange] = []
         with self._writing() as connection:
-            connection.execute(
-                update(devices).where(devices.c.id == bindparam("device_id")).values(last_seen=_LAST_SEEN),
-                [{"device_id": device_id, "at": at} for device_id, at in latest],
-            )
+            for part in _batches(changes, _PAGE):
+                ids = connection.execute(_FOLLOWING.where(status_changes.c.id.in_(part))).scalars().all()
+                connection.execute(delete(status_changes).where(status_changes.c.id.in_(part)))
+                following += map(_status_change, connection.execute(_STATUS.where(status_changes.c.id.in_(ids))))
+        return following
 
     # a fleet
 
@@ -352,6 +498,61 @@ class SqlRegistry:
                 )
             _announce(connection, product_key)
 
+    # applications
+
+    def create_app(self, name: str, *, products: Sequence[str] = (), sends: bool = True) -> tuple[App, str]:
+        names.check_app_name(name)
+        key, secret = names.make_app_key(), names.make_app_secret()
+        with self._writing() as connection:
+            if connection.execute(select(apps.c.id).where(apps.c.name == name)).first():
+                raise Conflict(f"there is an application named {name!r} already; names are unique")
+            facts = {"key": key, "name": name, "secret_hash": hash_secret(secret), "sends": sends, "created": _now()}
+            result = connection.execute(insert(apps), facts)
+            assert result.inserted_primary_key is not None
+            return _grant(connection, result.inserted_primary_key[0], products), secret
+
+    def apps(self) -> list[App]:
+        """In the order in which they were made."""
+        with self._reading() as connection:
+            return _apps(connection, _APP)
+
+    def app(self, name: str) -> App:
+        with self._reading() as connection:
+            return _app_named(connection, name)
+
+    def grant_app(self, name: str, products: Sequence[str]) -> App:
+        with self._writing() as connection:
+            return _grant(connection, _app_named(connection, name).id, products)
+
+    def withdraw_app(self, name: str, products: Sequence[str]) -> App:
+        with self._writing() as connection:
+            app = _app_named(connection, name)
+            for product_key in products:
+                if product_key not in app.products:
+                    raise NotFound(
+                        f"application {name!r} does not have the product {product_key!r}; `uplinkd app show {name}` shows what it has"
+                    )
+                product_id = _product_row(connection, product_key).id
+                connection.execute(
+                    delete(app_products).where(app_products.c.app_id == app.id, app_products.c.product_id == product_id)
+                )
+            _announce(connection, app_id=app.id)
+            return _app_named(connection, name)
+
+    def delete_app(self, name: str) -> None:
+        with self._writing() as connection:
+            app_id = _app_named(connection, name).id
+            connection.execute(delete(apps).where(apps.c.id == app_id))
+            _announce(connection, app_id=app_id)
+
+    def find_app(self, key: str) -> App | None:
+        with self._reading() as connection:
+            return next(iter(_apps(connection, _APP_BY_KEY, app_key=key)), None)
+
+    def find_app_by_id(self, app_id: int) -> App | None:
+        with self._reading() as connection:
+            return next(iter(_apps(connection, _APP_BY_ID, app_id=app_id)), None)
+
     # what gateways need beside devices
 
     def signing_keys(self) -> list[SigningKey]:
@@ -378,11 +579,11 @@ class SqlRegistry:
             if after > newest or after < oldest - 1:
                 return newest, [_FORGET_EVERYTHING]
             rows = connection.execute(
-                select(changes.c.product_key, changes.c.device_id)
+                select(changes.c.product_key, changes.c.device_id, changes.c.app_id)
                 .where(changes.c.seq > after, changes.c.seq <= newest)
                 .distinct()
             ).all()
-        return newest, [Change(ProductKey(product_key), device_id) for product_key, device_id in rows]
+        return newest, [Change(ProductKey(product_key), device_id, app_id) for product_key, device_id, app_id in rows]
 
     # within
 
@@ -417,6 +618,10 @@ class SqlRegistry:
 
     def _update_device(self, connection: Connection, device: Device, **values: object) -> Device:
         connection.execute(update(devices).where(devices.c.id == device.id).values(**values))
+        if not values.get("enabled", True):
+            # Enabled again, it counts as online once it has come back, not by what it asked for before.
+            connection.execute(update(devices).where(devices.c.id == device.id).values(requested=None))
+            _change_status(connection, devices.c.id == device.id, now=_now(), timeout=0)
         _announce(connection, device.product_key, device.id)
         return self._device(_device_row(connection, device.product_key, device.name))
 
@@ -442,7 +647,8 @@ class SqlRegistry:
         return Product(product_id, ProductKey(key), name, secret, created)
 
     def _device(self, row: Any) -> Device:
-        device_id, product_key, name, sealed, enabled, generation, created, activated, last_seen = row
+        device_id, product_key, name, sealed, enabled, generation, created, activated, *heard = row
+        last_seen, requested, address, session = heard
         return Device(
             device_id,
             ProductKey(product_key),
@@ -453,6 +659,9 @@ class SqlRegistry:
             created,
             activated,
             last_seen,
+            requested,
+            address or "",
+            session or "",
         )
 
 
@@ -473,6 +682,79 @@ def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
+
+
+def _once_each(sightings: Sequence[Sighting]) -> Iterator[list[Sighting]]:
+    """`sightings` in their order, cut so that no part has a device twice: each of its changes is seen."""
+    batch: dict[int, Sighting] = {}
+    for sighting in sightings:
+        if sighting.device_id in batch:
+            yield list(batch.values())
+            batch = {}
+        batch[sighting.device_id] = sighting
+    yield list(batch.values())
+
+
+def _record(connection: Connection, sightings: list[Sighting], now: int) -> None:
+    kinds: dict[Any, list[dict[str, object]]] = {_REQUEST: [], _SESSION_BEGUN: [], _SESSION_ENDED: []}
+    for each in sightings:
+        kind = _SESSION_ENDED if each.ended else _SESSION_BEGUN if each.session else _REQUEST
+        values: dict[str, object] = {"device_id": each.device_id, "at": min(each.at, now), "now": now}
+        if kind is not _SESSION_ENDED:
+            values["from_address"] = each.address
+        if kind is not _REQUEST:
+            values["stamp"] = each.stamp
+        if kind is _SESSION_BEGUN:
+            values["session_of"] = each.session
+        kinds[kind].append(values)
+    for statement, rows in kinds.items():
+        if rows:
+            connection.execute(statement, rows)
+
+
+def _change_status(connection: Connection, which: ColumnElement[bool], *, now: int, timeout: int) -> list[StatusChange]:
+    """Mark those of `which` devices that have come online or gone offline. The changes are kept until they are told; given are
+    those that may be told now, since no older one of their device waits."""
+    lately = func.coalesce(devices.c.requested, 0) >= now - timeout
+    should = devices.c.enabled & (devices.c.session.is_not(None) | lately)
+    rows = connection.execute(
+        select(
+            devices.c.id,
+            products.c.key,
+            devices.c.name,
+            devices.c.online,
+            func.coalesce(devices.c.last_seen, now),
+            func.coalesce(devices.c.address, ""),
+        )
+        .join(products)
+        .where(which, devices.c.online != should)
+    ).all()
+    changed: list[StatusChange] = []
+    for part in _batches(rows, _PAGE):
+        facts = [
+            {
+                "product_key": product_key,
+                "device_name": name,
+                "online": not online,
+                "at": now,
+                "last_seen": min(last_seen, now),
+                "address": address,
+            }
+            for _, product_key, name, online, last_seen, address in part
+        ]
+        made = connection.execute(insert(status_changes).returning(status_changes.c.id), facts).scalars().all()
+        found = connection.execute(_STATUS.where(status_changes.c.id.in_(made), _IS_NEXT).order_by(status_changes.c.id))
+        changed += map(_status_change, found)
+        for value in (True, False):
+            ids = [row.id for row in part if row.online is not value]
+            if ids:
+                connection.execute(update(devices).where(devices.c.id.in_(ids)).values(online=value))
+    return changed
+
+
+def _status_change(row: Any) -> StatusChange:
+    change_id, product_key, name, online, at, last_seen, address = row
+    return StatusChange(change_id, ProductKey(product_key), DeviceName(name), online, at, last_seen, address)
 
 
 def _product_owner(key: str) -> str:
@@ -510,6 +792,35 @@ def _key_of_product_named(connection: Connection, name: str) -> str | None:
     return key
 
 
+def _apps(connection: Connection, statement: Select[Any], **which: object) -> list[App]:
+    """Applications with their products, both in the order in which they were made."""
+    found = []
+    for app, rows in groupby(connection.execute(statement, which), key=lambda row: row[:6]):
+        granted = tuple(ProductKey(row.pk) for row in rows if row.pk is not None)
+        app_id, key, name, secret_hash, sends, created = app
+        found.append(App(app_id, key, name, secret_hash, sends, created, granted))
+    return found
+
+
+def _app_named(connection: Connection, name: str) -> App:
+    app = next(iter(_apps(connection, _APP_BY_NAME, app_name=name)), None)
+    if app is None:
+        raise NotFound(f"there is no application {name!r}; `uplinkd app list` shows them")
+    return app
+
+
+def _grant(connection: Connection, app_id: int, product_keys: Sequence[str]) -> App:
+    """Add the products; the application as it is then."""
+    (app,) = _apps(connection, _APP_BY_ID, app_id=app_id)
+    for product_key in dict.fromkeys(product_keys):
+        product_id = _product_row(connection, product_key).id
+        if product_key not in app.products:
+            connection.execute(insert(app_products).values(app_id=app_id, product_id=product_id))
+    _announce(connection, app_id=app_id)
+    (app,) = _apps(connection, _APP_BY_ID, app_id=app_id)
+    return app
+
+
 def _device_row(connection: Connection, product_key: str, name: str) -> Any:
     row = connection.execute(_DEVICE_BY_NAME, {"product_key": product_key, "device_name": name}).first()
     if row is None:
@@ -520,9 +831,11 @@ def _device_row(connection: Connection, product_key: str, name: str) -> Any:
     return row
 
 
-def _announce(connection: Connection, product_key: str, device_id: int | None = None) -> None:
-    """Tell every gateway, with this transaction, that what it holds of the device or product is old."""
-    result = connection.execute(insert(changes).values(product_key=product_key, device_id=device_id))
+def _announce(
+    connection: Connection, product_key: str = "", device_id: int | None = None, *, app_id: int | None = None
+) -> None:
+    """Tell every gateway, with this transaction, that what it holds of the device, product or application is old."""
+    result = connection.execute(insert(changes).values(product_key=product_key, device_id=device_id, app_id=app_id))
     assert result.inserted_primary_key is not None
     connection.execute(delete(changes).where(changes.c.seq <= result.inserted_primary_key[0] - KEPT_CHANGES))
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from collections.abc import Callable, Collection
+from typing import Protocol
 
-from uplinkd.http.protocol import Connection, Door
+__all__ = ["Door", "Listener", "Peer", "Port"]
 
-__all__ = ["Listener"]
+Port = tuple[socket.socket, ssl.SSLContext | None]
+"""A listening socket with its TLS context, or None for plain text."""
 
 _TICK = 0.25
 _DRAIN_TICK = 0.05
@@ -18,19 +21,43 @@ _HANDSHAKE_TIMEOUT = 10.0
 _SHUTDOWN_TIMEOUT = 2.0
 
 
-class Listener:
-    """Serves `sockets`, each with its TLS context or None for plain text."""
+class Peer(Protocol):
+    """A connection of a door."""
 
-    def __init__(self, door: Door, sockets: list[tuple[socket.socket, ssl.SSLContext | None]]) -> None:
+    @property
+    def under_way(self) -> bool: ...
+
+    def abort(self) -> None: ...
+
+
+class Door(Protocol):
+    """What the connections of one kind share."""
+
+    @property
+    def connections(self) -> Collection[Peer]: ...
+
+    @property
+    def clock(self) -> Callable[[], float]: ...
+
+    def tick(self) -> None: ...
+
+    def drain(self) -> None: ...
+
+
+class Listener:
+    """Serves `ports` with connections that `make` makes for `door`."""
+
+    def __init__(self, door: Door, make: Callable[[], asyncio.Protocol], ports: list[Port]) -> None:
         self._door = door
-        self._sockets = sockets
+        self._make = make
+        self._ports = ports
         self._servers: list[asyncio.Server] = []
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
-        for sock, context in self._sockets:
+        for sock, context in self._ports:
             server = await loop.create_server(
-                lambda: Connection(self._door),
+                self._make,
                 sock=sock,
                 ssl=context,
                 backlog=_BACKLOG,

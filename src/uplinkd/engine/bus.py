@@ -1,0 +1,219 @@
+"""The bus over core NATS, with the stock client: it reconnects wherever the engine is then, and hears on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import nats
+import nats.errors
+
+from uplinkd.core.errors import Unavailable
+from uplinkd.engine import Handler, Told
+from uplinkd.engine.embedded import Access
+from uplinkd.observe import Occasionally
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+    from nats.aio.subscription import Subscription
+
+__all__ = ["NatsBus", "connect", "words"]
+
+log = logging.getLogger("uplinkd.engine")
+
+_CONNECT_SECONDS = 2
+_PING_SECONDS = 2
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
+_NO_RESPONDERS = "503"
+
+
+@dataclass(slots=True, eq=False)
+class _Ear:
+    subject: str
+    queue: str
+    handler: Handler
+    subscription: Subscription | None = field(default=None, repr=False)
+
+
+class NatsBus:
+    """`engine.Bus`; one connection of one worker. Made in the event loop; `run` keeps it connected until cancelled."""
+
+    def __init__(self, access: Access, name: str) -> None:
+        self._access = access
+        self._name = name
+        self._client: Client | None = None
+        self._ears: set[_Ear] = set()
+        self._acts: list[Callable[[], Awaitable[None]]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._warn = Occasionally(10)
+        self._away = "it has not been reached yet"
+
+    @property
+    def connected(self) -> bool:
+        return self._client is not None
+
+    def on_connected(self, act: Callable[[], Awaitable[None]]) -> None:
+        self._acts.append(act)
+
+    async def run(self) -> None:
+        """Connect, and connect anew whenever that ends."""
+        pause = _FIRST_PAUSE
+        while True:
+            ended = asyncio.Event()
+            client: Client | None = None
+            try:
+                client = await self._connect(ended)
+                for ear in list(self._ears):
+                    await self._hear(client, ear)
+                await client.flush(_CONNECT_SECONDS)
+                self._client = client
+                for act in self._acts:
+                    await act()
+                pause = _FIRST_PAUSE
+                await ended.wait()
+            except (nats.errors.Error, Unavailable, OSError, TimeoutError) as error:
+                self._away = words(error)
+                if self._warn():
+                    log.warning("the engine is away: %s", self._away)
+            finally:
+                self._client = None
+                for ear in self._ears:
+                    ear.subscription = None
+                if client is not None:
+                    with contextlib.suppress(nats.errors.Error, OSError):
+                        await client.close()
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE)
+
+    def tell(self, subject: str, payload: bytes, headers: Mapping[str, str] | None = None) -> None:
+        if self._client is not None:
+            self._do(self._tell(self._client, subject, payload, headers))
+
+    def listen(self, subject: str, handler: Handler, *, queue: str = "") -> Callable[[], None]:
+        ear = _Ear(subject, queue, handler)
+        self._ears.add(ear)
+        if self._client is not None:
+            self._do(self._hear(self._client, ear))
+
+        def end() -> None:
+            self._ears.discard(ear)
+            if ear.subscription is not None:
+                self._do(_unsubscribe(ear.subscription))
+                ear.subscription = None
+
+        return end
+
+    async def settled(self) -> None:
+        client = self._client
+        if client is None:
+            raise Unavailable(f"the engine is away: {self._away}")
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=_CONNECT_SECONDS)
+        try:
+            await client.flush(_CONNECT_SECONDS)
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            raise Unavailable(f"the engine does not answer: {words(error)}") from error
+
+    async def ask(
+        self, subject: str, payload: bytes = b"", headers: Mapping[str, str] | None = None, *, patience: float = 2.0
+    ) -> Told:
+        client = self._client
+        if client is None:
+            raise Unavailable(f"the engine is away: {self._away}")
+        try:
+            answer = await client.request(
+                subject, payload, timeout=patience, headers=dict(headers) if headers else None
+            )
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            raise Unavailable(f"the engine does not answer: {words(error)}") from error
+        return _told(answer)
+
+    async def _connect(self, ended: asyncio.Event) -> Client:
+        access = self._access.now()
+        faults = []
+        for url in access.urls:
+            try:
+                return await connect(url, access, self._name, ended)
+            except (nats.errors.Error, OSError, TimeoutError) as error:
+                faults.append(f"{url}: {words(error)}")
+        raise Unavailable("; ".join(faults))
+
+    async def _hear(self, client: Client, ear: _Ear) -> None:
+        async def take(message: Msg) -> None:
+            try:
+                ear.handler(_told(message))
+            except Exception:
+                log.exception("a fault of ours while hearing %s", ear.subject)
+
+        ear.subscription = await client.subscribe(ear.subject, queue=ear.queue, cb=take)
+        if ear not in self._ears:  # it was ended meanwhile
+            await _unsubscribe(ear.subscription)
+
+    async def _tell(self, client: Client, subject: str, payload: bytes, headers: Mapping[str, str] | None) -> None:
+        await client.publish(subject, payload, headers=dict(headers) if headers else None)
+
+    def _do(self, act: Awaitable[None]) -> None:
+        """Have `act` done soon; a connection that ends meanwhile is noticed elsewhere."""
+
+        async def guarded() -> None:
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await act
+
+        task = asyncio.get_running_loop().create_task(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def connect(url: str, access: Access, name: str, ended: asyncio.Event | None = None) -> Client:
+    """A connection of the stock client, without its own reconnecting: an embedded server may come back on another port.
+
+    `ended` is set when it ends.
+    """
+
+    async def closed() -> None:
+        if ended is not None:
+            ended.set()
+
+    return await nats.connect(
+        url,
+        name=name,
+        user=access.user if access.password else None,
+        password=access.password or None,
+        token=access.user if access.user and not access.password else None,
+        tls_hostname=urlsplit(url).hostname,
+        connect_timeout=_CONNECT_SECONDS,
+        ping_interval=_PING_SECONDS,
+        allow_reconnect=False,
+        max_reconnect_attempts=1,  # without an end it would try for ever to connect for the first time
+        reconnect_time_wait=0,
+        error_cb=_ignore,
+        closed_cb=closed,
+        disconnected_cb=closed,
+    )
+
+
+def words(error: Exception) -> str:
+    """What the client says is wrong, without its ornaments."""
+    if isinstance(error, TimeoutError):
+        return "it does not answer"
+    return re.sub(r"^nats: ", "", str((isinstance(error, OSError) and error.strerror) or error))
+
+
+async def _ignore(_error: Exception) -> None:
+    """Each call reports its own failure; the client's stray ones would only repeat it."""
+
+
+async def _unsubscribe(subscription: Subscription) -> None:
+    with contextlib.suppress(nats.errors.Error, OSError, ValueError):
+        await subscription.unsubscribe()
+
+
+def _told(message: Msg) -> Told:
+    return Told(message.subject, message.data, message.headers or {}, message.reply)

@@ -1,0 +1,205 @@
+"""What waits for devices, in JetStream: one stream of messages with a subject for each device, one of persistent sessions.
+
+A message is stored, then told over the bus: so whoever hears of it finds it. Who was not listening at that moment finds it
+when its connection stands anew, or at the next look at all subjects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import quote, unquote
+
+from uplinkd.core.errors import Unavailable
+from uplinkd.engine import Bus, SessionRecord, Told, Waiting
+from uplinkd.engine.stream import base_of_metadata, new_base, with_base
+from uplinkd.observe import Occasionally
+from uplinkd.settings import Settings
+
+__all__ = ["JetStreamDownlink"]
+
+DOWN, SESSIONS = "UPLINKD_DOWN", "UPLINKD_SESSIONS"
+_DOWN_SUBJECT, _SESSION_SUBJECT = "uplinkd.down.", "uplinkd.session."
+_NOTE = "uplinkd.note."
+_TOPIC_HEADER = "Uplinkd-Topic"
+# Its ids lie in a range of their own: base + sequence of two streams could meet.
+_DOWN_IDS = 1 << 62
+_LOOK_SECONDS = 30.0
+_PAGE = 100_000
+
+
+class JetStreamDownlink:
+    """`engine.Downlink` of one worker. `run` looks after it until cancelled."""
+
+    def __init__(self, settings: Settings, bus: Bus, *, clock: Callable[[], float] = time.time) -> None:
+        self._settings = settings
+        self._bus = bus
+        self._clock = clock
+        self._base = 0
+        self._acts: list[Callable[[int], None]] = []
+        self._warn = Occasionally(60)
+        self.waiting: set[int] = set()
+        self.persistent: set[int] = set()
+        bus.listen(f"{_NOTE}*.*", self._noted)
+        bus.on_connected(self._settle)
+
+    def on_waiting(self, act: Callable[[int], None]) -> None:
+        self._acts.append(act)
+
+    async def run(self) -> None:
+        """Look at all subjects now and then: a note may have been lost with its sender."""
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            if self._bus.connected:
+                try:
+                    await self._look()
+                except Unavailable:
+                    continue
+
+    async def store(self, device_id: int, topic: str, payload: bytes) -> int:
+        answer = await self._bus.ask(f"{_DOWN_SUBJECT}{device_id}", payload, {_TOPIC_HEADER: quote(topic, safe="/")})
+        sequence = int(_document(answer)["seq"])
+        self._note("down", device_id)
+        return self._base + sequence
+
+    async def count(self, device_id: int) -> int:
+        subject = f"{_DOWN_SUBJECT}{device_id}"
+        info = await self._call(f"STREAM.INFO.{DOWN}", {"subjects_filter": subject})
+        return int((info["state"].get("subjects") or {}).get(subject, 0))
+
+    async def next(self, device_id: int, after: int = 0) -> Waiting | None:
+        found = await self._get(DOWN, {"seq": after + 1, "next_by_subj": f"{_DOWN_SUBJECT}{device_id}"})
+        if found is None:
+            if not after:
+                self.waiting.discard(device_id)
+            return None
+        sequence = int(found.headers["Nats-Sequence"])
+        return Waiting(self._base + sequence, sequence, unquote(found.headers.get(_TOPIC_HEADER, "")), found.payload)
+
+    async def remove(self, sequence: int) -> None:
+        await self._call(f"STREAM.MSG.DELETE.{DOWN}", {"seq": sequence, "no_erase": True}, missing_ok=True)
+
+    async def session(self, device_id: int) -> SessionRecord | None:
+        found = await self._get(SESSIONS, {"last_by_subj": f"{_SESSION_SUBJECT}{device_id}"})
+        if found is None:
+            return None
+        facts = json.loads(found.payload)
+        return SessionRecord(facts["subscriptions"], facts["sent"])
+
+    async def save_session(self, device_id: int, record: SessionRecord) -> None:
+        payload = json.dumps({"subscriptions": record.subscriptions, "sent": record.sent}).encode()
+        _document(await self._bus.ask(f"{_SESSION_SUBJECT}{device_id}", payload))
+        self.persistent.add(device_id)
+        self._note("session", device_id)
+
+    async def forget_session(self, device_id: int) -> None:
+        await self._call(f"STREAM.PURGE.{SESSIONS}", {"filter": f"{_SESSION_SUBJECT}{device_id}"})
+        self.persistent.discard(device_id)
+        self._note("gone", device_id)
+
+    # -- what others tell, and what is found
+
+    def _note(self, what: str, device_id: int) -> None:
+        self._bus.tell(f"{_NOTE}{what}.{device_id}", b"")
+
+    def _noted(self, told: Told) -> None:
+        _, _, what, number = told.subject.split(".")
+        device_id = int(number)
+        match what:
+            case "down":
+                self._waits(device_id)
+            case "session":
+                self.persistent.add(device_id)
+            case "gone":
+                self.persistent.discard(device_id)
+
+    def _waits(self, device_id: int) -> None:
+        self.waiting.add(device_id)
+        for act in self._acts:
+            act(device_id)
+
+    async def _settle(self) -> None:
+        """Once the connection stands: see that the streams are there and as set, then what waits in them."""
+        age = round(self._settings.down_age * 1e9)
+        down = await self._ensure(DOWN, f"{_DOWN_SUBJECT}*", age, self._settings.down_limit)
+        await self._ensure(SESSIONS, f"{_SESSION_SUBJECT}*", age, 1)
+        self._base = base_of_metadata(down["config"])
+        await self._look()
+
+    async def _look(self) -> None:
+        for device_id in await self._devices(DOWN):
+            if device_id not in self.waiting:
+                self._waits(device_id)
+        self.persistent = await self._devices(SESSIONS)
+
+    async def _devices(self, stream: str) -> set[int]:
+        """The ids for which the stream holds something."""
+        found: set[int] = set()
+        while True:
+            info = await self._call(f"STREAM.INFO.{stream}", {"subjects_filter": ">", "offset": len(found)})
+            subjects = info["state"].get("subjects") or {}
+            before = len(found)
+            found.update(int(subject.rpartition(".")[2]) for subject in subjects)
+            if len(subjects) < _PAGE or len(found) == before:
+                return found
+
+    async def _ensure(self, stream: str, subject: str, age: int, keep: int) -> dict[str, Any]:
+        config = with_base(
+            {
+                "name": stream,
+                "subjects": [subject],
+                "retention": "limits",
+                "storage": "file",
+                "discard": "old",
+                "max_age": age,
+                "max_msgs_per_subject": keep,
+                "num_replicas": 1,
+                "duplicate_window": min(age, 120 * 10**9),
+                "allow_direct": True,
+            },
+            _DOWN_IDS + new_base(round(self._clock() * 1000)),
+        )
+        try:
+            info = await self._call(f"STREAM.INFO.{stream}", {})
+        except _Missing:
+            info = await self._call(f"STREAM.CREATE.{stream}", config, missing_ok=True)
+            if "config" not in info:  # another worker was quicker
+                info = await self._call(f"STREAM.INFO.{stream}", {})
+        settled = ("max_age", "max_msgs_per_subject", "duplicate_window")
+        if any(info["config"].get(name) != config[name] for name in settled):
+            changed = {**info["config"], **{name: config[name] for name in settled}}
+            info = await self._call(f"STREAM.UPDATE.{stream}", changed)
+        return info
+
+    async def _get(self, stream: str, wanted: dict[str, Any]) -> Told | None:
+        """A stored message, with the headers Nats-Sequence and Nats-Subject; None when there is none."""
+        found = await self._bus.ask(f"$JS.API.DIRECT.GET.{stream}", json.dumps(wanted).encode())
+        if found.headers.get("Nats-Sequence"):
+            return found
+        status = found.headers.get("Status", "")
+        if status == "404":
+            return None
+        raise Unavailable(f"the engine answered {status} {found.headers.get('Description', '')}".strip())
+
+    async def _call(self, action: str, body: dict[str, Any], *, missing_ok: bool = False) -> dict[str, Any]:
+        answer = await self._bus.ask(f"$JS.API.{action}", json.dumps(body).encode())
+        return _document(answer, missing_ok=missing_ok)
+
+
+class _Missing(Unavailable):
+    """There is no such stream."""
+
+
+def _document(answer: Told, *, missing_ok: bool = False) -> dict[str, Any]:
+    """What JetStream answered; raise Unavailable with what it says is wrong."""
+    try:
+        document: dict[str, Any] = json.loads(answer.payload)
+    except ValueError:
+        raise Unavailable(f"the engine answered {answer.headers.get('Status', 'nothing')}") from None
+    if (error := document.get("error")) and not (missing_ok and error.get("code") in (400, 404)):
+        kind = _Missing if error.get("code") == 404 else Unavailable
+        raise kind(f"the engine says: {error.get('description', error)}")
+    return document

@@ -1,0 +1,160 @@
+"""Who has an MQTT session, and where: one session a device, on whichever worker or gateway it stands.
+
+Each worker tells the others what opens and closes with it, and which filters it has subscribed to; each keeps all of it in
+memory. So a newcomer closes the older session elsewhere within moments, and whether a message for a device has a taker is
+known without asking.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from uplinkd.core.topics import filter_matches
+from uplinkd.engine import Bus, Told
+
+__all__ = ["Held", "Roster"]
+
+_NEWS, _CALL, _HELLO = "uplinkd.roster.news", "uplinkd.roster.call", "uplinkd.roster.hello"
+_GATHER_SECONDS = 0.005
+_PART = 1000
+
+
+class Held(Protocol):
+    """A session of this worker. `stamp` says when it opened, ns of the monotonic clock, which all workers of a machine share and
+    nobody sets: the younger of two stands."""
+
+    stamp: int
+
+    @property
+    def subscriptions(self) -> Mapping[str, int]:
+        """Filter → QoS."""
+
+    def taken_over(self, where: str) -> None:
+        """The device has a younger session, `where` says whose; close."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Elsewhere:
+    worker: str
+    stamp: int
+    filters: tuple[str, ...]
+
+
+class Roster:
+    """One for each worker, `worker` its name; names of workers are unique among those that share the bus."""
+
+    def __init__(self, bus: Bus, worker: str) -> None:
+        self._bus = bus
+        self._instance = f"{worker}.{secrets.token_hex(4)}"
+        self._here: dict[int, Held] = {}
+        self._elsewhere: dict[int, _Elsewhere] = {}
+        self._news: set[int] = set()
+        bus.listen(_NEWS, self._heard_news)
+        bus.listen(_CALL, self._heard_call)
+        bus.listen(_HELLO, self._heard_hello)
+        bus.on_connected(self._introduce)
+
+    def opened(self, device_id: int, session: Held) -> None:
+        """The device's session is this one; its older one closes, here at once and elsewhere in a moment."""
+        older = self._here.get(device_id)
+        self._here[device_id] = session
+        self._elsewhere.pop(device_id, None)
+        if older is not None and older is not session:
+            older.taken_over("on this worker")
+        self._tell(device_id)
+
+    def changed(self, device_id: int) -> None:
+        """The subscriptions of its session here are others now."""
+        self._tell(device_id)
+
+    def closed(self, device_id: int, session: Held) -> bool:
+        """`session` has ended; whether it was the device's (and not one that was taken over)."""
+        if self._here.get(device_id) is not session:
+            return False
+        del self._here[device_id]
+        self._tell(device_id)
+        return True
+
+    def here(self, device_id: int) -> Held | None:
+        return self._here.get(device_id)
+
+    def sessions(self) -> Iterable[tuple[int, Held]]:
+        """Those of this worker: (device id, session)."""
+        return list(self._here.items())
+
+    def subscribed(self, device_id: int, topic: str) -> bool:
+        """Whether a session that stands, on any worker, has subscribed to `topic`."""
+        held = self._here.get(device_id)
+        filters: Iterable[str] = ()
+        if held is not None:
+            filters = held.subscriptions
+        elif away := self._elsewhere.get(device_id):
+            filters = away.filters
+        return any(filter_matches(each, topic) for each in filters)
+
+    # -- what workers tell each other
+
+    def _tell(self, device_id: int) -> None:
+        if not self._news:
+            asyncio.get_running_loop().call_later(_GATHER_SECONDS, self._send_news)
+        self._news.add(device_id)
+
+    def _send_news(self) -> None:
+        news, self._news = self._news, set()
+        self._send(news)
+
+    def _send(self, device_ids: Iterable[int]) -> None:
+        rows = []
+        for device_id in device_ids:
+            held = self._here.get(device_id)
+            rows.append([device_id, held.stamp, list(held.subscriptions)] if held else [device_id, 0, []])
+        for first in range(0, len(rows), _PART):
+            document = {"from": self._instance, "sessions": rows[first : first + _PART]}
+            self._bus.tell(_NEWS, json.dumps(document).encode())
+
+    async def _introduce(self) -> None:
+        """The connection stands (anew): what was told meanwhile was missed on both sides."""
+        self._elsewhere.clear()
+        self._bus.tell(_HELLO, self._instance.encode())
+        self._bus.tell(_CALL, self._instance.encode())
+        self._send(list(self._here))
+
+    def _heard_call(self, told: Told) -> None:
+        if told.payload.decode() != self._instance:
+            self._send(list(self._here))
+
+    def _heard_hello(self, told: Told) -> None:
+        """A worker of that name has started: sessions of its predecessor are gone."""
+        newcomer = told.payload.decode()
+        name = newcomer.rpartition(".")[0]
+        gone = [
+            device_id
+            for device_id, away in self._elsewhere.items()
+            if away.worker != newcomer and away.worker.rpartition(".")[0] == name
+        ]
+        for device_id in gone:
+            del self._elsewhere[device_id]
+
+    def _heard_news(self, told: Told) -> None:
+        document = json.loads(told.payload)
+        sender: str = document["from"]
+        if sender == self._instance:
+            return
+        for device_id, stamp, filters in document["sessions"]:
+            if not stamp:
+                known = self._elsewhere.get(device_id)
+                if known and known.worker == sender:
+                    del self._elsewhere[device_id]
+                continue
+            held = self._here.get(device_id)
+            if held is not None:
+                if (held.stamp, self._instance) > (stamp, sender):
+                    continue
+                del self._here[device_id]
+                held.taken_over("on another worker")
+            self._elsewhere[device_id] = _Elsewhere(sender, stamp, tuple(filters))
