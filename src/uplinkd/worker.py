@@ -41,6 +41,7 @@ from uplinkd.registry.cache import DeviceCache
 from uplinkd.roster import Roster
 from uplinkd.sending import Sending
 from uplinkd.settings import Settings
+from uplinkd.tasks import end_tasks
 from uplinkd.tls import CertificateFiles, Renewal
 
 __all__ = ["DRAIN_SECONDS", "Task", "run"]
@@ -142,9 +143,7 @@ async def _serve(task: Task) -> None:
     await presence.close()
     await engine.stop()
     failed = [duty for duty in duties if duty.done() and not duty.cancelled()]
-    for duty in duties:
-        duty.cancel()
-    await asyncio.gather(stopped, *duties, return_exceptions=True)
+    await end_tasks(stopped, *duties)
     await journal.close()
     await cache.close()
     registry.close()

@@ -115,11 +115,18 @@ class Session:
     def subscribe_all(self, *filters: tuple[str, int]) -> list[int]:
         code, _ = self._client.subscribe(list(filters))
         assert code == MQTTErrorCode.MQTT_ERR_SUCCESS, code
-        return self._granted.get(timeout=5)
+        return self._answered()
 
     def unsubscribe(self, topic_filter: str) -> None:
         self._client.unsubscribe(topic_filter)
-        assert self._granted.get(timeout=5) == []
+        assert self._answered() == []
+
+    def _answered(self, within: float = 10) -> list[int]:
+        """The next SUBACK or UNSUBACK."""
+        try:
+            return self._granted.get(timeout=within)
+        except queue.Empty:
+            raise AssertionError(f"no SUBACK or UNSUBACK within {within} s") from None
 
     def publish(self, topic: str, payload: bytes, qos: int = 1, *, retain: bool = False, within: float = 5) -> bool:
         """Whether it was acknowledged (with QoS 0: sent) before the time was over or the connection ended."""

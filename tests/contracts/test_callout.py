@@ -35,6 +35,7 @@ from uplinkd.engine.nkeys import AccountKey, claims_of
 from uplinkd.engine.stream import STREAM
 from uplinkd.registry import Registry, open_registry
 from uplinkd.settings import Settings
+from uplinkd.tasks import end_tasks
 from uplinkd.tls import ensure_material
 
 LAMPS, DOORS = "a1Lamps", "a1Doors"
@@ -91,8 +92,7 @@ async def callout(
     task = asyncio.create_task(callout.run())
     await until(lambda: callout.answers)
     yield callout
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+    await end_tasks(task)
     await asyncio.sleep(0)
 
 
@@ -485,8 +485,7 @@ async def test_what_changed_while_no_worker_ran_is_found_when_one_does(
         while (names := [each.name for each in await jetstream.consumers_info(STREAM)]) != ["app-by-hand"]:
             assert time.monotonic() < end, names
             await asyncio.sleep(0.02)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end_tasks(task)
 
 
 async def test_a_consumer_comes_back_with_the_stream(
@@ -598,8 +597,7 @@ async def test_tls_is_there_for_those_who_ask_and_a_renewed_certificate_is_used(
         await report(publisher, b"x")
         assert await payloads(await plain.pull(), 1) == [b"x"]
         assert publisher.connected
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+    await end_tasks(task)
     await publisher.stop()
     server.stop()
     assert "Reloaded" in (settings.data / "nats" / "nats.log").read_text()

@@ -30,6 +30,7 @@ from uplinkd.engine.jetstream import JetStreamPublisher
 from uplinkd.engine.memory import MemoryEngine
 from uplinkd.engine.stream import STREAM, changed, new_base
 from uplinkd.settings import Settings
+from uplinkd.tasks import end_tasks
 
 TOPIC = "/pk/dev.1/user/update"
 
@@ -188,8 +189,7 @@ async def test_messages_are_followed_as_they_are_stored(engine: Engine) -> None:
     for number in range(3):
         await publish(engine.publisher, b"%d" % number)
     await until(lambda: len(seen) >= 3)
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+    await end_tasks(task)
     assert seen == [b"0", b"1", b"2"]
 
 
@@ -763,8 +763,7 @@ async def test_a_follower_misses_nothing_over_a_restart_and_a_new_stream(setting
     await asyncio.sleep(0.2)
     ids += [(await publish(publisher, b"three"))[0]]
     await until(lambda: seen == ids)
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+    await end_tasks(task)
     await reader.close()
     await publisher.stop()
     server.stop()

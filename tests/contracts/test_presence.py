@@ -31,6 +31,7 @@ from uplinkd.registry import Registry, Sighting, open_registry
 from uplinkd.registry.cache import DeviceCache, Entry
 from uplinkd.registry.sql import SqlRegistry
 from uplinkd.settings import Settings
+from uplinkd.tasks import end_tasks
 
 PRODUCT = "a1Presence"
 NOW = 1_800_000_000_000
@@ -527,8 +528,7 @@ async def town(settings: Settings, registry: Registry) -> AsyncIterator[Town]:
     for presence in town.made:
         presence._publishing.clear()  # of those that died
         await presence.close()
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+    await end_tasks(running)
     await publisher.stop()
     town.server.stop()
 
@@ -838,8 +838,7 @@ async def test_what_was_seen_reaches_the_registry_while_it_runs(town: Town) -> N
     presence.saw(entry, NOW, "192.0.2.1")
     await until(lambda: town.registry.device(PRODUCT, "lamp").last_seen == NOW, 1.5)
     await until(lambda: not town.registry.untold(1), 1.5)
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+    await end_tasks(running)
     assert await town.told() == [("lamp", "online")]
 
 

@@ -132,3 +132,33 @@ def test_a_lock_that_died_with_its_worker_is_healed(flow: Flow) -> None:
     assert passes(lambda: flow.message(1, 10)) == 30
     flow.heal()
     assert all(lock.acquire(block=False) for lock in flow._locks)
+
+
+def test_what_is_done_by_one_at_a_time_is_claimed(flow: Flow, clock: Clock) -> None:
+    """By one for a device, until it lets go or its time is over; devices do not wait for each other."""
+    assert flow.claim(1, 5)
+    assert not flow.claim(1, 5)
+    assert flow.claim(2, 5)
+    flow.release(1)
+    assert flow.claim(1, 5)
+    clock.now += 4.9
+    assert not flow.claim(1, 5)
+    clock.now += 0.2
+    assert flow.claim(1, 5)
+    assert passes(lambda: flow.message(1, 10)) == 30
+
+
+def test_of_two_workers_one_alone_claims(flow: Flow) -> None:
+    """The table is one for all processes."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(write, bytes([flow.claim(1, 60)]))
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(read, 1) == b"\x01"
+    os.close(read)
+    os.close(write)
+    assert not flow.claim(1, 60)
+    flow.release(1)
+    assert flow.claim(1, 60)

@@ -204,3 +204,85 @@ def test_no_path_raises_anything_but_refused_and_none_breaks_a_subject(path: byt
     assert not set(topic.subject) & set(b" \t\r\n*>")
     assert topic.subject.startswith(b"/.")
     assert topics.parse(quote(topic.text, safe="/").encode()).text == topic.text
+
+
+SYSTEM = [
+    "/ext/ntp/{pk}/{dn}/response",
+    "/ota/device/upgrade/{pk}/{dn}",
+    "/shadow/get/{pk}/{dn}",
+    "/sys/{pk}/{dn}/thing/service/property/set",
+    "/sys/{pk}/{dn}/thing/event/property/post_reply",
+    "/sys/{pk}/{dn}/rrpc/request/+",
+]
+
+
+@pytest.mark.parametrize(
+    "topic_filter", [each.format(pk=PK, dn=DN) for each in SYSTEM] + [f"/{PK}/{DN}/user/get", f"/{PK}/{DN}/pub"]
+)
+def test_a_device_subscribes_to_what_is_its_own(topic_filter: str) -> None:
+    """The classes with that right, and what the platform sends down."""
+    topics.check_filter(topic_filter)
+    assert topics.may_subscribe(topic_filter, device(), CLASSES)
+
+
+@pytest.mark.parametrize(
+    "topic_filter",
+    [
+        "#",
+        "+/#",
+        "/#",
+        "/+/+/user/get",
+        f"/{PK}/+/user/get",
+        f"/{PK}/#",
+        f"/{PK}/{DN}/#",
+        f"/{PK}/{DN}/+/get",
+        f"/{PK}/{DN}/user/update",
+        f"/{PK}/{DN}/user/+",
+        f"/{PK}/other/user/get",
+        f"/{PK}/{DN}x/user/get",
+        f"/sys/{PK}/+/thing/service/property/set",
+        f"/sys/{PK}/other/thing/service/property/set",
+        f"/sys/+/{DN}/thing/service/property/set",
+        f"/as/mqtt/status/{PK}/{DN}",
+        "/broadcast/other/news",
+        "$SYS/#",
+        "$JS/API/#",
+    ],
+)
+def test_no_filter_reaches_further(topic_filter: str) -> None:
+    """Not by wildcards, not by a neighbour's name, not to topics that it only reports to; and the reason says so."""
+    assert not topics.may_subscribe(topic_filter, device(), CLASSES)
+    assert topic_filter in topics.explain_filter(topic_filter, device(), CLASSES)
+
+
+levels = st.lists(st.sampled_from(["a", "b", "+", "user", ""]), min_size=1, max_size=5)
+
+
+@given(levels, st.booleans(), levels, st.booleans(), st.lists(st.sampled_from(["a", "b", "user", "c", ""]), max_size=6))
+def test_what_a_filter_covers_it_matches(
+    wide: list[str], deep: bool, narrow: list[str], deeper: bool, topic: list[str]
+) -> None:
+    """Whoever may hear one filter hears nothing by another that it covers which it would not hear by itself."""
+    outer = "/".join([*wide, "#"] if deep else wide)
+    inner = "/".join([*narrow, "#"] if deeper else narrow)
+    text = "/".join(topic)
+    if topics.covers(outer, inner) and topics.filter_matches(inner, text):
+        assert topics.filter_matches(outer, text)
+
+
+@given(
+    names,
+    names,
+    st.lists(st.sampled_from(["user", "get", "pub", "+", "#", PK, "sys", "ext", "thing"]), min_size=1, max_size=5),
+)
+def test_no_filter_hears_another_device(name: str, other: str, parts: list[str]) -> None:
+    """Whatever a device may subscribe to, no topic of another device's matches it, broadcasts apart."""
+    topic_filter = f"/{PK}/{name}/" + "/".join(parts)
+    classes = (*CLASSES, TopicClass("#", Right.BOTH))
+    if other != name and topics.may_subscribe(topic_filter, device(name=name), classes):
+        for theirs in (
+            f"/{PK}/{other}/user/get",
+            f"/{PK}/{other}/pub",
+            f"/sys/{PK}/{other}/thing/service/property/set",
+        ):
+            assert not topics.filter_matches(topic_filter, theirs)

@@ -180,6 +180,7 @@ def test_a_deleted_application_is_cut_off_within_a_second(server: Server, device
     gc.collect()
 
 
+@pytest.mark.slow
 def test_an_application_reads_on_after_kills(server: Server, device: Device) -> None:
     """kill -9 of one worker, of all workers, of nats-server: each time it goes on, and a new one is let in."""
     key, secret = create(server, "billing", device.product)

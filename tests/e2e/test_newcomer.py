@@ -238,6 +238,7 @@ async def test_a_stop_drains_within_five_seconds(tmp_path: Path, number: int) ->
         assert "Traceback" not in server.log.read_text()
 
 
+@pytest.mark.slow
 async def test_tokens_and_ids_survive_a_restart(tmp_path: Path) -> None:
     """The same token publishes after a stop and a start; ids go on rising; all messages are there."""
     with serving(tmp_path / "data", "--demo", "--workers", "1") as server:
@@ -268,6 +269,7 @@ def fails(*arguments: str, folder: Path, **variables: str) -> tuple[int, list[st
     return done.returncode, done.stderr.splitlines()
 
 
+@pytest.mark.slow
 def test_what_keeps_it_from_starting_is_said_in_one_line(tmp_path: Path) -> None:
     """A port in use, an unwritable data folder, a missing nats-server, a bad setting: the value and what to do."""
     (tmp_path / "file").write_text("not a folder")

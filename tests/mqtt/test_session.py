@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.clients.fleet import Login
 from tests.clients.packets import PINGREQ, connect, packet, publish, subscribe, text
 from tests.mqtt.conftest import CONNACK, House, login, puback
-from tests.room import DEVICE, PRODUCT
+from tests.room import DEVICE, PRODUCT, SECRET
 from uplinkd.core.errors import Code
 from uplinkd.core.model import App, Origin, ProductKey, Right
 from uplinkd.engine import Query
@@ -579,3 +579,19 @@ async def test_a_conversation_split_anywhere_is_the_same(house: House, cuts: lis
     assert answers[:2] == [CONNACK, suback(1, 1)]
     assert sorted(answers[2:]) == sorted([puback(9), b"\xd0\x00", puback(10)])
     client.lose()
+
+
+async def test_a_broadcast_reaches_the_sessions_of_every_worker(house: House, neighbour: House) -> None:
+    """Those that have subscribed, of that product; the sender learns how many."""
+    house.registry.create_device(PRODUCT, "second", secret=SECRET)
+    house.registry.create_device(PRODUCT, "third", secret=SECRET)
+    topic = f"/broadcast/{PRODUCT}/news"
+    here, there, deaf = await house.session(), await neighbour.session("second"), await house.session("third")
+    for client in (here, there):
+        assert await client.ask(subscribe(topic)) == [bytes.fromhex("9003000101")]
+    assert await house.sending.send(topic, b"hear") == {"sessions": 2}
+    for client in (here, there):
+        (message,) = await client.heard()
+        assert b"hear" in message
+    assert await deaf.heard() == []
+    assert await house.sending.send("/broadcast/other/news", b"hear") == {"sessions": 0}

@@ -7,6 +7,7 @@ when its connection stands anew, or at the next look at all subjects.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -50,20 +51,19 @@ class JetStreamDownlink:
         self._acts.append(act)
 
     async def run(self) -> None:
-        """Look at all subjects now and then: a note may have been lost with its sender."""
+        """Look anew now and then: a note may have been lost with its sender, a stream deleted by hand."""
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             if self._bus.connected:
-                try:
-                    await self._look()
-                except Unavailable:
-                    continue
+                with contextlib.suppress(Unavailable):
+                    await self._settle()
 
     async def store(self, device_id: int, topic: str, payload: bytes) -> int:
+        base = self._known_base()
         answer = await self._bus.ask(f"{_DOWN_SUBJECT}{device_id}", payload, {_TOPIC_HEADER: quote(topic, safe="/")})
         sequence = int(_document(answer)["seq"])
         self._note("down", device_id)
-        return self._base + sequence
+        return base + sequence
 
     async def count(self, device_id: int) -> int:
         subject = f"{_DOWN_SUBJECT}{device_id}"
@@ -71,13 +71,14 @@ class JetStreamDownlink:
         return int((info["state"].get("subjects") or {}).get(subject, 0))
 
     async def next(self, device_id: int, after: int = 0) -> Waiting | None:
+        base = self._known_base()
         found = await self._get(DOWN, {"seq": after + 1, "next_by_subj": f"{_DOWN_SUBJECT}{device_id}"})
         if found is None:
             if not after:
                 self.waiting.discard(device_id)
             return None
         sequence = int(found.headers["Nats-Sequence"])
-        return Waiting(self._base + sequence, sequence, unquote(found.headers.get(_TOPIC_HEADER, "")), found.payload)
+        return Waiting(base + sequence, sequence, unquote(found.headers.get(_TOPIC_HEADER, "")), found.payload)
 
     async def remove(self, sequence: int) -> None:
         await self._call(f"STREAM.MSG.DELETE.{DOWN}", {"seq": sequence, "no_erase": True}, missing_ok=True)
@@ -99,6 +100,11 @@ class JetStreamDownlink:
         await self._call(f"STREAM.PURGE.{SESSIONS}", {"filter": f"{_SESSION_SUBJECT}{device_id}"})
         self.persistent.discard(device_id)
         self._note("gone", device_id)
+
+    def _known_base(self) -> int:
+        if not self._base:
+            raise Unavailable("the engine has only just been reached")
+        return self._base
 
     # -- what others tell, and what is found
 

@@ -24,6 +24,7 @@ from uplinkd.engine.stream import DELETED, STREAM, base_of, changed, new_base, w
 from uplinkd.engine.wire import Reader, Received, ack_of
 from uplinkd.observe import Occasionally
 from uplinkd.settings import Settings
+from uplinkd.tasks import end_tasks
 
 __all__ = ["JetStreamPublisher"]
 
@@ -88,9 +89,7 @@ class JetStreamPublisher:
         while (self._pending or self._held) and self._loop.time() < end:  # noqa: ASYNC110 - an event would cost each publish
             await asyncio.sleep(0.01)
         if self._task:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end_tasks(self._task)
         await asyncio.sleep(0)  # its transport closes in the next turn of the loop
         if self._sweeper:
             self._sweeper.cancel()

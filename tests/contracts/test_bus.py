@@ -1,0 +1,180 @@
+"""One contract for every bus, and that NATS's comes back by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from uplinkd.core.errors import Unavailable
+from uplinkd.engine import Bus, Told
+from uplinkd.engine.bus import NatsBus
+from uplinkd.engine.embedded import EmbeddedServer
+from uplinkd.engine.memory import MemoryBus
+from uplinkd.settings import Settings
+from uplinkd.tasks import end_tasks
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come true"
+        await asyncio.sleep(0.005)
+
+
+@dataclass
+class Line:
+    """Two gateways' buses, and how to take the engine away from both and give it back."""
+
+    mine: Bus
+    theirs: Bus
+    cut: Callable[[], Awaitable[None]]
+    mend: Callable[[], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def over_nats(folder: Path) -> AsyncIterator[Line]:
+    settings = Settings(data=folder, nats_listen="")
+    servers = [EmbeddedServer.start(settings)]
+    mine, theirs = (NatsBus(servers[0].access, name) for name in ("mine", "theirs"))
+    buses = [mine, theirs]
+    tasks = [asyncio.create_task(bus.run()) for bus in buses]
+
+    async def cut() -> None:
+        await asyncio.to_thread(servers.pop().stop)
+        await until(lambda: not any(bus.connected for bus in buses))
+
+    async def mend() -> None:
+        servers.append(await asyncio.to_thread(EmbeddedServer.start, settings))
+        await until(lambda: all(bus.connected for bus in buses))
+
+    await until(lambda: all(bus.connected for bus in buses))
+    yield Line(mine, theirs, cut, mend)
+    await end_tasks(*tasks)
+    for server in servers:
+        server.stop()
+
+
+@contextlib.asynccontextmanager
+async def in_memory(_: Path) -> AsyncIterator[Line]:
+    bus = MemoryBus()
+
+    async def cut() -> None:
+        bus.connected = False
+
+    yield Line(bus, bus, cut, bus.connect)
+
+
+@pytest.fixture(params=[in_memory, over_nats])
+async def line(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Line]:
+    async with request.param(tmp_path) as line:
+        yield line
+
+
+async def test_what_is_told_is_heard_with_its_headers(line: Line) -> None:
+    """In its order; by those whose subject matches it, from when they are settled until they end it."""
+    heard: list[Told] = []
+    end = line.mine.listen("news.*", heard.append)
+    line.mine.listen("news.*.*", lambda _: pytest.fail("it has another number of levels"))
+    everything: list[str] = []
+    line.mine.listen("news.>", lambda told: everything.append(told.subject))
+    await line.mine.settled()
+    line.theirs.tell("news.1", b"one", {"Kind": "first"})
+    line.theirs.tell("news.2", b"\x00\xff")
+    line.theirs.tell("other.3", b"three")
+    await until(lambda: len(heard) == 2 and len(everything) == 2)
+    assert [(told.subject, told.payload) for told in heard] == [("news.1", b"one"), ("news.2", b"\x00\xff")]
+    assert heard[0].headers["Kind"] == "first"
+    assert not heard[1].headers
+    end()
+    await line.mine.settled()
+    line.theirs.tell("news.4", b"four")
+    await until(lambda: "news.4" in everything)
+    assert len(heard) == 2
+
+
+async def test_of_a_queue_one_alone_hears_each_message(line: Line) -> None:
+    """However many listen; who listens without the queue hears all."""
+    shared: list[bytes] = []
+    alone: list[bytes] = []
+    for bus in (line.mine, line.theirs):
+        bus.listen("work", lambda told: shared.append(told.payload), queue="workers")
+    line.mine.listen("work", lambda told: alone.append(told.payload))
+    await line.mine.settled()
+    await line.theirs.settled()
+    for number in range(50):
+        line.theirs.tell("work", b"%d" % number)
+    await until(lambda: len(alone) == 50 and len(shared) >= 50)
+    await asyncio.sleep(0.05)
+    assert sorted(shared) == sorted(alone)
+
+
+async def test_a_question_is_answered_or_unavailable(line: Line) -> None:
+    """By who listens; at once where nobody does, after the patience where nobody speaks."""
+    line.theirs.listen(
+        "add", lambda told: line.theirs.tell(told.reply, told.payload + b"1", {"Of": told.headers["For"]})
+    )
+    line.theirs.listen("mute", lambda _: None)
+    await line.theirs.settled()
+    answer = await line.mine.ask("add", b"2", {"For": "me"})
+    assert (answer.payload, answer.headers["Of"]) == (b"21", "me")
+    assert [(await line.mine.ask("add", b"%d" % n, {"For": "x"})).payload for n in range(5)] == [
+        b"%d1" % n for n in range(5)
+    ]
+    started = time.monotonic()
+    with pytest.raises(Unavailable):
+        await line.mine.ask("nobody.there")
+    assert time.monotonic() - started < 1
+    with pytest.raises(Unavailable, match="does not answer"):
+        await line.mine.ask("mute", patience=0.1)
+
+
+async def test_after_an_outage_everybody_hears_on(line: Line) -> None:
+    """What is told meanwhile is lost, questions and settling say so; the acts are called each time that it stands anew."""
+    acts: list[str] = []
+
+    async def act() -> None:
+        acts.append("connected")
+
+    heard: list[bytes] = []
+    line.mine.on_connected(act)
+    line.mine.listen("news", lambda told: heard.append(told.payload))
+    await line.mine.settled()
+    await line.cut()
+    line.theirs.tell("news", b"lost")
+    with pytest.raises(Unavailable):
+        await line.mine.ask("anything")
+    with pytest.raises(Unavailable):
+        await line.mine.settled()
+    line.mine.listen("later", lambda told: heard.append(told.payload))
+    before = len(acts)
+    await line.mend()
+    await until(lambda: len(acts) > before)
+    await line.mine.settled()
+    line.theirs.tell("news", b"again")
+    line.theirs.tell("later", b"new")
+    await until(lambda: len(heard) == 2)
+    assert heard == [b"again", b"new"]
+
+
+async def test_a_listener_that_fails_does_not_stop_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A fault of ours is logged, and the next message is heard."""
+    async with over_nats(tmp_path) as line:
+        heard: list[bytes] = []
+
+        def fragile(told: Told) -> None:
+            heard.append(told.payload)
+            if told.payload == b"bad":
+                raise ValueError("fragile")
+
+        line.mine.listen("news", fragile)
+        await line.mine.settled()
+        line.theirs.tell("news", b"bad")
+        line.theirs.tell("news", b"good")
+        await until(lambda: heard == [b"bad", b"good"])
+    assert "a fault of ours while hearing news" in caplog.text
