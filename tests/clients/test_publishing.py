@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 from tests.clients.conftest import LIMITS, MakeSession
 from tests.clients.fleet import Thing, make_fleet, until
 from tests.clients.session import Session
@@ -55,6 +56,7 @@ def test_reports_over_https_and_mqtt_are_one_stream(session: MakeSession, thing:
     assert device.open
 
 
+@pytest.mark.slow
 def test_nothing_is_acknowledged_before_it_is_stored(tmp_path: Path) -> None:
     """While the engine stands still there is no PUBACK; when it goes on there is one, and the message is stored."""
     with serving(tmp_path / "data", *LIMITS) as server:

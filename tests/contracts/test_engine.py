@@ -232,6 +232,7 @@ def test_a_new_base_lies_beyond_all_ids_of_an_older_one() -> None:
     assert 0 < new_base(4_000_000_000_000) < 2**63
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restart", [True, False])
 async def test_a_killed_engine_loses_nothing_and_every_publish_is_answered_once(
     settings: Settings, server: EmbeddedServer, restart: bool

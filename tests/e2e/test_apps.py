@@ -23,20 +23,27 @@ from nats.aio.client import Client
 
 from tests.house import Device, Server, cli, cli_json, environment, make_devices, serving
 
+pytestmark = pytest.mark.xdist_group("apps")
+
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "examples" / "read_uplink.py"
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    with serving(tmp_path / "data", "--workers", "2") as server:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("house") / "data", "--workers", "2") as server:
         yield server
 
 
+@pytest.fixture(scope="module")
+def fleet(server: Server) -> Iterator[Device]:
+    return iter(make_devices(server, 10))
+
+
 @pytest.fixture
-def device(server: Server) -> Device:
-    (device,) = make_devices(server, 1)
-    return device
+def device(fleet: Iterator[Device]) -> Device:
+    """A device of this test alone, of one product with the others."""
+    return next(fleet)
 
 
 def nats_url(server: Server) -> str:
@@ -106,6 +113,8 @@ def reading(server: Server, key: str, secret: str) -> Iterator[Reader]:
 
 
 def create(server: Server, name: str, *products: str) -> tuple[str, str]:
+    """Key and secret of a new application; one of that name that another test has left is deleted."""
+    cli("app", "delete", name, data=server.data, check=False)
     options = [option for product in products for option in ("--product", product)]
     made = cli_json("app", "create", name, *options, data=server.data)
     return made["key"], made["secret"]

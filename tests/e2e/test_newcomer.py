@@ -203,6 +203,7 @@ async def test_last_seen_and_state_are_told(server: Server, demo: Device) -> Non
     assert cli_json("device", "show", demo.product, "watched1", data=server.data)["state"] == "disabled"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_stop_drains_within_five_seconds(tmp_path: Path, number: int) -> None:
     """Requests under way are answered, an idle connection is closed, nothing is left running, and it ends with 0."""
@@ -301,6 +302,7 @@ def test_what_keeps_it_from_starting_is_said_in_one_line(tmp_path: Path) -> None
     assert code == 2
 
 
+@pytest.mark.slow
 def test_two_servers_do_not_share_a_data_folder(server: Server, tmp_path: Path) -> None:
     """The second one says who is in its way."""
     code, lines = fails("serve", "--data", str(server.data), "--listen", "127.0.0.1:0", folder=tmp_path)
