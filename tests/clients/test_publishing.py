@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+
 from tests.clients.conftest import LIMITS, MakeSession
 from tests.clients.fleet import Thing, make_fleet, until
 from tests.clients.session import Session
