@@ -12,7 +12,7 @@ import nats.errors
 
 from uplinkd.cli.common import json_option, print_json, printable, settings_options
 from uplinkd.core.errors import Rejected, Unavailable
-from uplinkd.engine.bus import connect, words
+from uplinkd.engine.api import connect, words
 from uplinkd.engine.embedded import Access, access_for
 from uplinkd.sending import send_subject
 from uplinkd.settings import Settings
@@ -75,22 +75,15 @@ def _check_topic(topic: str, pk: str, name: str | None) -> None:
 
 
 async def _ask(access: Access, topic: str, payload: bytes) -> dict[str, Any]:
-    fault = ""
-    for url in access.now().urls:
-        try:
-            client = await connect(url, access.now(), "uplinkd send")
-        except (nats.errors.Error, OSError, TimeoutError) as error:
-            fault = f"the engine does not answer: {url}: {words(error)}"
-            continue
-        try:
-            answer: dict[str, Any] = json.loads((await client.request(send_subject(topic), payload, _PATIENCE)).data)
-        except nats.errors.NoRespondersError as error:
-            raise Unavailable("no gateway is there to send it; start one with `uplinkd serve`") from error
-        except (nats.errors.Error, OSError, TimeoutError) as error:
-            raise Unavailable(f"no gateway has answered: {words(error)}; whether it was sent is not known") from error
-        else:
-            return answer
-        finally:
-            await client.close()
-            await asyncio.sleep(0)  # its transport closes in the next turn of the loop
-    raise Unavailable(fault)
+    client = await connect(access, "uplinkd send")
+    try:
+        answer: dict[str, Any] = json.loads((await client.request(send_subject(topic), payload, _PATIENCE)).data)
+    except nats.errors.NoRespondersError as error:
+        raise Unavailable("no gateway is there to send it; start one with `uplinkd serve`") from error
+    except (nats.errors.Error, OSError, TimeoutError) as error:
+        raise Unavailable(f"no gateway has answered: {words(error)}; whether it was sent is not known") from error
+    else:
+        return answer
+    finally:
+        await client.close()
+        await asyncio.sleep(0)  # its transport closes in the next turn of the loop

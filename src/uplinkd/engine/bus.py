@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
-import nats
 import nats.errors
 
 from uplinkd.core.errors import Unavailable
 from uplinkd.engine import Handler, Told
+from uplinkd.engine.api import connect, words
 from uplinkd.engine.embedded import Access
 from uplinkd.observe import Occasionally
 
@@ -24,14 +22,12 @@ if TYPE_CHECKING:
     from nats.aio.msg import Msg
     from nats.aio.subscription import Subscription
 
-__all__ = ["NatsBus", "connect", "words"]
+__all__ = ["NatsBus"]
 
 log = logging.getLogger("uplinkd.engine")
 
-_CONNECT_SECONDS = 2
-_PING_SECONDS = 2
+_SETTLE_SECONDS = 2
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
-_NO_RESPONDERS = "503"
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +49,7 @@ class NatsBus:
         self._acts: list[Callable[[], Awaitable[None]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._warn = Occasionally(10)
-        self._away = "it has not been reached yet"
+        self._away = "the engine is away: it has not been reached yet"
 
     @property
     def connected(self) -> bool:
@@ -69,19 +65,19 @@ class NatsBus:
             ended = asyncio.Event()
             client: Client | None = None
             try:
-                client = await self._connect(ended)
+                client = await connect(self._access, self._name, ended)
                 for ear in list(self._ears):
                     await self._hear(client, ear)
-                await client.flush(_CONNECT_SECONDS)
+                await client.flush(_SETTLE_SECONDS)
                 self._client = client
                 for act in self._acts:
                     await act()
                 pause = _FIRST_PAUSE
                 await ended.wait()
-            except (nats.errors.Error, Unavailable, OSError, TimeoutError) as error:
-                self._away = words(error)
-                if self._warn():
-                    log.warning("the engine is away: %s", self._away)
+            except Unavailable as fault:
+                self._gone(str(fault))
+            except (nats.errors.Error, OSError, TimeoutError) as error:
+                self._gone(f"the engine is away: {words(error)}")
             finally:
                 self._client = None
                 for ear in self._ears:
@@ -91,6 +87,11 @@ class NatsBus:
                         await client.close()
             await asyncio.sleep(pause)
             pause = min(pause * 2, _LONGEST_PAUSE)
+
+    def _gone(self, fault: str) -> None:
+        self._away = fault
+        if self._warn():
+            log.warning("%s", fault)
 
     def tell(self, subject: str, payload: bytes, headers: Mapping[str, str] | None = None) -> None:
         if self._client is not None:
@@ -113,11 +114,11 @@ class NatsBus:
     async def settled(self) -> None:
         client = self._client
         if client is None:
-            raise Unavailable(f"the engine is away: {self._away}")
+            raise Unavailable(self._away)
         if self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=_CONNECT_SECONDS)
+            await asyncio.wait(set(self._tasks), timeout=_SETTLE_SECONDS)
         try:
-            await client.flush(_CONNECT_SECONDS)
+            await client.flush(_SETTLE_SECONDS)
         except (nats.errors.Error, OSError, TimeoutError) as error:
             raise Unavailable(f"the engine does not answer: {words(error)}") from error
 
@@ -126,7 +127,7 @@ class NatsBus:
     ) -> Told:
         client = self._client
         if client is None:
-            raise Unavailable(f"the engine is away: {self._away}")
+            raise Unavailable(self._away)
         try:
             answer = await client.request(
                 subject, payload, timeout=patience, headers=dict(headers) if headers else None
@@ -134,16 +135,6 @@ class NatsBus:
         except (nats.errors.Error, OSError, TimeoutError) as error:
             raise Unavailable(f"the engine does not answer: {words(error)}") from error
         return _told(answer)
-
-    async def _connect(self, ended: asyncio.Event) -> Client:
-        access = self._access.now()
-        faults = []
-        for url in access.urls:
-            try:
-                return await connect(url, access, self._name, ended)
-            except (nats.errors.Error, OSError, TimeoutError) as error:
-                faults.append(f"{url}: {words(error)}")
-        raise Unavailable("; ".join(faults))
 
     async def _hear(self, client: Client, ear: _Ear) -> None:
         async def take(message: Msg) -> None:
@@ -169,45 +160,6 @@ class NatsBus:
         task = asyncio.get_running_loop().create_task(guarded())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-async def connect(url: str, access: Access, name: str, ended: asyncio.Event | None = None) -> Client:
-    """A connection of the stock client, without its own reconnecting: an embedded server may come back on another port.
-
-    `ended` is set when it ends.
-    """
-
-    async def closed() -> None:
-        if ended is not None:
-            ended.set()
-
-    return await nats.connect(
-        url,
-        name=name,
-        user=access.user if access.password else None,
-        password=access.password or None,
-        token=access.user if access.user and not access.password else None,
-        tls_hostname=urlsplit(url).hostname,
-        connect_timeout=_CONNECT_SECONDS,
-        ping_interval=_PING_SECONDS,
-        allow_reconnect=False,
-        max_reconnect_attempts=1,  # without an end it would try for ever to connect for the first time
-        reconnect_time_wait=0,
-        error_cb=_ignore,
-        closed_cb=closed,
-        disconnected_cb=closed,
-    )
-
-
-def words(error: Exception) -> str:
-    """What the client says is wrong, without its ornaments."""
-    if isinstance(error, TimeoutError):
-        return "it does not answer"
-    return re.sub(r"^nats: ", "", str((isinstance(error, OSError) and error.strerror) or error))
-
-
-async def _ignore(_error: Exception) -> None:
-    """Each call reports its own failure; the client's stray ones would only repeat it."""
 
 
 async def _unsubscribe(subscription: Subscription) -> None:

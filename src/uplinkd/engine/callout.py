@@ -14,18 +14,18 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
-import nats
 import nats.errors
 
 from uplinkd.core.apps import check_app_secret, inbox_of
 from uplinkd.core.errors import Unavailable
 from uplinkd.core.model import App
 from uplinkd.core.subjects import SENDING, filters_of
+from uplinkd.engine.api import NotThere, call, connect, in_words
 from uplinkd.engine.embedded import APPS_ACCOUNT, Access
 from uplinkd.engine.nkeys import AccountKey, claims_of
 from uplinkd.engine.stream import DELETED, STREAM
@@ -41,9 +41,7 @@ log = logging.getLogger("uplinkd.engine")
 
 _ASKED = "$SYS.REQ.USER.AUTH"
 _QUEUE = "uplinkd"
-_CONNECT_SECONDS = 2
 _REQUEST_SECONDS = 2.0
-_PING_SECONDS = 5
 _PAUSE_SECONDS = 0.5
 # A login that was answered in the moment before a change is seen by a second look.
 _SECOND_LOOK_SECONDS = 1.0
@@ -109,14 +107,14 @@ class Callout:
         """As long as the connection to nats-server lasts."""
         access = self._access.now()
         async with (
-            self._connected(access, access.user, access.password) as engine,
-            self._connected(access, "system", access.system) as system,
+            self._connected(access) as engine,
+            self._connected(Access(access.urls, "system", access.system)) as system,
         ):
 
             async def asked(message: Msg) -> None:
                 await self._asked(engine, message)
 
-            with _in_words():
+            with in_words():
                 await engine.subscribe(_ASKED, queue=_QUEUE, cb=asked)
                 await engine.subscribe(DELETED, cb=self._stream_deleted)
                 await engine.flush()
@@ -128,7 +126,7 @@ class Callout:
                 again = self._stirred.is_set()
                 self._stirred.clear()
                 try:
-                    with _in_words():
+                    with in_words():
                         await self._look_over(engine, system)
                 except Unavailable as fault:
                     again = True
@@ -136,25 +134,8 @@ class Callout:
                         log.warning("the rights of applications at NATS were not looked over: %s", fault)
 
     @contextlib.asynccontextmanager
-    async def _connected(self, access: Access, user: str, password: str) -> AsyncIterator[Client]:
-        async def closed() -> None:
-            self._stirred.set()
-
-        with _in_words():
-            # Without the client's own reconnecting: an embedded server has other passwords after a restart.
-            client = await nats.connect(
-                access.urls[0],
-                name="uplinkd callout",
-                user=user,
-                password=password,
-                connect_timeout=_CONNECT_SECONDS,
-                allow_reconnect=False,
-                max_reconnect_attempts=1,
-                reconnect_time_wait=0,
-                ping_interval=_PING_SECONDS,
-                closed_cb=closed,
-                error_cb=_ignore,
-            )
+    async def _connected(self, access: Access) -> AsyncIterator[Client]:
+        client = await connect(access, "uplinkd callout", self._stirred)
         try:
             yield client
         finally:
@@ -188,7 +169,7 @@ class Callout:
                 raise _No("wrong secret" if app else "there is no such application")
             if not app.products:
                 raise _No(f"it has no product yet; `uplinkd app grant {app.name} PK` gives it one")
-            with _in_words():
+            with in_words():
                 await _ensure_consumer(engine, app)
         except Unavailable as fault:
             raise _No(str(fault)) from fault
@@ -263,10 +244,6 @@ class _Login:
         return self.host.startswith("127.") or self.host == "::1"
 
 
-class _NotThere(Unavailable):
-    """There is no such stream or consumer."""
-
-
 async def _ensure_consumer(engine: Client, app: App) -> None:
     """The application's durable consumer with the filters of its products; what else was set on it by hand stays."""
     filters = [subject for product_key in app.products for subject in filters_of(product_key, None)]
@@ -275,7 +252,7 @@ async def _ensure_consumer(engine: Client, app: App) -> None:
         if set(config.get("filter_subjects") or ()) == set(filters):
             return
         config = {**config, "filter_subjects": filters}
-    except _NotThere:
+    except NotThere:
         begin = datetime.fromtimestamp(app.created / 1000, UTC).isoformat(timespec="milliseconds")
         config = {
             "name": app.key,
@@ -299,7 +276,7 @@ async def _consumers(engine: Client) -> set[str]:
     while offset < total:
         try:
             answer = await _call(engine, f"CONSUMER.LIST.{STREAM}", {"offset": offset})
-        except _NotThere:
+        except NotThere:
             return set()
         listed = answer.get("consumers") or []
         found |= {each["name"] for each in listed if _MINE in (each["config"].get("metadata") or {})}
@@ -321,29 +298,10 @@ async def _connections(system: Client) -> AsyncIterator[tuple[str, int, str]]:
 
 async def _call(engine: Client, action: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     """One call of the JetStream API; raise Unavailable with what it says is wrong."""
-    payload = json.dumps(body).encode() if body else b""
-    message = await engine.request(f"$JS.API.{action}", payload, timeout=_REQUEST_SECONDS)
-    answer: dict[str, Any] = json.loads(message.data)
-    if error := answer.get("error"):
-        kind = _NotThere if error.get("code") == 404 else Unavailable
-        raise kind(f"the engine says: {error.get('description', error)}")
-    return answer
+    return await call(engine, action, body, patience=_REQUEST_SECONDS)
 
 
 def _name_of(app: App) -> str:
     """The name that its connections bear at nats-server: another one when it may do something else, or read other products."""
     facts = json.dumps([rights_of(app), app.products]).encode()
     return f"{app.key}/{hashlib.sha256(facts).hexdigest()[:16]}"
-
-
-@contextlib.contextmanager
-def _in_words() -> Iterator[None]:
-    """Failures of the client as Unavailable."""
-    try:
-        yield
-    except (nats.errors.Error, OSError, TimeoutError) as error:
-        raise Unavailable(f"the engine is away: {str(error).removeprefix('nats: ') or type(error).__name__}") from error
-
-
-async def _ignore(_error: Exception) -> None:
-    """Each call reports its own failure; the client's stray ones would only repeat it."""

@@ -16,8 +16,8 @@ from urllib.parse import quote, unquote
 
 from uplinkd.core.errors import Unavailable
 from uplinkd.engine import Bus, SessionRecord, Told, Waiting
+from uplinkd.engine.api import ApiError, NotThere, document_of
 from uplinkd.engine.stream import base_of_metadata, new_base, with_base
-from uplinkd.observe import Occasionally
 from uplinkd.settings import Settings
 
 __all__ = ["JetStreamDownlink"]
@@ -41,7 +41,6 @@ class JetStreamDownlink:
         self._clock = clock
         self._base = 0
         self._acts: list[Callable[[int], None]] = []
-        self._warn = Occasionally(60)
         self.waiting: set[int] = set()
         self.persistent: set[int] = set()
         bus.listen(f"{_NOTE}*.*", self._noted)
@@ -61,7 +60,7 @@ class JetStreamDownlink:
     async def store(self, device_id: int, topic: str, payload: bytes) -> int:
         base = self._known_base()
         answer = await self._bus.ask(f"{_DOWN_SUBJECT}{device_id}", payload, {_TOPIC_HEADER: quote(topic, safe="/")})
-        sequence = int(_document(answer)["seq"])
+        sequence = int(document_of(answer.payload)["seq"])
         self._note("down", device_id)
         return base + sequence
 
@@ -81,7 +80,11 @@ class JetStreamDownlink:
         return Waiting(base + sequence, sequence, unquote(found.headers.get(_TOPIC_HEADER, "")), found.payload)
 
     async def remove(self, sequence: int) -> None:
-        await self._call(f"STREAM.MSG.DELETE.{DOWN}", {"seq": sequence, "no_erase": True}, missing_ok=True)
+        try:
+            await self._call(f"STREAM.MSG.DELETE.{DOWN}", {"seq": sequence, "no_erase": True})
+        except ApiError as error:
+            if error.code not in (400, 404):
+                raise
 
     async def session(self, device_id: int) -> SessionRecord | None:
         found = await self._get(SESSIONS, {"last_by_subj": f"{_SESSION_SUBJECT}{device_id}"})
@@ -92,7 +95,7 @@ class JetStreamDownlink:
 
     async def save_session(self, device_id: int, record: SessionRecord) -> None:
         payload = json.dumps({"subscriptions": record.subscriptions, "sent": record.sent}).encode()
-        _document(await self._bus.ask(f"{_SESSION_SUBJECT}{device_id}", payload))
+        document_of((await self._bus.ask(f"{_SESSION_SUBJECT}{device_id}", payload)).payload)
         self.persistent.add(device_id)
         self._note("session", device_id)
 
@@ -170,10 +173,13 @@ class JetStreamDownlink:
         )
         try:
             info = await self._call(f"STREAM.INFO.{stream}", {})
-        except _Missing:
-            info = await self._call(f"STREAM.CREATE.{stream}", config, missing_ok=True)
-            if "config" not in info:  # another worker was quicker
-                info = await self._call(f"STREAM.INFO.{stream}", {})
+        except NotThere:
+            try:
+                info = await self._call(f"STREAM.CREATE.{stream}", config)
+            except ApiError as error:
+                if error.code != 400:
+                    raise
+                info = await self._call(f"STREAM.INFO.{stream}", {})  # another worker was quicker
         settled = ("max_age", "max_msgs_per_subject", "duplicate_window")
         if any(info["config"].get(name) != config[name] for name in settled):
             changed = {**info["config"], **{name: config[name] for name in settled}}
@@ -190,22 +196,5 @@ class JetStreamDownlink:
             return None
         raise Unavailable(f"the engine answered {status} {found.headers.get('Description', '')}".strip())
 
-    async def _call(self, action: str, body: dict[str, Any], *, missing_ok: bool = False) -> dict[str, Any]:
-        answer = await self._bus.ask(f"$JS.API.{action}", json.dumps(body).encode())
-        return _document(answer, missing_ok=missing_ok)
-
-
-class _Missing(Unavailable):
-    """There is no such stream."""
-
-
-def _document(answer: Told, *, missing_ok: bool = False) -> dict[str, Any]:
-    """What JetStream answered; raise Unavailable with what it says is wrong."""
-    try:
-        document: dict[str, Any] = json.loads(answer.payload)
-    except ValueError:
-        raise Unavailable(f"the engine answered {answer.headers.get('Status', 'nothing')}") from None
-    if (error := document.get("error")) and not (missing_ok and error.get("code") in (400, 404)):
-        kind = _Missing if error.get("code") == 404 else Unavailable
-        raise kind(f"the engine says: {error.get('description', error)}")
-    return document
+    async def _call(self, action: str, body: dict[str, Any]) -> dict[str, Any]:
+        return document_of((await self._bus.ask(f"$JS.API.{action}", json.dumps(body).encode())).payload)

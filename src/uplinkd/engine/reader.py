@@ -12,7 +12,7 @@ import json
 import re
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -25,7 +25,7 @@ from uplinkd.core.model import DeviceName, Message, Origin, ProductKey
 from uplinkd.core.subjects import filters_of, from_subject, to_subject
 from uplinkd.core.topics import owner, parse
 from uplinkd.engine import ORIGIN_HEADER, Query
-from uplinkd.engine.bus import connect, words
+from uplinkd.engine.api import NotThere, call, connect, in_words
 from uplinkd.engine.embedded import Access
 from uplinkd.engine.stream import STREAM, base_of
 
@@ -92,7 +92,7 @@ class JetStreamReader:
 
     async def count(self) -> int:
         """How many messages are stored."""
-        with _in_words():
+        with in_words():
             stream = await self._stream()
         return int(stream["state"]["messages"]) if stream else 0
 
@@ -100,7 +100,7 @@ class JetStreamReader:
         """The newest `limit` messages that match, oldest of them first. Raise Unavailable when the engine is away."""
         check(query)
         found: deque[Message] = deque(maxlen=limit)
-        with _in_words():
+        with in_words():
             stream = await self._stream()
             filters = await self._filters(query)
             if stream is None or not filters:
@@ -126,14 +126,14 @@ class JetStreamReader:
         Raise Unavailable when the engine is not there at the beginning.
         """
         check(query)
-        with _in_words():
+        with in_words():
             stream = await self._stream()
         base = base_of(stream["config"]) if stream else 0
         start = stream["state"]["last_seq"] + 1 if stream and query.since is None else 1
         since = query.since
         while True:
             try:
-                with _in_words():
+                with in_words():
                     stream = await self._stream()
                     if stream is not None:
                         if base_of(stream["config"]) != base:  # another stream, whose sequences begin at 1
@@ -246,47 +246,18 @@ class JetStreamReader:
         """`config` and `state` of the stream, None while nothing was ever stored."""
         try:
             return await self._call(f"STREAM.INFO.{STREAM}", body)
-        except _NotThere:
+        except NotThere:
             return None
 
     async def _call(self, action: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """One call of the JetStream API; raise Unavailable with what it says is wrong."""
-        client = await self._connected()
-        payload = json.dumps(body).encode() if body else b""
-        answer: dict[str, Any] = json.loads(
-            (await client.request(f"$JS.API.{action}", payload, timeout=_REQUEST_SECONDS)).data
-        )
-        if error := answer.get("error"):
-            kind = _NotThere if error.get("code") == 404 else Unavailable
-            raise kind(f"the engine says: {error.get('description', error)}")
-        return answer
+        return await call(await self._connected(), action, body, patience=_REQUEST_SECONDS)
 
     async def _connected(self) -> Client:
         if self._client is not None and not self._client.is_closed:
             return self._client
-        access = self._access.now()
-        faults = []
-        for url in access.urls:
-            try:
-                self._client = await connect(url, access, "uplinkd reader")
-            except (nats.errors.Error, OSError, TimeoutError) as error:
-                faults.append(f"{url}: {words(error)}")
-            else:
-                return self._client
-        raise Unavailable(f"the engine does not answer: {'; '.join(faults)}")
-
-
-class _NotThere(Unavailable):
-    """There is no such stream or consumer."""
-
-
-@contextlib.contextmanager
-def _in_words() -> Iterator[None]:
-    """Failures of the client as Unavailable."""
-    try:
-        yield
-    except (nats.errors.Error, OSError, TimeoutError) as error:
-        raise Unavailable(f"the engine is away: {words(error)}") from error
+        self._client = await connect(self._access, "uplinkd reader")
+        return self._client
 
 
 def _message(message: Msg, base: int) -> Message:

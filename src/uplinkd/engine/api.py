@@ -1,0 +1,115 @@
+"""The stock NATS client and JetStream's API, for all but the hot path: connections, calls, and their failures in words."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import nats
+import nats.errors
+
+from uplinkd.core.errors import Unavailable
+from uplinkd.engine.embedded import Access
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+
+__all__ = ["ApiError", "NotThere", "call", "connect", "document_of", "in_words", "words"]
+
+_CONNECT_SECONDS = 2
+_PING_SECONDS = 2
+
+
+class ApiError(Unavailable):
+    """JetStream has said no, with this code."""
+
+    def __init__(self, code: int, description: str) -> None:
+        super().__init__(f"the engine says: {description}")
+        self.code = code
+
+
+class NotThere(ApiError):  # noqa: N818 - names what is the matter
+    """There is no such stream, consumer or message."""
+
+
+async def connect(access: Access, name: str, ended: asyncio.Event | None = None) -> Client:
+    """A connection to the first server that answers; raise Unavailable with what each has said.
+
+    It is without the client's own reconnecting: an embedded server may come back on another port, with another password.
+    `ended` is set when it ends.
+    """
+    access = access.now()
+    faults = []
+    for url in access.urls:
+        try:
+            return await _connect(url, access, name, ended)
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            faults.append(f"{url}: {words(error)}")
+    raise Unavailable(f"the engine does not answer: {'; '.join(faults)}")
+
+
+async def _connect(url: str, access: Access, name: str, ended: asyncio.Event | None) -> Client:
+    async def closed() -> None:
+        if ended is not None:
+            ended.set()
+
+    return await nats.connect(
+        url,
+        name=name,
+        user=access.user if access.password else None,
+        password=access.password or None,
+        token=access.user if access.user and not access.password else None,
+        tls_hostname=urlsplit(url).hostname,
+        connect_timeout=_CONNECT_SECONDS,
+        ping_interval=_PING_SECONDS,
+        allow_reconnect=False,
+        max_reconnect_attempts=1,  # without an end it would try for ever to connect for the first time
+        reconnect_time_wait=0,
+        error_cb=_ignore,
+        closed_cb=closed,
+        disconnected_cb=closed,
+    )
+
+
+async def _ignore(_error: Exception) -> None:
+    """Each call reports its own failure; the client's stray ones would only repeat it."""
+
+
+async def call(client: Client, action: str, body: dict[str, Any] | None = None, *, patience: float) -> dict[str, Any]:
+    """One call of the JetStream API; raise as `document_of`, or what the client raises."""
+    payload = json.dumps(body).encode() if body else b""
+    return document_of((await client.request(f"$JS.API.{action}", payload, timeout=patience)).data)
+
+
+def document_of(answer: bytes) -> dict[str, Any]:
+    """What JetStream has answered; raise ApiError with what it says is wrong, Unavailable when that is not understood."""
+    try:
+        document: dict[str, Any] = json.loads(answer)
+    except ValueError:
+        raise Unavailable("the engine's answer is not understood") from None
+    if error := document.get("error"):
+        code = error.get("code", 0)
+        kind = NotThere if code == 404 else ApiError
+        raise kind(code, str(error.get("description", error)))
+    return document
+
+
+@contextlib.contextmanager
+def in_words() -> Iterator[None]:
+    """Failures of the client as Unavailable."""
+    try:
+        yield
+    except (nats.errors.Error, OSError, TimeoutError) as error:
+        raise Unavailable(f"the engine is away: {words(error)}") from error
+
+
+def words(error: Exception) -> str:
+    """What the client says is wrong, without its ornaments."""
+    if isinstance(error, TimeoutError):
+        return "it does not answer"
+    return re.sub(r"^nats: ", "", str((isinstance(error, OSError) and error.strerror) or error)) or type(error).__name__
