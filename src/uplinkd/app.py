@@ -7,7 +7,6 @@ context with its ticket keys, the flow control table) is made here, before the f
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import gc
 import logging
@@ -29,8 +28,9 @@ from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.engine.embedded import Access, EmbeddedServer
 from uplinkd.flow import Flow
 from uplinkd.listener import Port
+from uplinkd.ports import patiently, probe
 from uplinkd.registry import open_registry
-from uplinkd.settings import Settings, address, why_not
+from uplinkd.settings import Settings, address
 from uplinkd.tls import CertificateFiles, ensure_material, reissue, server_context
 from uplinkd.worker import DRAIN_SECONDS, Task, run
 
@@ -312,28 +312,16 @@ def _bind(where: tuple[str, int], count: int, setting: str, stack: contextlib.Ex
     The supervisor keeps them open: what waits in the queue of a worker that dies is served by its successor.
     """
     host, port = where
-    end = time.monotonic() + _PATIENCE_SECONDS
-    while True:
-        try:
-            return _listen(host, port, count, stack)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE and time.monotonic() < end:
-                time.sleep(0.1)
-                continue
-            raise Rejected(
-                f"{host}:{port} {why_not(error)}; name another with --{setting.replace('_', '-')}"
-            ) from error
+    return patiently(
+        lambda: _listen(host, port, count, stack),
+        _PATIENCE_SECONDS,
+        f"{host}:{port}",
+        f"name another with --{setting.replace('_', '-')}",
+    )
 
 
 def _listen(host: str, port: int, count: int, stack: contextlib.ExitStack) -> list[socket.socket]:
-    family, kind, protocol, _, target = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    with socket.socket(family, kind, protocol) as probe:
-        # Without SO_REUSEPORT: another server's port must be an error, not a share of its connections.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(target)
-        target = probe.getsockname()
+    family, kind, protocol, target = probe(host, port)
     sockets = []
     for _ in range(count):
         sock = stack.enter_context(socket.socket(family, kind, protocol))

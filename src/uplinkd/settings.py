@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import difflib
-import errno
 import ipaddress
 import os
 import re
@@ -33,7 +32,6 @@ __all__ = [
     "reachable",
     "seconds",
     "shown",
-    "why_not",
 ]
 
 ENVIRONMENT_PREFIX = "UPLINKD_"
@@ -106,15 +104,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def why_not(error: OSError) -> str:
-    """In words, why an address cannot be listened at."""
-    return {
-        errno.EADDRINUSE: "is in use by another program",
-        errno.EACCES: "may not be used: ports below 1024 need a privilege",
-        errno.EADDRNOTAVAIL: "is not an address of this machine",
-    }.get(error.errno or 0, f"cannot be used: {error.strerror or error}")
 
 
 def _address(text: str) -> str:

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from uplinkd.core.errors import Rejected
+from uplinkd.files import FileState, file_state
 from uplinkd.settings import Settings, address
 
 __all__ = ["CIPHERS", "CertificateFiles", "Renewal", "ensure_material", "reissue", "server_context"]
@@ -36,7 +37,6 @@ _RENEW_DAYS = 30
 _NAME = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 
 _Key = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
-_State = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Renewal:
     def __init__(self, context: ssl.SSLContext, files: Sequence[CertificateFiles]) -> None:
         self._context = context
         self._files = list(files)
-        self._state: list[_State | None] = [None] * len(self._files)
+        self._state: list[tuple[FileState, FileState] | None] = [None] * len(self._files)
         self._warned: set[int] = set()
         self.check()
 
@@ -105,7 +105,7 @@ class Renewal:
         """Load what has changed since the last call; return how many pairs these were."""
         renewed = 0
         for index, pair in enumerate(self._files):
-            state = _state(pair)
+            state = file_state(pair.certificate), file_state(pair.key)
             if state == self._state[index]:
                 continue
             try:
@@ -128,17 +128,6 @@ class Renewal:
 def _no_password() -> str:
     """Called for an encrypted key, where OpenSSL would ask at the terminal."""
     raise Rejected("the private key is encrypted; give one without a passphrase, readable by uplinkd alone")
-
-
-def _state(pair: CertificateFiles) -> _State:
-    states = []
-    for path in (pair.certificate, pair.key):
-        try:
-            found = path.stat()
-            states.append((found.st_mtime_ns, found.st_size, found.st_ino))
-        except OSError:
-            states.append((0, 0, 0))
-    return tuple(states)
 
 
 def _check(pair: CertificateFiles) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import fcntl
 import importlib.metadata
 import json
@@ -35,7 +34,9 @@ from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.core.subjects import SENDING
 from uplinkd.engine.nkeys import AccountKey
 from uplinkd.engine.stream import STREAM
-from uplinkd.settings import Settings, address, reachable, why_not
+from uplinkd.files import FileState, file_state
+from uplinkd.ports import patiently, probe
+from uplinkd.settings import Settings, address, reachable
 
 __all__ = ["APPS_ACCOUNT", "Access", "EmbeddedServer", "access_for", "account_key", "announced"]
 
@@ -123,7 +124,7 @@ class EmbeddedServer:
         self._announced = announced
         self._for_apps = announced and bool(settings.nats_listen)
         self._tls = tls if self._for_apps else ()
-        self._tls_state = _state(self._tls)
+        self._tls_state = self._certificates()
         self._binary = binary
         self._lock: int | None = lock
         self._folder = _folder(settings)
@@ -212,10 +213,13 @@ class EmbeddedServer:
     def _follow_certificates(self) -> None:
         """Let it load certificates that were renewed. It keeps the old ones where a pair does not fit, as between the
         replacements of two files; the second replacement is seen again."""
-        state = _state(self._tls)
+        state = self._certificates()
         if state != self._tls_state and self._process:
             self._tls_state = state
             self._process.send_signal(signal.SIGHUP)
+
+    def _certificates(self) -> list[FileState]:
+        return [file_state(path) for pair in self._tls for path in pair]
 
     def restart(self) -> None:
         """After its death: again on the same port. One that was not chosen by the owner may change, when it was taken
@@ -246,7 +250,7 @@ class EmbeddedServer:
         self._release_lock()
 
     def _launch(self) -> None:
-        self._tls_state = _state(self._tls)
+        self._tls_state = self._certificates()
         config = self._folder / "nats.conf"
         _write_private(config, self._config())
         assert self._lock is not None
@@ -469,36 +473,12 @@ def _adopt_store(store: Path) -> None:
 
 def _check_free(host: str, port: int, patience: float) -> None:
     """Raise Rejected when nats-server could not listen there, even after `patience` seconds."""
-    end = time.monotonic() + patience
-    while True:
-        try:
-            family, kind, protocol, _, target = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(target)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE and time.monotonic() < end:
-                time.sleep(0.1)
-                continue
-            raise Rejected(
-                f"{host}:{port}, for applications, {why_not(error)}; name another with --nats-listen, or none with --nats-listen ''"
-            ) from error
-        else:
-            return
-
-
-def _state(pairs: Sequence[tuple[Path, Path]]) -> list[tuple[int, int, int]]:
-    """What changes when one of the files is replaced."""
-    states = []
-    for path in (path for pair in pairs for path in pair):
-        try:
-            found = path.stat()
-            states.append((found.st_mtime_ns, found.st_size, found.st_ino))
-        except OSError:
-            states.append((0, 0, 0))
-    return states
+    patiently(
+        lambda: probe(host, port),
+        patience,
+        f"{host}:{port}, for applications,",
+        "name another with --nats-listen, or none with --nats-listen ''",
+    )
 
 
 def _take_lock(path: Path) -> int:
