@@ -23,7 +23,7 @@ from uplinkd.registry.cache import DeviceCache, Entry
 from uplinkd.roster import Roster
 from uplinkd.settings import Settings
 
-__all__ = ["MAX_MQTT_PAYLOAD_BYTES", "MAX_PAYLOAD_BYTES", "Gateway", "Outcome", "Request", "Sent", "Wait"]
+__all__ = ["MAX_MQTT_PAYLOAD_BYTES", "MAX_PAYLOAD_BYTES", "Gateway", "Outcome", "Request", "Sent", "Wait", "check_size"]
 
 MAX_PAYLOAD_BYTES = 128 * 1024
 MAX_MQTT_PAYLOAD_BYTES = 256 * 1024
@@ -212,7 +212,7 @@ class Gateway:
             raise Rejected(
                 f"{topic.text} is not for messages to a device: {topics.explain_filter(topic.text, device, entry.classes)}"
             )
-        _check_size(payload)
+        check_size(payload)
         by_mqtt = await self._subscribed(device.id, topic.text)
         if not by_mqtt and (fault := wire.fits_home(payload)):
             raise Rejected(
@@ -414,6 +414,7 @@ def _topic_to_send(text: str) -> topics.Topic:
     return topic
 
 
-def _check_size(payload: bytes) -> None:
+def check_size(payload: bytes) -> None:
+    """Return if a message for a device may be so large; raise Rejected otherwise."""
     if len(payload) > MAX_MQTT_PAYLOAD_BYTES:
         raise Rejected(f"the message has {len(payload)} bytes; at most {MAX_MQTT_PAYLOAD_BYTES} are allowed")

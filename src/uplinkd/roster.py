@@ -19,7 +19,7 @@ from uplinkd.engine import Bus, Told
 
 __all__ = ["Held", "Roster"]
 
-_NEWS, _CALL, _HELLO = "uplinkd.roster.news", "uplinkd.roster.call", "uplinkd.roster.hello"
+_NEWS, _HELLO = "uplinkd.roster.news", "uplinkd.roster.hello"
 _GATHER_SECONDS = 0.005
 _PART = 1000
 
@@ -55,7 +55,6 @@ class Roster:
         self._elsewhere: dict[int, _Elsewhere] = {}
         self._news: set[int] = set()
         bus.listen(_NEWS, self._heard_news)
-        bus.listen(_CALL, self._heard_call)
         bus.listen(_HELLO, self._heard_hello)
         bus.on_connected(self._introduce)
 
@@ -121,16 +120,13 @@ class Roster:
         """The connection stands (anew): what was told meanwhile was missed on both sides."""
         self._elsewhere.clear()
         self._bus.tell(_HELLO, self._instance.encode())
-        self._bus.tell(_CALL, self._instance.encode())
         self._send(list(self._here))
 
-    def _heard_call(self, told: Told) -> None:
-        if told.payload.decode() != self._instance:
-            self._send(list(self._here))
-
     def _heard_hello(self, told: Told) -> None:
-        """A worker of that name has started: sessions of its predecessor are gone."""
+        """A worker has started, or was away: sessions of its predecessor are gone, and of ours it does not know."""
         newcomer = told.payload.decode()
+        if newcomer == self._instance:
+            return
         name = newcomer.rpartition(".")[0]
         gone = [
             device_id
@@ -139,6 +135,7 @@ class Roster:
         ]
         for device_id in gone:
             del self._elsewhere[device_id]
+        self._send(list(self._here))
 
     def _heard_news(self, told: Told) -> None:
         document = json.loads(told.payload)

@@ -13,7 +13,7 @@ import itertools
 import json
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, unquote
@@ -22,7 +22,8 @@ from uplinkd.core import topics
 from uplinkd.core.errors import Refused, Rejected, Unavailable
 from uplinkd.core.subjects import SENDING, from_subject, to_subject
 from uplinkd.engine import Bus, Told
-from uplinkd.gateway import MAX_MQTT_PAYLOAD_BYTES, Gateway, Sent
+from uplinkd.gateway import Gateway, Sent, check_size
+from uplinkd.tasks import spawn
 
 __all__ = ["Sending", "send_subject"]
 
@@ -96,7 +97,7 @@ class Sending:
         if len(self._tasks) >= _AT_ONCE:
             self._answer(told, {"error": "too many messages are being sent at this moment; try again"})
             return
-        self._spawn(self._serve(told))
+        spawn(self._serve(told), self._tasks)
 
     async def _serve(self, told: Told) -> None:
         topic = from_subject(told.subject.removeprefix(SENDING))
@@ -119,8 +120,7 @@ class Sending:
             topics.check_filter(topic)
         except Refused as refused:
             raise Rejected(refused.reason) from refused
-        if len(payload) > MAX_MQTT_PAYLOAD_BYTES:
-            raise Rejected(f"the message has {len(payload)} bytes; at most {MAX_MQTT_PAYLOAD_BYTES} are allowed")
+        check_size(payload)
         if not self._bus.connected:
             raise Unavailable("the engine is away")
         number = str(next(self._numbers))
@@ -134,7 +134,7 @@ class Sending:
         return count.sessions
 
     def _heard_broadcast(self, told: Told) -> None:
-        self._spawn(self._deliver_broadcast(told))
+        spawn(self._deliver_broadcast(told), self._tasks)
 
     async def _deliver_broadcast(self, told: Told) -> None:
         reply = told.headers[_REPLY]
@@ -155,8 +155,3 @@ class Sending:
             count.sessions += int(told.payload)
             if not count.busy:
                 count.done.set()
-
-    def _spawn(self, act: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(act)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

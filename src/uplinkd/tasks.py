@@ -1,13 +1,22 @@
-"""Ending asyncio tasks for certain."""
+"""asyncio tasks with an owner, and an end for certain."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any
 
-__all__ = ["end_tasks"]
+__all__ = ["end_tasks", "spawn"]
 
 _AGAIN_SECONDS = 0.1
+
+
+def spawn(act: Coroutine[Any, Any, None], owned: set[asyncio.Task[None]]) -> asyncio.Task[None]:
+    """Run `act` as a task that is in `owned` until it has ended: asyncio alone would let it be collected."""
+    task = asyncio.get_running_loop().create_task(act)
+    owned.add(task)
+    task.add_done_callback(owned.discard)
+    return task
 
 
 async def end_tasks(*tasks: asyncio.Task[Any]) -> None:

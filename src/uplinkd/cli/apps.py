@@ -115,16 +115,17 @@ def _url(settings: Settings) -> str:
         return ""
     with contextlib.suppress(Unavailable):
         return announced(settings).urls[0]
-    host, port = address(settings.nats_listen)
-    return f"nats://{reachable(host)}:{port}"
+    return _at("nats", settings.nats_listen)
 
 
 def _mqtt_url(settings: Settings) -> str:
     """Where the MQTT door is by the settings; empty where there is none."""
-    if not settings.mqtt_listen:
-        return ""
-    host, port = address(settings.mqtt_listen)
-    return f"mqtts://{reachable(host)}:{port}"
+    return _at("mqtts", settings.mqtt_listen) if settings.mqtt_listen else ""
+
+
+def _at(scheme: str, listen: str) -> str:
+    host, port = address(listen)
+    return f"{scheme}://{reachable(host)}:{port}"
 
 
 def _document(settings: Settings, app: App, secret: str = "") -> dict[str, object]:

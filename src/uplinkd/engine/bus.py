@@ -16,6 +16,7 @@ from uplinkd.engine import Handler, Told
 from uplinkd.engine.api import connect, words
 from uplinkd.engine.embedded import Access
 from uplinkd.observe import Occasionally
+from uplinkd.tasks import spawn
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -157,9 +158,7 @@ class NatsBus:
             with contextlib.suppress(nats.errors.Error, OSError):
                 await act
 
-        task = asyncio.get_running_loop().create_task(guarded())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        spawn(guarded(), self._tasks)
 
 
 async def _unsubscribe(subscription: Subscription) -> None:

@@ -103,20 +103,25 @@ class JetStreamPublisher:
 
     def publish(self, subject: bytes, payload: bytes, done: Done, origin: Origin = Origin.HTTPS) -> None:
         wire = self._wire
-        header = _HEADERS[origin]
+        item = (subject, payload, done, self._loop.time() + self._patience, _HEADERS[origin])
         if self._stopping:
             _finish(done, 0, "uplinkd is stopping")
-        elif wire and len(header) + len(payload) > wire.max_payload:
+        elif wire is None or wire.buffered > _HELD_BYTES:
+            self._hold(item)
+        else:
+            self._send(wire, item)
+
+    def _send(self, wire: _Wire, item: _Publish) -> None:
+        subject, payload, done, deadline, header = item
+        if len(header) + len(payload) > wire.max_payload:
             # The server would end the connection, and with it what others have under way.
             _finish(
                 done, 0, f"it has {len(payload)} bytes and the NATS server takes {wire.max_payload} (its max_payload)"
             )
-        elif wire is None or wire.buffered > _HELD_BYTES:
-            self._hold((subject, payload, done, self._loop.time() + self._patience, header))
-        else:
-            number = self._take_number()
-            self._pending[number] = (done, self._loop.time() + self._patience)
-            wire.publish(subject, number, payload, header)
+            return
+        number = self._take_number()
+        self._pending[number] = (done, deadline)
+        wire.publish(subject, number, payload, header)
 
     def _take_number(self) -> int:
         """A number for a publish. It is used again only after JetStream has answered under it in time, and the freshest first:
@@ -137,14 +142,9 @@ class JetStreamPublisher:
     def _release(self) -> None:
         """Send what was held while the engine was away."""
         while self._held and self._wire and self._wire.buffered <= _HELD_BYTES:
-            subject, payload, done, deadline, header = self._held.popleft()
-            self._held_bytes -= len(payload)
-            if len(payload) > self._wire.max_payload:
-                self.publish(subject, payload, done)
-                continue
-            number = self._take_number()
-            self._pending[number] = (done, deadline)
-            self._wire.publish(subject, number, payload, header)
+            item = self._held.popleft()
+            self._held_bytes -= len(item[1])
+            self._send(self._wire, item)
 
     def _give_up(self, item: _Publish, reason: str) -> None:
         self._held_bytes -= len(item[1])

@@ -12,7 +12,7 @@ import logging
 import re
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import Any, NamedTuple, cast
@@ -23,6 +23,7 @@ from uplinkd.core import wire
 from uplinkd.core.errors import MESSAGES, Code, Refused, Unavailable
 from uplinkd.gateway import Gateway, Outcome, Request, Wait
 from uplinkd.http.limits import Limits
+from uplinkd.tasks import spawn
 
 __all__ = ["Connection", "Door"]
 
@@ -442,14 +443,9 @@ class Connection(asyncio.Protocol):
         except Refused as refused:
             self._answer_refused(refused)
         except Wait as wait:
-            self._spawn(self._fetch(request, wait.fetch))
+            spawn(self._fetch(request, wait.fetch), self._door.tasks)
         except Exception:
             self._answer_bug()
-
-    def _spawn(self, act: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(act)
-        self._door.tasks.add(task)
-        task.add_done_callback(self._door.tasks.discard)
 
     async def _fetch(self, request: Request, fetch: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -467,7 +463,7 @@ class Connection(asyncio.Protocol):
         if fault:
             self._answer_refused(Refused(Code.PUBLISH_MESSAGE_ERROR, fault))
         elif request and self._door.gateway.waits(request):
-            self._spawn(self._answer_with_message(request, message_id))
+            spawn(self._answer_with_message(request, message_id), self._door.tasks)
         else:
             self._answer(wire.published(message_id))
 

@@ -27,6 +27,7 @@ from uplinkd.registry import Change
 from uplinkd.registry.cache import DeviceCache, Entry
 from uplinkd.roster import Roster
 from uplinkd.settings import Settings, is_loopback
+from uplinkd.tasks import spawn
 
 __all__ = ["ACCEPTED", "Apps", "Connection", "Door", "Sender"]
 
@@ -116,9 +117,7 @@ class Door:
 
     def spawn(self, act: Coroutine[Any, Any, None]) -> None:
         """Run `act`, owned by the door."""
-        task = asyncio.get_running_loop().create_task(act)
-        self.tasks.add(task)
-        task.add_done_callback(self._finished)
+        spawn(act, self.tasks).add_done_callback(_log_fault)
 
     async def deliver_to_product(self, product_key: str, topic: str, payload: bytes) -> int:
         """Give a broadcast to the sessions here that have subscribed to it; how many these are."""
@@ -128,11 +127,6 @@ class Door:
             if number % 200 == 199:
                 await asyncio.sleep(0)  # others are served meanwhile
         return count
-
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self.tasks.discard(task)
-        if not task.cancelled() and (fault := task.exception()):
-            log.error("a fault of ours in an MQTT session", exc_info=fault)
 
     def _changed(self, change: Change) -> None:
         """The registry has changed: whose sessions it may concern are looked at anew."""
@@ -268,14 +262,14 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         door, entry = self._door, self._entry
-        stood = self._stage == _STANDING or entry is not None
         self._stage = _OVER
         self._transport = self._parser = self._held = None
         door.connections.discard(self)
-        self._stop_hearing()
+        for topic_filter in list(self._ears):
+            self._stop_hearing(topic_filter)
         if self._app is not None:
             _discard(door.apps, self._app.id, self)
-        if entry is not None and stood:
+        if entry is not None:
             _discard(door.products, entry.device.product_key, self)
             if door.roster.closed(entry.device.id, self):
                 door.gateway.left(entry, self.stamp)
@@ -651,9 +645,7 @@ class Connection(asyncio.Protocol):
 
     def _unsubscribe(self, packet: packets.Unsubscribe) -> None:
         for topic_filter in packet.filters:
-            self.subscriptions.pop(topic_filter, None)
-            for end in self._ears.pop(topic_filter, ()):
-                end()
+            self._unsubscribe_from(topic_filter)
         self._settle(packets.unsuback(packet.packet_id), {})
 
     def _settle(self, answer: bytes, granted: Iterable[str]) -> None:
@@ -699,11 +691,13 @@ class Connection(asyncio.Protocol):
         ]
         return True
 
-    def _stop_hearing(self) -> None:
-        for ends in self._ears.values():
-            for end in ends:
-                end()
-        self._ears.clear()
+    def _unsubscribe_from(self, topic_filter: str) -> None:
+        self.subscriptions.pop(topic_filter, None)
+        self._stop_hearing(topic_filter)
+
+    def _stop_hearing(self, topic_filter: str) -> None:
+        for end in self._ears.pop(topic_filter, ()):
+            end()
 
     # -- towards the client
 
@@ -714,8 +708,14 @@ class Connection(asyncio.Protocol):
 
     def deliver_live(self, topic: str, payload: bytes) -> bool:
         """Send a message that waits nowhere, if the client has subscribed to it; whether it has."""
-        granted = [qos for each, qos in self.subscriptions.items() if topics.filter_matches(each, topic)]
-        return bool(granted) and self._send_live(topic, payload, max(granted))
+        qos = self._granted(topic)
+        return qos is not None and self._send_live(topic, payload, qos)
+
+    def _granted(self, topic: str) -> int | None:
+        """The highest QoS of the subscriptions that match `topic`; None where there is none."""
+        return max(
+            (qos for each, qos in self.subscriptions.items() if topics.filter_matches(each, topic)), default=None
+        )
 
     def _send_live(self, topic: str, payload: bytes, qos: int) -> bool:
         if self._stage != _STANDING or self._transport is None:
@@ -766,11 +766,11 @@ class Connection(asyncio.Protocol):
                     self._again = False
                     continue
                 self._cursor = found.sequence
-                granted = [qos for each, qos in self.subscriptions.items() if topics.filter_matches(each, found.topic)]
-                if not granted or found.sequence in self._inflight.values() or self._stage != _STANDING:
+                qos = self._granted(found.topic)
+                if qos is None or found.sequence in self._inflight.values() or self._stage != _STANDING:
                     continue
                 packet_id = 0
-                if max(granted):
+                if qos:
                     packet_id = self._free_id(found.sequence % 0xFFFF)
                     self._inflight[packet_id] = found.sequence
                 dup = found.sequence <= self._sent
@@ -843,9 +843,7 @@ class Connection(asyncio.Protocol):
         self._entry = entry
         lost = [each for each in self.subscriptions if not self._may(entry, each)]
         for topic_filter in lost:
-            del self.subscriptions[topic_filter]
-            for end in self._ears.pop(topic_filter, ()):
-                end()
+            self._unsubscribe_from(topic_filter)
             self._record(
                 Code.PUBLISH_MESSAGE_ERROR, "the right to subscribe was withdrawn; the subscription ends", topic_filter
             )
@@ -944,6 +942,11 @@ def _may_send(app: App, topic: str) -> str:
     if product_key not in app.products:
         return f"the application {app.name!r} has nothing to do with the product {product_key!r} of {topic}"
     return "" if app.sends else f"the application {app.name!r} may read, and not send messages down"
+
+
+def _log_fault(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (fault := task.exception()):
+        log.error("a fault of ours in an MQTT session", exc_info=fault)
 
 
 def _discard(groups: dict[Any, set[Connection]], key: object, member: Connection) -> None:
