@@ -13,7 +13,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,14 @@ UPLINKD = [sys.executable, "-m", "uplinkd"]
 def environment(**more: str) -> dict[str, str]:
     """This process's environment without settings that a developer may have."""
     return {name: value for name, value in os.environ.items() if not name.startswith("UPLINKD_")} | more
+
+
+async def until(condition: Callable[[], object], seconds: float = 10) -> None:
+    """Wait for what must come true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come true"
+        await asyncio.sleep(0.005)
 
 
 def alive(pid: int) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.house import until
 from uplinkd.core.errors import Unavailable
 from uplinkd.engine import Bus, Told
 from uplinkd.engine.bus import NatsBus
@@ -18,13 +19,6 @@ from uplinkd.engine.embedded import EmbeddedServer
 from uplinkd.engine.memory import MemoryBus
 from uplinkd.settings import Settings
 from uplinkd.tasks import end_tasks
-
-
-async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come true"
-        await asyncio.sleep(0.005)
 
 
 @dataclass
@@ -38,11 +32,13 @@ class Line:
 
 
 @contextlib.asynccontextmanager
-async def over_nats(folder: Path) -> AsyncIterator[Line]:
-    settings = Settings(data=folder, nats_listen="")
+async def running(settings: Settings, prepare: Callable[[Bus], object] = id) -> AsyncIterator[Line]:
+    """Over a nats-server of its own; `prepare` is called with each bus before it connects."""
     servers = [EmbeddedServer.start(settings)]
     mine, theirs = (NatsBus(servers[0].access, name) for name in ("mine", "theirs"))
     buses = [mine, theirs]
+    for bus in buses:
+        prepare(bus)
     tasks = [asyncio.create_task(bus.run()) for bus in buses]
 
     async def cut() -> None:
@@ -58,6 +54,12 @@ async def over_nats(folder: Path) -> AsyncIterator[Line]:
     await end_tasks(*tasks)
     for server in servers:
         server.stop()
+
+
+@contextlib.asynccontextmanager
+async def over_nats(folder: Path) -> AsyncIterator[Line]:
+    async with running(Settings(data=folder, nats_listen="")) as line:
+        yield line
 
 
 @contextlib.asynccontextmanager

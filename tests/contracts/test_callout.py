@@ -24,6 +24,7 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig
 
+from tests.house import until
 from uplinkd.core.apps import inbox_of
 from uplinkd.core.errors import Rejected
 from uplinkd.core.model import App
@@ -94,13 +95,6 @@ async def callout(
     yield callout
     await end_tasks(task)
     await asyncio.sleep(0)
-
-
-async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come true"
-        await asyncio.sleep(0.005)
 
 
 async def report(publisher: Publisher, *payloads: bytes, topic: str = f"/{LAMPS}/lamp1/user/update") -> None:

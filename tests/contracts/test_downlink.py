@@ -12,12 +12,12 @@ from pathlib import Path
 import nats
 import pytest
 
-from tests.contracts.test_bus import until
+from tests.contracts.test_bus import running
+from tests.house import until
 from uplinkd.core.errors import Unavailable
 from uplinkd.engine import Downlink, SessionRecord, Waiting
-from uplinkd.engine.bus import NatsBus
 from uplinkd.engine.down import JetStreamDownlink
-from uplinkd.engine.embedded import EmbeddedServer, read_access
+from uplinkd.engine.embedded import read_access
 from uplinkd.engine.memory import MemoryBus, MemoryDownlink
 from uplinkd.settings import Settings
 from uplinkd.tasks import end_tasks
@@ -39,14 +39,9 @@ class Store:
 @contextlib.asynccontextmanager
 async def in_jetstream(folder: Path, **more: object) -> AsyncIterator[Store]:
     settings = Settings.model_validate({"data": folder, "nats_listen": "", "down_limit": LIMIT, **more})
-    servers = [EmbeddedServer.start(settings)]
-    buses = [NatsBus(servers[0].access, name) for name in ("mine", "theirs")]
-    downlinks = [JetStreamDownlink(settings, bus) for bus in buses]
-    mine, theirs = downlinks
-    tasks = [asyncio.create_task(run) for run in (*(bus.run() for bus in buses), mine.run(), theirs.run())]
+    downlinks: list[JetStreamDownlink] = []
 
-    async def connected() -> None:
-        await until(lambda: all(bus.connected for bus in buses))
+    async def known() -> None:
         for downlink in downlinks:
             for _ in range(200):
                 with contextlib.suppress(Unavailable):
@@ -54,19 +49,17 @@ async def in_jetstream(folder: Path, **more: object) -> AsyncIterator[Store]:
                     break
                 await asyncio.sleep(0.02)
 
-    async def cut() -> None:
-        await asyncio.to_thread(servers.pop().stop)
-        await until(lambda: not any(bus.connected for bus in buses))
+    async with running(settings, lambda bus: downlinks.append(JetStreamDownlink(settings, bus))) as line:
 
-    async def mend() -> None:
-        servers.append(await asyncio.to_thread(EmbeddedServer.start, settings))
-        await connected()
+        async def mend() -> None:
+            await line.mend()
+            await known()
 
-    await connected()
-    yield Store(mine, theirs, cut, mend)
-    await end_tasks(*tasks)
-    for server in servers:
-        server.stop()
+        mine, theirs = downlinks
+        tasks = [asyncio.create_task(downlink.run()) for downlink in downlinks]
+        await known()
+        yield Store(mine, theirs, line.cut, mend)
+        await end_tasks(*tasks)
 
 
 @contextlib.asynccontextmanager

@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +22,9 @@ import pytest
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
+from tests.house import until
 from uplinkd.core.errors import Rejected, Unavailable
+from uplinkd.core.model import Origin
 from uplinkd.core.subjects import to_subject
 from uplinkd.engine import Publisher, Query, Reader, open_publisher, open_reader
 from uplinkd.engine.embedded import Access, EmbeddedServer, access_for, find_binary
@@ -75,13 +77,6 @@ async def engine(request: pytest.FixtureRequest, settings: Settings) -> AsyncIte
     await publisher.stop()
 
 
-async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come true"
-        await asyncio.sleep(0.005)
-
-
 async def connected(publisher: Publisher, wanted: bool = True) -> None:
     await until(lambda: publisher.connected is wanted)
 
@@ -118,9 +113,12 @@ def stopped(pid: int) -> bool:
     )
 
 
-async def publish(publisher: Publisher, payload: bytes, topic: str = TOPIC) -> tuple[int, str]:
+async def publish(
+    publisher: Publisher, payload: bytes, topic: str = TOPIC, origin: Origin = Origin.HTTPS
+) -> tuple[int, str]:
     future: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
-    publisher.publish(to_subject(topic).encode(), payload, lambda number, reason: future.set_result((number, reason)))
+    subject = to_subject(topic).encode()
+    publisher.publish(subject, payload, lambda number, reason: future.set_result((number, reason)), origin)
     return await asyncio.wait_for(future, 5)
 
 
@@ -664,6 +662,23 @@ async def test_a_payload_that_the_servers_do_not_take_harms_nobody_else(tmp_path
         answers += await asyncio.gather(*(publish(publisher, b"x" * size) for size in sizes))
         assert [bool(number) for number, _ in answers] == [True, True, False, True] * 2
         assert "max_payload" in answers[2][1]
+        await publisher.stop()
+
+
+async def test_what_names_the_origin_counts_towards_what_the_servers_take(tmp_path: Path) -> None:
+    """Held or not: NATS counts the header too."""
+    with own_server(tmp_path / "own", "max_payload: 65536") as where:
+        settings = Settings(data=tmp_path, nats_url=f"nats://{where}")
+        publisher = open_publisher(settings, Access.of(settings))
+        await publisher.start()
+        for _ in range(2):  # the first ones are held until the connection is there
+            sent = [publish(publisher, b"x" * size, origin=Origin.MQTT) for size in (1, 65536, 60000)]
+            answers = await asyncio.gather(*sent)
+            assert [bool(number) for number, _ in answers] == [True, False, True]
+            assert "max_payload" in answers[1][1]
+        reader = await open_reader(Access.of(settings))
+        assert [message.origin for message in await reader.latest(Query(), 10)] == [Origin.MQTT] * 4
+        await reader.close()
         await publisher.stop()
 
 

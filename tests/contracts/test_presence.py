@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, event
 
+from tests.house import until
 from uplinkd.core.errors import Unavailable
 from uplinkd.core.model import Device, DeviceName, Message, Origin, ProductKey, State, StatusChange
 from uplinkd.engine import Done, Publisher, Query, open_publisher, open_reader
@@ -531,13 +532,6 @@ async def town(settings: Settings, registry: Registry) -> AsyncIterator[Town]:
     await end_tasks(running)
     await publisher.stop()
     town.server.stop()
-
-
-async def until(condition: Callable[[], object], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come true"
-        await asyncio.sleep(0.005)
 
 
 async def settle(presence: Presence, registry: Registry) -> None:

@@ -6,6 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.clients.packets import packet as whole
+from tests.clients.packets import text
 from uplinkd.mqtt import packets
 from uplinkd.mqtt.packets import (
     Connect,
@@ -31,19 +33,6 @@ def parse(data: bytes, *, limit: int = LIMIT) -> list[Packet]:
     while (packet := parser.next()) is not None:
         found.append(packet)
     return found
-
-
-def text(value: str) -> bytes:
-    return len(value.encode()).to_bytes(2) + value.encode()
-
-
-def whole(first: int, body: bytes) -> bytes:
-    length, groups = len(body), bytearray()
-    while True:
-        length, group = divmod(length, 128)
-        groups.append(group | (128 if length else 0))
-        if not length:
-            return bytes([first]) + bytes(groups) + body
 
 
 # CONNECT as the platform's C SDK sends it.
