@@ -272,8 +272,8 @@ def measure(folder: Path, without: Peer, options: argparse.Namespace, say: Calla
         some = names[:2000]
         act("first connects", lambda: connect_load(peer, plain_port, None, names))
         act("idle, TLS", lambda: idle_sessions(peer, tls_port, tls, names))
-        act("connects, TLS", lambda: _best(lambda: connect_load(peer, tls_port, tls, some), options.rounds))
-        act("connects, plain", lambda: _best(lambda: connect_load(peer, plain_port, None, some), options.rounds))
+        act("connects, TLS", lambda: _median(lambda: connect_load(peer, tls_port, tls, some), options.rounds))
+        act("connects, plain", lambda: _median(lambda: connect_load(peer, plain_port, None, some), options.rounds))
         for window in (1, 8):
             act(
                 f"reports, {window} under way",
@@ -294,7 +294,7 @@ def measure(folder: Path, without: Peer, options: argparse.Namespace, say: Calla
     return {"mqtt": figures}
 
 
-async def _best(act: Callable[[], Awaitable[dict[str, float]]], rounds: int) -> dict[str, float]:
+async def _median(act: Callable[[], Awaitable[dict[str, float]]], rounds: int) -> dict[str, float]:
     """The median round by rate."""
     found = sorted([await act() for _ in range(rounds)], key=lambda each: each["rate"])
     return found[len(found) // 2]
