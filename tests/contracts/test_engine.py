@@ -543,10 +543,11 @@ async def test_a_stream_deleted_under_load_comes_back_and_gives_no_id_twice(
     deleted = 0
     async with operator(server.access) as jetstream:
         for _ in range(25):
-            await asyncio.sleep(0.08)
+            await asyncio.sleep(0.2)
             with contextlib.suppress(nats.js.errors.NotFoundError):
                 await jetstream.delete_stream(STREAM)
                 deleted += 1
+    await asyncio.sleep(0.5)  # the last deletion is known to all
     running = False
     await asyncio.gather(*tasks)
     assert deleted >= 15
