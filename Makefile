@@ -30,7 +30,7 @@ check: lint  ## lint and the fast tests
 docs: $(VENV)/dev.stamp  ## write the tables of codes and settings into the documents
 	$(BIN)/python -m docs.generate
 
-bench: $(VENV)/bench.stamp  ## measure against nginx and FastAPI in one run (needs nginx and wrk)
+bench: $(VENV)/dev.stamp  ## measure against nginx and FastAPI in one run (needs nginx and wrk)
 	$(BIN)/python -m bench
 
 COMPILE := $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
@@ -41,7 +41,6 @@ lock: $(VENV)/bin/python  ## resolve the dependencies anew into requirements/*.t
 	$(COMPILE) --group build -o requirements/build.txt
 	$(COMPILE) pyproject.toml -o requirements/run.txt
 	$(COMPILE) pyproject.toml --group dev -o requirements/dev.txt
-	$(COMPILE) pyproject.toml --group dev --group bench -o requirements/bench.txt
 	$(COMPILE) --group linkkit -o requirements/linkkit.txt
 
 $(VENV)/bin/python:
@@ -57,10 +56,6 @@ $(VENV)/run.stamp: requirements/run.txt requirements/build.txt pyproject.toml | 
 
 $(VENV)/dev.stamp: requirements/dev.txt $(VENV)/run.stamp
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
-	@touch $@
-
-$(VENV)/bench.stamp: requirements/bench.txt $(VENV)/dev.stamp
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/bench.txt
 	@touch $@
 
 clean:  ## remove the virtual environment and caches, never ./data
