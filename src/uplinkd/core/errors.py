@@ -14,6 +14,7 @@ __all__ = [
     "NotFound",
     "Refused",
     "Rejected",
+    "Stale",
     "Unavailable",
 ]
 
@@ -159,3 +160,7 @@ class NotFound(Rejected):
 
 class Conflict(Rejected):
     """What the operator wants to make is there already, or something still depends on what goes."""
+
+
+class Stale(Rejected):
+    """What the operator wants to change was changed by somebody else since they looked."""

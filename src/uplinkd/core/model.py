@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NewType
 
 __all__ = [
     "App",
+    "Census",
     "Device",
     "DeviceName",
     "Message",
@@ -60,6 +62,11 @@ class Product:
     secret: str = field(repr=False)
     created: int
 
+    @property
+    def version(self) -> str:
+        """Another one after each change, for whoever must not undo somebody else's."""
+        return f"{self.id}-{zlib.crc32(self.name.encode()):08x}"
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -84,6 +91,11 @@ class Device:
     address: str = ""
     session: str = ""
 
+    @property
+    def version(self) -> str:
+        """Another one after each change that an operator makes; signs of life change nothing."""
+        return f"{self.id}-{self.generation}{'e' if self.enabled else 'd'}"
+
     def state(self, *, now: int, online_timeout: int) -> State:
         """The device's state at `now` (ms): online while an MQTT session stands, or `online_timeout` ms from its last request."""
         if not self.enabled:
@@ -98,6 +110,17 @@ class Device:
         if self.state(now=now, online_timeout=online_timeout) is not State.ONLINE:
             return ""
         return "mqtt" if self.session else "https"
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """How many devices there are, in all and by state."""
+
+    total: int = 0
+    online: int = 0
+    offline: int = 0
+    inactive: int = 0
+    disabled: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +155,11 @@ class App:
     sends: bool
     created: int
     products: tuple[ProductKey, ...]
+
+    @property
+    def version(self) -> str:
+        """Another one after each change."""
+        return f"{self.id}-{zlib.crc32(' '.join(self.products).encode()):08x}"
 
 
 @dataclass(frozen=True, slots=True)

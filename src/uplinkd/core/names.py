@@ -21,10 +21,13 @@ __all__ = [
     "check_product_key",
     "check_product_name",
     "check_product_secret",
+    "check_user_name",
+    "make_api_key",
     "make_app_key",
     "make_app_secret",
     "make_device_name",
     "make_device_secret",
+    "make_password",
     "make_product_key",
     "make_product_secret",
 ]
@@ -82,6 +85,17 @@ def make_app_secret() -> str:
     return secrets.token_urlsafe(32)
 
 
+def make_api_key() -> str:
+    """A key for the management API: 256 random bits, behind letters by which a search for leaked keys finds it."""
+    return "uplk_" + secrets.token_urlsafe(32)
+
+
+def make_password() -> str:
+    """A one-time password, in groups that can be typed: about 95 bits."""
+    alphabet = "abcdefghjkmnpqrstuvwxyz23456789"
+    return "-".join("".join(secrets.choice(alphabet) for _ in range(5)) for _ in range(4))
+
+
 def check_product_key(text: str) -> ProductKey:
     """A key that an operator brings along; raise Rejected with the rule."""
     if not _PRODUCT_KEY.fullmatch(text):
@@ -118,6 +132,12 @@ def check_device_secret(text: str) -> str:
 def check_app_name(text: str) -> str:
     if not _APP_NAME.fullmatch(text):
         raise Rejected(f"application name {text!r}: it has 1 to 64 letters, digits and - _ .")
+    return text
+
+
+def check_user_name(text: str) -> str:
+    if not _APP_NAME.fullmatch(text):
+        raise Rejected(f"user name {text!r}: it has 1 to 64 letters, digits and - _ .")
     return text
 
 

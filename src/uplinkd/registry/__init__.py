@@ -6,14 +6,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from uplinkd.core.model import App, Device, Product, ProductKey, Right, SigningKey, StatusChange, TopicClass
+from uplinkd.core.model import (
+    App,
+    Census,
+    Device,
+    Product,
+    ProductKey,
+    Right,
+    SigningKey,
+    State,
+    StatusChange,
+    TopicClass,
+)
+from uplinkd.core.operators import ApiKey, AuditEntry, Role, Scope, User
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from uplinkd.settings import Settings
 
-__all__ = ["Change", "ImportReport", "ImportRow", "Registry", "Sighting", "open_registry"]
+__all__ = ["Answer", "Change", "ImportReport", "ImportRow", "Operators", "Registry", "Sighting", "open_registry"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,25 +80,99 @@ class Sighting:
     ended: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a creation was answered that comes again under the same idempotency key; None while that is not known."""
+
+    body: bytes | None
+
+
+class Operators(Protocol):
+    """Who looks after uplinkd, and what they did. It raises as Registry does; what changes here is in the audit, too."""
+
+    def users(self) -> list[User]: ...
+    def find_user(self, name: str) -> User | None: ...
+    def create_user(self, name: str, role: Role, password_hash: str, *, one_time: bool) -> User: ...
+    def set_role(self, name: str, role: Role) -> User:
+        """Conflict when no admin would be left."""
+
+    def set_password(self, name: str, password_hash: str, *, one_time: bool) -> User:
+        """The user's sessions end with it."""
+
+    def delete_user(self, name: str) -> None:
+        """Conflict when no admin would be left."""
+
+    def open_session(self, user: User, token: str) -> None: ...
+    def session(self, token: str, *, idle: int, longest: int) -> User | None:
+        """Whose session it is; None for one unused for `idle` ms, or older than `longest` ms."""
+
+    def close_session(self, token: str) -> None: ...
+
+    def create_key(self, name: str, scope: Scope) -> tuple[ApiKey, str]:
+        """A new API key and, in clear, what its owner shows; that is kept nowhere."""
+
+    def keys(self) -> list[ApiKey]: ...
+    def find_key(self, key: str) -> ApiKey | None: ...
+    def delete_key(self, name: str) -> None: ...
+
+    def note(self, action: str, target: str, detail: str = "") -> None:
+        """Record what changes nothing here: a secret was shown, a message sent down."""
+
+    def audit(
+        self, *, actor: str = "", action: str = "", target: str = "", before: int | None = None, limit: int
+    ) -> list[AuditEntry]:
+        """The newest entries, newest first: of `actor`, of actions and targets that begin so, with ids below `before`."""
+
+    def begin_answer(self, key: str, request: str) -> Answer | None:
+        """What was answered under the idempotency key; None for a new one, which is then under way until `keep_answer` or
+        `forget_answer`. Conflict when it came with another `request`. Kept for a day."""
+
+    def keep_answer(self, key: str, body: bytes) -> None: ...
+    def forget_answer(self, key: str) -> None: ...
+
+
 class Registry(Protocol):
     """Synchronous and safe to call from any thread. Operators' mistakes raise `core.errors.Rejected` (NotFound,
     Conflict); a database that is away raises `core.errors.Unavailable`."""
 
+    @property
+    def operators(self) -> Operators: ...
+
     def close(self) -> None: ...
 
-    # what operators do
+    # what operators do; what changes is in the audit, on behalf of `core.operators.acting`. A `version` that is not the
+    # current one (of a product, device, application) raises `core.errors.Stale`.
     def create_product(self, name: str, *, key: str | None = None, secret: str | None = None) -> Product: ...
     def products(self) -> list[Product]: ...
     def product(self, key: str) -> Product: ...
-    def delete_product(self, key: str, *, with_devices: bool = False) -> int: ...
+    def rename_product(self, key: str, name: str, *, version: str | None = None) -> Product: ...
+    def delete_product(self, key: str, *, with_devices: bool = False, version: str | None = None) -> int: ...
     def create_device(self, product_key: str, name: str | None = None, *, secret: str | None = None) -> Device: ...
     def device(self, product_key: str, name: str) -> Device: ...
     def devices(self, product_key: str, *, prefix: str = "") -> Iterator[Device]:
         """By name, those whose name begins with `prefix`; read in batches, so a large fleet costs no memory."""
 
-    def set_enabled(self, product_key: str, name: str, enabled: bool) -> Device: ...
-    def reset_secret(self, product_key: str, name: str) -> Device: ...
-    def delete_device(self, product_key: str, name: str) -> None: ...
+    def page(
+        self,
+        product_key: str,
+        *,
+        prefix: str = "",
+        state: State | None = None,
+        after: str = "",
+        limit: int,
+        timeout: int,
+    ) -> list[Device]:
+        """At most `limit` devices by name, those beyond `after`; in `state`, where online means heard of within `timeout` ms."""
+
+    def census(self, product_key: str | None = None, *, timeout: int) -> Census:
+        """How many devices a product has, or all have together; it looks at each, in 100,000 some 50 ms."""
+
+    def set_enabled(self, product_key: str, name: str, enabled: bool, *, version: str | None = None) -> Device: ...
+    def reset_secret(self, product_key: str, name: str, *, version: str | None = None) -> Device: ...
+    def delete_device(self, product_key: str, name: str, *, version: str | None = None) -> None: ...
+    def delete_devices(self, product_key: str, limit: int) -> int:
+        """Delete at most `limit` devices of the product; how many there were to delete."""
+
     def import_devices(
         self,
         rows: Iterable[ImportRow],
@@ -105,6 +191,9 @@ class Registry(Protocol):
     def app(self, name: str) -> App: ...
     def grant_app(self, name: str, products: Sequence[str]) -> App:
         """Let the application reach `products` too; what it has already stays."""
+
+    def set_app(self, name: str, products: Sequence[str], *, version: str | None = None) -> App:
+        """Let the application reach exactly `products`."""
 
     def withdraw_app(self, name: str, products: Sequence[str]) -> App:
         """Take `products` from the application; NotFound, and nothing changes, when it does not have one of them."""

@@ -20,18 +20,23 @@ from sqlalchemy import (
 
 __all__ = [
     "REVISIONS",
+    "answers",
+    "api_keys",
     "app_products",
     "apps",
+    "audit",
     "changes",
     "devices",
     "metadata",
     "products",
+    "sessions",
     "signing_keys",
     "status_changes",
     "topic_classes",
+    "users",
 ]
 
-REVISIONS: tuple[str, ...] = ("0001", "0002")
+REVISIONS: tuple[str, ...] = ("0001", "0002", "0003")
 """Every Alembic revision, oldest first: known here so that an up-to-date registry opens without Alembic (160 ms)."""
 
 # SQLite numbers rows by itself only where the type is INTEGER, which there has 64 bits.
@@ -143,4 +148,63 @@ signing_keys = Table(
     Column("key", LargeBinary, nullable=False),
     Column("created", BigInteger, nullable=False),
     Column("retired", BigInteger),
+)
+
+users = Table(
+    "users",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("name", String(64), nullable=False, unique=True),
+    Column("role", String(8), nullable=False),
+    Column("password_hash", String(255), nullable=False),
+    Column("one_time", Boolean, nullable=False),
+    Column("created", BigInteger, nullable=False),
+    Column("last_sign_in", BigInteger),
+    sqlite_autoincrement=True,
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("token_hash", LargeBinary, primary_key=True),
+    Column("user_id", _Id, ForeignKey("users.id", ondelete="CASCADE"), nullable=False),
+    Column("created", BigInteger, nullable=False),
+    Column("used", BigInteger, nullable=False),
+)
+Index("ix_sessions_user", sessions.c.user_id)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("name", String(64), nullable=False, unique=True),
+    Column("scope", String(8), nullable=False),
+    Column("key_hash", LargeBinary, nullable=False, unique=True),
+    Column("hint", String(16), nullable=False),
+    Column("created", BigInteger, nullable=False),
+    Column("last_used", BigInteger),
+    sqlite_autoincrement=True,
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("actor", String(64), nullable=False),
+    Column("way", String(8), nullable=False),
+    Column("address", String(45), nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("target", String(255), nullable=False),
+    Column("detail", String(255), nullable=False),
+    sqlite_autoincrement=True,
+)
+
+answers = Table(
+    "answers",
+    metadata,
+    Column("key_hash", LargeBinary, primary_key=True),
+    Column("request_hash", LargeBinary, nullable=False),
+    Column("created", BigInteger, nullable=False),
+    Column("answer", LargeBinary),
 )

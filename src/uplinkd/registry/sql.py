@@ -38,9 +38,22 @@ from sqlalchemy.pool import QueuePool
 
 from uplinkd.core import names
 from uplinkd.core.apps import hash_secret
-from uplinkd.core.errors import Conflict, NotFound, Rejected, Unavailable
-from uplinkd.core.model import App, Device, DeviceName, Product, ProductKey, Right, SigningKey, StatusChange, TopicClass
-from uplinkd.registry import Change, ImportReport, ImportRow, Sighting
+from uplinkd.core.errors import Conflict, NotFound, Rejected, Stale, Unavailable
+from uplinkd.core.model import (
+    App,
+    Census,
+    Device,
+    DeviceName,
+    Product,
+    ProductKey,
+    Right,
+    SigningKey,
+    State,
+    StatusChange,
+    TopicClass,
+)
+from uplinkd.registry import Change, ImportReport, ImportRow, Sighting, audit
+from uplinkd.registry.operators import SqlOperators
 from uplinkd.registry.schema import (
     REVISIONS,
     app_products,
@@ -163,6 +176,7 @@ class SqlRegistry:
         self._writer = _writer(engine)
         self._vault = vault
         self._where = where
+        self.operators = SqlOperators(self._reading, self._writing, vault)
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
@@ -196,6 +210,7 @@ class SqlRegistry:
                 raise Conflict(f"there is a product {product_key!r} already")
             if holder := _key_of_product_named(connection, name):
                 raise Conflict(f"there is a product named {name!r} already, {holder}; names are unique")
+            audit.note(connection, "product.create", product_key, name)
             return self._insert_product(connection, product_key, name, product_secret)
 
     def products(self) -> list[Product]:
@@ -206,24 +221,37 @@ class SqlRegistry:
         with self._reading() as connection:
             return self._product(_product_row(connection, key))
 
-    def delete_product(self, key: str, *, with_devices: bool = False) -> int:
+    def rename_product(self, key: str, name: str, *, version: str | None = None) -> Product:
+        names.check_product_name(name)
+        with self._writing() as connection:
+            product = self._product(_product_row(connection, key))
+            _check_version(f"product {key!r}", product.version, version)
+            if (holder := _key_of_product_named(connection, name)) not in (None, key):
+                raise Conflict(f"there is a product named {name!r} already, {holder}; names are unique")
+            connection.execute(update(products).where(products.c.id == product.id).values(name=name))
+            audit.note(connection, "product.rename", key, f"{product.name} → {name}")
+            return self._product(_product_row(connection, key))
+
+    def delete_product(self, key: str, *, with_devices: bool = False, version: str | None = None) -> int:
         """Delete the product with its topic classes; how many devices went with it."""
         with self._writing() as connection:
-            product_id = _product_row(connection, key).id
+            product = self._product(_product_row(connection, key))
+            _check_version(f"product {key!r}", product.version, version)
+            product_id = product.id
             count = connection.execute(
                 select(func.count()).select_from(devices).where(devices.c.product_id == product_id)
             ).scalar_one()
             if count and not with_devices:
                 what = "1 device" if count == 1 else f"{count} devices"
-                raise Conflict(f"product {key!r} has {what}; delete them with it by --with-devices")
+                raise Conflict(f"product {key!r} has {what}; delete them with it by --with-devices (withDevices=true)")
             mine = devices.c.product_id == product_id
-            connection.execute(update(devices).where(mine & _IS_ONLINE).values(enabled=False))
-            _change_status(connection, mine & _IS_ONLINE, now=_now(), timeout=0)
+            _shut_out(connection, mine & _IS_ONLINE)
             readers = select(app_products.c.app_id).where(app_products.c.product_id == product_id)
             for app_id in connection.execute(readers).scalars().all():
                 _announce(connection, app_id=app_id)
             connection.execute(delete(products).where(products.c.id == product_id))
             _announce(connection, key)
+            audit.note(connection, "product.delete", key, f"{product.name}, with {count} devices")
             return count
 
     # devices
@@ -237,6 +265,7 @@ class SqlRegistry:
                 raise Conflict(f"product {product_key!r} has a device {device_name!r} already")
             sealed = self._seal_device(product_key, device_name, device_secret)
             connection.execute(insert(devices), _new_device(product_id, device_name, sealed, _now()))
+            audit.note(connection, "device.create", f"{product_key}/{device_name}")
             return self._device(_device_row(connection, product_key, device_name))
 
     def device(self, product_key: str, name: str) -> Device:
@@ -249,29 +278,74 @@ class SqlRegistry:
             product_id = _product_row(connection, product_key).id
         return self._pages(product_id, prefix)
 
-    def set_enabled(self, product_key: str, name: str, enabled: bool) -> Device:
+    def page(
+        self,
+        product_key: str,
+        *,
+        prefix: str = "",
+        state: State | None = None,
+        after: str = "",
+        limit: int,
+        timeout: int,
+    ) -> list[Device]:
+        """By name, which the index has in order; a state that few devices have is looked for among all of them."""
+        with self._reading() as connection:
+            product_id = _product_row(connection, product_key).id
+            page = _by_name(product_id, prefix).where(devices.c.name > after).limit(limit)
+            if state:
+                page = page.where(_in_state(timeout)[state])
+            return [self._device(row) for row in connection.execute(page)]
+
+    def census(self, product_key: str | None = None, *, timeout: int) -> Census:
+        states = _in_state(timeout)
+        counts = [func.count(case((states[state], 1))) for state in _COUNTED]
+        statement = select(func.count(), *counts).select_from(devices)
+        with self._reading() as connection:
+            if product_key is not None:
+                statement = statement.where(devices.c.product_id == _product_row(connection, product_key).id)
+            total, *numbers = connection.execute(statement).one()
+        return Census(total, *numbers)
+
+    def set_enabled(self, product_key: str, name: str, enabled: bool, *, version: str | None = None) -> Device:
         """Disabling kills the device's tokens for good: enabled again, it authenticates anew."""
         with self._writing() as connection:
             device = self._device(_device_row(connection, product_key, name))
+            _check_version(f"device {name!r}", device.version, version)
             if device.enabled == enabled:
                 return device
+            audit.note(connection, f"device.{'enable' if enabled else 'disable'}", f"{product_key}/{name}")
             generation = device.generation if enabled else device.generation + 1
             return self._update_device(connection, device, enabled=enabled, generation=generation)
 
-    def reset_secret(self, product_key: str, name: str) -> Device:
+    def reset_secret(self, product_key: str, name: str, *, version: str | None = None) -> Device:
         """A new DeviceSecret, made here; the old one and all tokens are dead."""
         with self._writing() as connection:
             device = self._device(_device_row(connection, product_key, name))
+            _check_version(f"device {name!r}", device.version, version)
+            audit.note(connection, "device.reset-secret", f"{product_key}/{name}")
             sealed = self._seal_device(product_key, name, names.make_device_secret())
             return self._update_device(connection, device, secret=sealed, generation=device.generation + 1)
 
-    def delete_device(self, product_key: str, name: str) -> None:
+    def delete_device(self, product_key: str, name: str, *, version: str | None = None) -> None:
         with self._writing() as connection:
-            device_id = _device_row(connection, product_key, name).id
-            connection.execute(update(devices).where(devices.c.id == device_id).values(enabled=False))
-            _change_status(connection, devices.c.id == device_id, now=_now(), timeout=0)
-            connection.execute(delete(devices).where(devices.c.id == device_id))
-            _announce(connection, product_key, device_id)
+            device = self._device(_device_row(connection, product_key, name))
+            _check_version(f"device {name!r}", device.version, version)
+            _delete_devices(connection, devices.c.id == device.id)
+            _announce(connection, product_key, device.id)
+            audit.note(connection, "device.delete", f"{product_key}/{name}")
+
+    def delete_devices(self, product_key: str, limit: int) -> int:
+        with self._writing() as connection:
+            product_id = _product_row(connection, product_key).id
+            some = select(devices.c.id).where(devices.c.product_id == product_id).limit(limit)
+            count = 0
+            for part in _batches(connection.execute(some).scalars().all(), _PAGE):
+                _delete_devices(connection, devices.c.id.in_(part))
+                count += len(part)
+            if count:
+                _announce(connection, product_key)
+                audit.note(connection, "device.delete", f"{product_key}/", f"{count} devices")
+        return count
 
     def find_device(self, product_key: str, name: str) -> Device | None:
         with self._reading() as connection:
@@ -366,16 +440,20 @@ class SqlRegistry:
         """Store the good rows in one transaction; none of them when a row is bad and not `skip_bad`.
 
         Rows are checked and sealed before the transaction, which then holds the database for about a second in 100,000
-        devices: other commands and running gateways wait for that at most.
+        devices: other commands and running gateways wait for that at most. `progress` is called with the rows read so far,
+        and now and then while they are stored; what it raises ends the import, and nothing is stored.
         """
         report = ImportReport()
         fleet = self._checked(rows, report, progress)
         with self._writing() as connection:
             for product_key, members in fleet.items():
-                self._import_product(connection, product_key, members, report)
+                self._import_product(connection, product_key, members, report, progress)
             report.bad.sort()
             report.stored = skip_bad or not report.bad
-            if not report.stored:
+            if report.stored:
+                detail = f"{report.created} created, {report.unchanged} unchanged, {len(report.bad)} bad"
+                audit.note(connection, "device.import", ", ".join(fleet), detail)
+            else:
                 connection.rollback()
         return report
 
@@ -414,6 +492,7 @@ class SqlRegistry:
         product_key: str,
         members: dict[str, tuple[ImportRow, bytes]],
         report: ImportReport,
+        progress: Callable[[int], None] | None,
     ) -> None:
         now = _now()
         product_id = connection.execute(select(products.c.id).where(products.c.key == product_key)).scalar()
@@ -444,6 +523,8 @@ class SqlRegistry:
             if fresh:
                 connection.execute(insert(devices), fresh)
             report.created += len(fresh)
+            if progress:
+                progress(report.read)
 
     def _secrets(self, connection: Connection, product_id: int, product_key: str, wanted: list[str]) -> dict[str, str]:
         """The DeviceSecrets of those of the `wanted` names that exist."""
@@ -482,6 +563,7 @@ class SqlRegistry:
                 )
             connection.execute(insert(topic_classes).values(product_id=product_id, levels=levels, right=right.value))
             _announce(connection, product_key)
+            audit.note(connection, "topic.add", f"{product_key}/{levels}", right.value)
             return TopicClass(levels, right)
 
     def remove_topic_class(self, product_key: str, levels: str) -> None:
@@ -497,6 +579,7 @@ class SqlRegistry:
                     f"product {product_key!r} has no topic class {levels!r}; `uplinkd topic list {product_key}` shows them"
                 )
             _announce(connection, product_key)
+            audit.note(connection, "topic.remove", f"{product_key}/{levels.removeprefix('/')}")
 
     # applications
 
@@ -509,6 +592,7 @@ class SqlRegistry:
             facts = {"key": key, "name": name, "secret_hash": hash_secret(secret), "sends": sends, "created": _now()}
             result = connection.execute(insert(apps), facts)
             assert result.inserted_primary_key is not None
+            audit.note(connection, "app.create", name, f"{'sends' if sends else 'reads only'}; {', '.join(products)}")
             return _grant(connection, result.inserted_primary_key[0], products), secret
 
     def apps(self) -> list[App]:
@@ -522,7 +606,16 @@ class SqlRegistry:
 
     def grant_app(self, name: str, products: Sequence[str]) -> App:
         with self._writing() as connection:
+            audit.note(connection, "app.grant", name, ", ".join(products))
             return _grant(connection, _app_named(connection, name).id, products)
+
+    def set_app(self, name: str, products: Sequence[str], *, version: str | None = None) -> App:
+        with self._writing() as connection:
+            app = _app_named(connection, name)
+            _check_version(f"application {name!r}", app.version, version)
+            connection.execute(delete(app_products).where(app_products.c.app_id == app.id))
+            audit.note(connection, "app.products", name, f"{', '.join(app.products)} → {', '.join(products)}")
+            return _grant(connection, app.id, products)
 
     def withdraw_app(self, name: str, products: Sequence[str]) -> App:
         with self._writing() as connection:
@@ -537,6 +630,7 @@ class SqlRegistry:
                     delete(app_products).where(app_products.c.app_id == app.id, app_products.c.product_id == product_id)
                 )
             _announce(connection, app_id=app.id)
+            audit.note(connection, "app.withdraw", name, ", ".join(products))
             return _app_named(connection, name)
 
     def delete_app(self, name: str) -> None:
@@ -544,6 +638,7 @@ class SqlRegistry:
             app_id = _app_named(connection, name).id
             connection.execute(delete(apps).where(apps.c.id == app_id))
             _announce(connection, app_id=app_id)
+            audit.note(connection, "app.delete", name)
 
     def find_app(self, key: str) -> App | None:
         with self._reading() as connection:
@@ -626,9 +721,7 @@ class SqlRegistry:
         return self._device(_device_row(connection, device.product_key, device.name))
 
     def _pages(self, product_id: int, prefix: str) -> Iterator[Device]:
-        page = _DEVICE.where(devices.c.product_id == product_id).order_by(devices.c.name).limit(_PAGE)
-        if prefix:
-            page = page.where(devices.c.name >= prefix, devices.c.name < prefix + "\U0010ffff")
+        page = _by_name(product_id, prefix).limit(_PAGE)
         last = ""
         while True:
             with self._reading() as connection:
@@ -693,6 +786,44 @@ def _once_each(sightings: Sequence[Sighting]) -> Iterator[list[Sighting]]:
             batch = {}
         batch[sighting.device_id] = sighting
     yield list(batch.values())
+
+
+def _by_name(product_id: int, prefix: str) -> Select[Any]:
+    """The product's devices by name, those whose name begins with `prefix`."""
+    page = _DEVICE.where(devices.c.product_id == product_id).order_by(devices.c.name)
+    return page.where(devices.c.name >= prefix, devices.c.name < prefix + "\U0010ffff") if prefix else page
+
+
+_COUNTED = (State.ONLINE, State.OFFLINE, State.INACTIVE, State.DISABLED)  # as Census has them
+
+
+def _in_state(timeout: int) -> dict[State, ColumnElement[bool]]:
+    """What Device.state says, in SQL."""
+    lately = func.coalesce(devices.c.requested, 0) > _now() - timeout
+    connected = devices.c.session.is_not(None) | lately
+    seen = devices.c.enabled & devices.c.last_seen.is_not(None)
+    return {
+        State.ONLINE: seen & connected,
+        State.OFFLINE: seen & ~connected,
+        State.INACTIVE: devices.c.enabled & devices.c.last_seen.is_(None),
+        State.DISABLED: ~devices.c.enabled,
+    }
+
+
+def _check_version(what: str, version: str, given: str | None) -> None:
+    if given is not None and given != version:
+        raise Stale(f"{what} was changed meanwhile: its version is {version!r}, not {given!r}; look at it again")
+
+
+def _shut_out(connection: Connection, which: ColumnElement[bool]) -> None:
+    """Devices that go for good are offline first, so that whoever follows their status hears it."""
+    connection.execute(update(devices).where(which).values(enabled=False))
+    _change_status(connection, which, now=_now(), timeout=0)
+
+
+def _delete_devices(connection: Connection, which: ColumnElement[bool]) -> None:
+    _shut_out(connection, which)
+    connection.execute(delete(devices).where(which))
 
 
 def _record(connection: Connection, sightings: list[Sighting], now: int) -> None:
