@@ -76,6 +76,7 @@ class Server:
     mqtt_port: int = 0
     mqtt_plain_port: int = 0
     nats_port: int = 0
+    console_port: int | None = None  # None: without a console, which takes a second to start
     log: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,7 +90,11 @@ class Server:
             "--mqtt-plain-listen": self.mqtt_plain_port,
             "--nats-listen": self.nats_port,
         }
+        if self.console_port is not None:
+            ports["--console-listen"] = self.console_port
         listen = [part for flag, port in ports.items() for part in (flag, f"127.0.0.1:{port}")]
+        if self.console_port is None:
+            listen += ["--console-listen", ""]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*UPLINKD, "serve", "--data", str(self.data), *listen, *self.options],
@@ -114,11 +119,13 @@ class Server:
         self.mqtt_port = self._told("mqtts")
         self.mqtt_plain_port = self._told("mqtt")
         self.nats_port = self._told("nats")
+        if self.console_port is not None:
+            self.console_port = self._told("https?", after="console ")
         return self
 
-    def _told(self, scheme: str) -> int:
+    def _told(self, scheme: str, *, after: str = "") -> int:
         """The port that the banner names with this scheme; 0 where it names none."""
-        match = re.search(rf"\b{scheme}://127\.0\.0\.1:(\d+)", self.banner)
+        match = re.search(rf"{after}\s*\b{scheme}://127\.0\.0\.1:(\d+)", self.banner)
         return int(match[1]) if match else 0
 
     @property

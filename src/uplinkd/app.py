@@ -24,14 +24,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
+from uplinkd.admin.access import first_password
 from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.engine.embedded import Access, EmbeddedServer
 from uplinkd.flow import Flow
 from uplinkd.listener import Port
 from uplinkd.ports import patiently, probe
 from uplinkd.registry import open_registry
-from uplinkd.settings import Settings, address
-from uplinkd.tls import CertificateFiles, ensure_material, reissue, server_context
+from uplinkd.settings import Settings, address, reachable
+from uplinkd.tls import CertificateFiles, ensure_material, operator_context, reissue, server_context
 from uplinkd.worker import DRAIN_SECONDS, Task, run
 
 __all__ = ["Started", "serve"]
@@ -63,6 +64,10 @@ class Started:
     engine: str
     nats: str
     """Where applications connect to it; empty where they do not."""
+    console: str
+    """Where operators look; empty where they cannot."""
+    password: str | None
+    """The one-time password of the first user, until somebody has chosen their own."""
 
 
 def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: Callable[[Started], None]) -> None:
@@ -77,6 +82,7 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
         registry = open_registry(settings)
         # Nobody serves yet: whatever session a registry tells of has died with its worker.
         registry.abandoned(None, now=round(time.time() * 1000), timeout=round(settings.online_timeout * 1000))
+        password = first_password(registry.operators) if settings.console_listen else None
         registry.close()
         prepare(settings)
         certificates = ensure_material(settings)
@@ -91,6 +97,9 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
                 ("mqtt_plain_listen", settings.mqtt_plain_listen),
             )
         )
+        console = None
+        if settings.console_listen:
+            (console,) = _bind(address(settings.console_listen), 1, "console_listen", stack)
         engine = None
         if settings.nats_url:
             access = Access.of(settings)
@@ -102,7 +111,7 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
         stack.callback(flow.close)
 
         doors = _Doors([(tls, context), (plain, None)], [(mqtt, context), (mqtt_plain, None)], count)
-        supervisor = _Supervisor(settings, doors, certificates, flow, access, engine)
+        supervisor = _Supervisor(settings, doors, certificates, flow, access, engine, console)
         with supervisor.signals():
             supervisor.start()
             authority = None if settings.tls_cert else settings.data / "tls" / "ca.pem"
@@ -117,6 +126,8 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
                     authority,
                     "NATS JetStream, looked after by uplinkd" if engine else "your NATS servers",
                     access.urls[0] if engine and settings.nats_listen else "",
+                    _console_url(settings, console),
+                    password,
                 )
             )
             supervisor.watch()
@@ -126,8 +137,17 @@ def _where(sockets: list[socket.socket]) -> tuple[str, int] | None:
     return sockets[0].getsockname()[:2] if sockets else None
 
 
+def _console_url(settings: Settings, console: socket.socket | None) -> str:
+    if console is None:
+        return ""
+    host, port = console.getsockname()[:2]
+    return f"{'https' if settings.console_tls else 'http'}://{reachable(host)}:{port}"
+
+
 @dataclass(slots=True)
 class _Worker:
+    """A process that the supervisor looks after: a worker, or the console."""
+
     process: BaseProcess
     ready: multiprocessing.connection.Connection
     since: float
@@ -162,6 +182,7 @@ class _Supervisor:
     flow: Flow
     access: Access
     engine: EmbeddedServer | None
+    console: socket.socket | None
     workers: list[_Worker | None] = field(default_factory=list)
     pauses: dict[int, tuple[float, int]] = field(default_factory=dict)
     lifeline: tuple[int, int] = (-1, -1)
@@ -170,13 +191,13 @@ class _Supervisor:
     def start(self) -> None:
         self.lifeline = os.pipe()
         gc.collect()
-        self.workers = [self._spawn(slot) for slot in range(self.doors.workers)]
+        self.workers = [self._spawn(slot) for slot in range(self.doors.workers + (self.console is not None))]
         end = time.monotonic() + _READY_SECONDS
         for slot, worker in enumerate(self.workers):
             assert worker
             if not worker.ready.poll(max(0.0, end - time.monotonic())) or not worker.process.is_alive():
                 self.stop()
-                raise Unavailable(f"worker {slot + 1} did not start; its reason stands above")
+                raise Unavailable(f"{worker.process.name} did not start; its reason stands above")
 
     def watch(self) -> None:
         """Restart what dies until told to stop; then drain."""
@@ -225,7 +246,9 @@ class _Supervisor:
 
     def _spawn(self, slot: int) -> _Worker:
         reading, writing = _fork.Pipe(duplex=False)
-        process = _fork.Process(target=self._child, args=(slot, writing), name=f"uplinkd worker {slot + 1}")
+        console = slot == self.doors.workers
+        name = "the console" if console else f"worker {slot + 1}"
+        process = _fork.Process(target=self._console if console else self._child, args=(slot, writing), name=name)
         process.start()
         writing.close()
         return _Worker(process, reading, time.monotonic())
@@ -237,6 +260,28 @@ class _Supervisor:
         https, mqtt = self.doors.of(slot)
         run(Task(slot, self.settings, https, mqtt, self.certificates, self.flow, self.access, ready, self.lifeline[0]))
 
+    def _console(self, slot: int, ready: multiprocessing.connection.Connection) -> None:
+        """In the new process: look after operators. What it needs is imported here; no worker pays for it."""
+        from uplinkd.admin.server import ConsoleTask, run
+
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.close(self.lifeline[1])
+        self.doors.of(slot)
+        context = operator_context(self.certificates) if self.settings.console_tls else None
+        assert self.console
+        run(
+            ConsoleTask(
+                self.settings,
+                self.console,
+                context,
+                self.certificates,
+                self.access,
+                self.metrics,
+                ready,
+                self.lifeline[0],
+            )
+        )
+
     def _restart_workers(self) -> None:
         now = time.monotonic()
         for slot, worker in enumerate(self.workers):
@@ -244,7 +289,7 @@ class _Supervisor:
                 deaths = worker.fast_deaths + 1 if now - worker.since < _STEADY_SECONDS else 0
                 pause = min(0.1 * 2**deaths, _LONGEST_PAUSE) if deaths else 0.0
                 how = worker.process.exitcode
-                log.error("worker %d %s; it is started again", slot + 1, _end(how))
+                log.error("%s %s; it is started again", worker.process.name, _end(how))
                 worker.ready.close()
                 self.flow.heal()
                 self.workers[slot] = None

@@ -126,7 +126,7 @@ def _trusted_address(text: str) -> str:
     if ip.is_unspecified or not ip.is_private:
         raise ValueError(
             "the plain-text port is for a TLS-terminating proxy: it listens on a loopback or private address alone, "
-            "such as 127.0.0.1:8080"
+            "such as 127.0.0.1:8081"
         )
     return text
 
@@ -182,6 +182,12 @@ class Settings(BaseModel):
     )
     mqtt_plain_listen: Annotated[str, AfterValidator(_optional_address)] = Field(
         "", description="address of MQTT without TLS, for devices that cannot do better, usually port 1884; empty: none"
+    )
+    console_listen: Annotated[str, AfterValidator(_optional_address)] = Field(
+        "127.0.0.1:8080", description="address of the console, the management API and /metrics; empty: none"
+    )
+    console_tls: Switch = Field(
+        False, description="serve the console over HTTPS, with the certificate of the HTTPS door"
     )
     workers: int = Field(0, ge=0, le=256, description="worker processes; 0: one for each core")
     database_url: Annotated[str, AfterValidator(_database_url)] = Field(
@@ -325,6 +331,13 @@ def load(
         faults.append(
             f"tls_cert names {len(settings.tls_cert)} files and tls_key {len(settings.tls_key)}: each certificate needs its key"
         )
+    if settings and settings.console_listen and not settings.console_tls:
+        host, _ = address(settings.console_listen)
+        if not is_loopback({"localhost": "127.0.0.1"}.get(host, host)):
+            faults.append(
+                f"{origins['console_listen']}: console_listen = {settings.console_listen!r} is not of this machine alone, and "
+                "passwords would cross the network in clear: add --console-tls true"
+            )
     if faults or settings is None:
         raise Rejected("\n".join(faults))
     return settings, origins

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime as dt
 import ipaddress
@@ -23,7 +24,16 @@ from uplinkd.core.errors import Rejected
 from uplinkd.files import FileState, file_state
 from uplinkd.settings import Settings, address
 
-__all__ = ["CIPHERS", "CertificateFiles", "Renewal", "ensure_material", "reissue", "server_context"]
+__all__ = [
+    "CIPHERS",
+    "CertificateFiles",
+    "Renewal",
+    "ensure_material",
+    "operator_context",
+    "reissue",
+    "renew",
+    "server_context",
+]
 
 log = logging.getLogger("uplinkd.tls")
 
@@ -34,6 +44,7 @@ _AUTHORITY_DAYS = 3650
 # Apple's clients refuse server certificates of more than 825 days, whoever issued them.
 _SERVER_DAYS = 820
 _RENEW_DAYS = 30
+_RENEWAL_SECONDS = 2.0
 _NAME = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 
 _Key = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
@@ -88,6 +99,14 @@ def server_context(files: Sequence[CertificateFiles]) -> ssl.SSLContext:
     return context
 
 
+def operator_context(files: Sequence[CertificateFiles]) -> ssl.SSLContext:
+    """TLS for people and programs of today: OpenSSL's defaults, without what old devices need."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    for pair in files:
+        context.load_cert_chain(pair.certificate, pair.key, _no_password)
+    return context
+
+
 class Renewal:
     """Loads changed certificate files into a live context; a pair that does not fit is left alone until it does.
 
@@ -123,6 +142,14 @@ class Renewal:
             self._state[index] = state
             self._warned.discard(index)
         return renewed
+
+
+async def renew(context: ssl.SSLContext, files: Sequence[CertificateFiles]) -> None:
+    """Keep the certificates of a live context as new as their files, until cancelled."""
+    renewal = Renewal(context, files)
+    while True:
+        await asyncio.sleep(_RENEWAL_SECONDS)
+        renewal.check()
 
 
 def _no_password() -> str:

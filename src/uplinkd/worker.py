@@ -8,7 +8,6 @@ import logging
 import os
 import secrets
 import signal
-import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,14 +41,13 @@ from uplinkd.roster import Roster
 from uplinkd.sending import Sending
 from uplinkd.settings import Settings
 from uplinkd.tasks import end_tasks
-from uplinkd.tls import CertificateFiles, Renewal
+from uplinkd.tls import CertificateFiles, renew
 
 __all__ = ["DRAIN_SECONDS", "Task", "run"]
 
 log = logging.getLogger("uplinkd")
 
 DRAIN_SECONDS = 4.0
-_RENEWAL_SECONDS = 2.0
 _CLOSING_SECONDS = 4.0
 
 
@@ -126,7 +124,7 @@ async def _serve(task: Task) -> None:
         cache.on_change(lambda change: None if change.product_key else callout.changed(change.app_id or 0))
         duties.append(asyncio.create_task(callout.run()))
     if context := next((context for _, context in [*task.https, *task.mqtt] if context), None):
-        duties.append(asyncio.create_task(_renew(context, task.certificates)))
+        duties.append(asyncio.create_task(renew(context, task.certificates)))
     for door in doors:
         await door.start()
     task.ready.send_bytes(b"ready")
@@ -149,13 +147,6 @@ async def _serve(task: Task) -> None:
     registry.close()
     for duty in failed:
         duty.result()
-
-
-async def _renew(context: ssl.SSLContext, certificates: list[CertificateFiles]) -> None:
-    renewal = Renewal(context, certificates)
-    while True:
-        await asyncio.sleep(_RENEWAL_SECONDS)
-        renewal.check()
 
 
 class _Apps:

@@ -92,6 +92,10 @@ def _banner(started: Started) -> None:
         lines.append(f"  CA        {started.authority.absolute()}   (give it to your devices and clients)")
     if started.nats:
         lines.append(f"  apps      {started.nats}   (NATS; `uplinkd app create` makes credentials)")
+    if started.console:
+        lines.append(f"  console   {started.console}")
+        if started.password:
+            lines.append(f"            first sign-in: user admin, one-time password {started.password}")
     lines += [
         f"  engine    {started.engine}",
         f"  state     {started.settings.data.absolute()}",

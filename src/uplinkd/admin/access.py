@@ -1,0 +1,161 @@
+"""Who is at the operator's door: passwords, sessions, API keys; and how often somebody may try."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from argon2 import PasswordHasher
+from argon2.exceptions import InvalidHashError, VerificationError
+from limits import RateLimitItem, RateLimitItemPerHour, RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+
+from uplinkd.core.errors import Rejected
+from uplinkd.core.names import make_password
+from uplinkd.core.operators import Actor, Role, Scope, User
+from uplinkd.registry import Operators
+
+__all__ = [
+    "Attempts",
+    "Denied",
+    "Principal",
+    "TooOften",
+    "change_password",
+    "check_new_password",
+    "check_password",
+    "csrf_token",
+    "first_password",
+    "hash_password",
+    "new_token",
+    "sign_in",
+]
+
+FIRST_USER = "admin"
+MINIMUM_LENGTH = 10
+_LONGEST = 1024
+
+_hasher = PasswordHasher()  # argon2id, the library's defaults: 64 MiB, 3 passes (RFC 9106, the second recommendation)
+# So that an unknown user costs as much as a wrong password.
+_NOBODY = _hasher.hash(secrets.token_hex(16))
+
+
+class Denied(Rejected):
+    """Not signed in, or not allowed to."""
+
+
+class TooOften(Rejected):
+    """Too many attempts; `seconds` until the next may be made."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(f"too many attempts to sign in; try again in {seconds} s")
+        self.seconds = seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who has shown who they are. `csrf` belongs to the session, empty for an API key."""
+
+    actor: Actor
+    scope: Scope
+    csrf: str = ""
+    user: User | None = None
+
+
+class Attempts:
+    """How often sign-ins may fail: 10 a minute and 60 an hour from one address for one user, 60 a minute from one address."""
+
+    def __init__(self) -> None:
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._pair = (RateLimitItemPerMinute(10), RateLimitItemPerHour(60))
+        self._address = RateLimitItemPerMinute(60)
+
+    def check(self, user: str, address: str) -> None:
+        """Raise TooOften when the next attempt would be one too many."""
+        for item, who in self._counted(user, address):
+            if not self._limiter.test(item, *who):
+                reset = self._limiter.get_window_stats(item, *who).reset_time
+                raise TooOften(max(1, round(reset - time.time())))
+
+    def failed(self, user: str, address: str) -> None:
+        for item, who in self._counted(user, address):
+            self._limiter.hit(item, *who)
+
+    def _counted(self, user: str, address: str) -> Iterator[tuple[RateLimitItem, tuple[str, ...]]]:
+        for item in self._pair:
+            yield item, (user, address)
+        yield self._address, (address,)
+
+
+def hash_password(password: str) -> str:
+    return _hasher.hash(password)
+
+
+def check_password(user: User | None, password: str) -> bool:
+    """Whether it is the user's; False for None, after the same work."""
+    if len(password) > _LONGEST:
+        return False
+    try:
+        _hasher.verify(user.password_hash if user else _NOBODY, password)
+    except (VerificationError, InvalidHashError):
+        return False
+    return user is not None
+
+
+def sign_in(operators: Operators, attempts: Attempts, name: str, password: str, address: str) -> tuple[User, str]:
+    """The user, and the token of a new session; raise Denied or TooOften."""
+    attempts.check(name, address)
+    user = operators.find_user(name)
+    if not check_password(user, password):
+        attempts.failed(name, address)
+        operators.note("session.refused", name)
+        raise Denied("the user name or the password is wrong")
+    assert user
+    token = new_token()
+    operators.open_session(user, token)
+    return user, token
+
+
+def change_password(operators: Operators, user: User, old: str, new: str) -> None:
+    """Raise Rejected when `old` is wrong, or `new` breaks the rule. All sessions of the user end."""
+    if not check_password(user, old):
+        raise Rejected("the present password is wrong")
+    check_new_password(new, user.name)
+    if old == new:
+        raise Rejected("the new password is the present one")
+    operators.set_password(user.name, hash_password(new), one_time=False)
+
+
+def check_new_password(password: str, name: str) -> None:
+    """Length is what counts (NIST SP 800-63B, 5.1.1.2)."""
+    if not MINIMUM_LENGTH <= len(password) <= _LONGEST:
+        raise Rejected(f"a password has at least {MINIMUM_LENGTH} characters; this one has {len(password)}")
+    if password.lower() == name.lower() or len(set(password)) < 4:
+        raise Rejected("this password is too easily guessed; take one with more different characters")
+
+
+def first_password(operators: Operators) -> str | None:
+    """A new one-time password of the first user, as long as nobody has signed in with one and chosen their own."""
+    users = operators.users()
+    if not users:
+        password = make_password()
+        operators.create_user(FIRST_USER, Role.ADMIN, hash_password(password), one_time=True)
+        return password
+    if [user.name for user in users] == [FIRST_USER] and users[0].one_time:
+        password = make_password()
+        operators.set_password(FIRST_USER, hash_password(password), one_time=True)
+        return password
+    return None
+
+
+def new_token() -> str:
+    return secrets.token_urlsafe(32)
+
+
+def csrf_token(session: str) -> str:
+    """What a form of this session carries; it tells nothing about the session's token."""
+    return hmac.digest(session.encode(), b"uplinkd csrf", hashlib.sha256).hex()

@@ -1,0 +1,807 @@
+"""The management API, /api/v1: products, devices, topic classes, messages, refusals, applications, keys, users, the audit."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from typing import Annotated, Any, BinaryIO, TypeVar
+
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import StreamingResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from uplinkd import __version__, journal
+from uplinkd.admin import documents as doc
+from uplinkd.admin import fleetwork
+from uplinkd.admin.access import Principal, hash_password
+from uplinkd.admin.doorkeeper import needs, office_of
+from uplinkd.admin.figures import Sample
+from uplinkd.admin.office import Office, now
+from uplinkd.admin.problems import Forbidden
+from uplinkd.admin.repeating import RepeatableRoute
+from uplinkd.asking import check_down_topic, send_down
+from uplinkd.core import workbench
+from uplinkd.core.errors import NotFound, Rejected, Unavailable
+from uplinkd.core.model import App, Device, Product, Right, State
+from uplinkd.core.names import make_password
+from uplinkd.core.operators import Role, Scope
+from uplinkd.engine import Query as Wanted
+from uplinkd.registry import Registry
+from uplinkd.registry.fleet import COLUMNS
+from uplinkd.settings import Settings, shown
+
+__all__ = ["PREFIX", "live_messages", "live_refusals", "live_stats", "router", "stats", "uploaded"]
+
+PREFIX = "/api/v1"
+MAX_UPLOAD = 256 * 1024**2
+_PING_SECONDS = 10.0
+_LOOK_SECONDS = 0.5
+
+T = TypeVar("T")
+
+_problems: dict[int | str, dict[str, Any]] = {
+    status: {"model": doc.Problem} for status in (400, 401, 403, 404, 405, 409, 412, 422, 429, 503)
+}
+router = APIRouter(prefix=PREFIX, route_class=RepeatableRoute, responses=_problems)
+uploads = APIRouter(prefix=PREFIX, responses=_problems)
+
+In = Annotated[Office, Depends(office_of)]
+Reads = Annotated[Principal, Depends(needs(Scope.READ))]
+Operates = Annotated[Principal, Depends(needs(Scope.OPERATE))]
+Administers = Annotated[Principal, Depends(needs(Scope.ADMIN))]
+
+Limit = Annotated[int, Query(ge=1, le=1000, description="at most so many")]
+Cursor = Annotated[str | None, Query(max_length=255, description="`next` of the page before")]
+Name = Annotated[str, Path(min_length=1, max_length=255)]
+Filter = Annotated[str | None, Query(max_length=255)]
+Time = Annotated[int | None, Query(ge=0, le=1 << 53, description="ms since 1970 UTC")]
+IfMatch = Annotated[str | None, Header(max_length=255, description="the ETag of what you saw; 412 when it has changed")]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(alias="Idempotency-Key", min_length=1, max_length=255, description="a repeated creation gets the same answer"),
+]
+
+
+def _etag(version: str) -> dict[str, str]:
+    return {"ETag": f'"{version}"'}
+
+
+def _version(if_match: str | None) -> str | None:
+    return None if if_match in (None, "*") else if_match.removeprefix("W/").strip().strip('"')
+
+
+def _page(items: list[T], limit: int, cursor: Callable[[T], str]) -> tuple[list[T], str | None]:
+    """The page and the next cursor, of `items` that were asked for with one more than `limit`."""
+    more = len(items) > limit
+    items = items[:limit]
+    return items, cursor(items[-1]) if more else None
+
+
+def _number(cursor: str | None) -> int | None:
+    if cursor is None:
+        return None
+    if not cursor.isascii() or not cursor.isdecimal() or len(cursor) > 19:
+        raise Rejected(f"cursor {cursor[:40]!r} is not one that this list gave")
+    return int(cursor)
+
+
+# -- products
+
+
+@router.get("/products", tags=["products"])
+def list_products(office: In, who: Reads) -> doc.Page[doc.ProductDocument]:
+    """All products, without their secrets, in the order in which they were made."""
+    return doc.Page(items=[doc.ProductDocument.of(product) for product in office.registry.products()])
+
+
+@router.post("/products", tags=["products"], status_code=201)
+def create_product(
+    office: In, who: Operates, given: doc.NewProduct, response: Response, idempotency_key: IdempotencyKey = None
+) -> doc.ProductWithSecret:
+    """Make a product, with the platform's default topic classes."""
+    product = office.registry.create_product(given.name, key=given.product_key, secret=given.product_secret)
+    response.headers.update({**_etag(product.version), "Location": f"{PREFIX}/products/{product.key}"})
+    return doc.ProductWithSecret.of(product)
+
+
+@router.get("/products/{product_key}", tags=["products"])
+def show_product(office: In, who: Reads, product_key: Name, response: Response) -> doc.ProductDocument:
+    product = office.registry.product(product_key)
+    response.headers.update(_etag(product.version))
+    return doc.ProductDocument.of(product)
+
+
+@router.patch("/products/{product_key}", tags=["products"])
+def change_product(
+    office: In,
+    who: Operates,
+    product_key: Name,
+    given: doc.ProductChange,
+    response: Response,
+    if_match: IfMatch = None,
+) -> doc.ProductDocument:
+    """Give the product another name."""
+    product = office.registry.rename_product(product_key, given.name, version=_version(if_match))
+    response.headers.update(_etag(product.version))
+    return doc.ProductDocument.of(product)
+
+
+@router.delete("/products/{product_key}", tags=["products"], status_code=204)
+def delete_product(office: In, who: Operates, product_key: Name, if_match: IfMatch = None) -> None:
+    """Delete a product that has no devices; `POST /jobs/product-deletion` deletes one with its devices."""
+    office.registry.delete_product(product_key, version=_version(if_match))
+
+
+@router.get("/products/{product_key}/secret", tags=["products"])
+def show_product_secret(office: In, who: Operates, product_key: Name) -> doc.SecretDocument:
+    return doc.SecretDocument(secret=product_secret(office, product_key).secret)
+
+
+def product_secret(office: Office, product_key: str) -> Product:
+    """The product, for somebody who will see its secret: the audit says so."""
+    product = office.registry.product(product_key)
+    office.registry.operators.note("product.secret", product.key)
+    return product
+
+
+@router.get("/products/{product_key}/census", tags=["products"])
+def count_devices(office: In, who: Reads, product_key: Name) -> doc.CensusDocument:
+    """How many devices the product has, by state; of a large fleet a few seconds old."""
+    office.registry.product(product_key)
+    return doc.CensusDocument.of(office.census(product_key))
+
+
+# -- devices
+
+
+@router.get("/products/{product_key}/devices", tags=["devices"])
+def list_devices(
+    office: In,
+    who: Reads,
+    product_key: Name,
+    prefix: Annotated[str, Query(max_length=64)] = "",
+    state: State | None = None,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+) -> doc.Page[doc.DeviceDocument]:
+    """Devices by name, without their secrets: those whose name begins with `prefix`, in `state`."""
+    found = office.registry.page(
+        product_key, prefix=prefix, state=state, after=cursor or "", limit=limit + 1, timeout=office.timeout
+    )
+    devices, after = _page(found, limit, lambda device: device.name)
+    moment = now()
+    return doc.Page(
+        items=[doc.DeviceDocument.of(device, now=moment, timeout=office.timeout) for device in devices], next=after
+    )
+
+
+@router.post("/products/{product_key}/devices", tags=["devices"], status_code=201)
+def create_device(
+    office: In,
+    who: Operates,
+    product_key: Name,
+    given: doc.NewDevice,
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
+) -> doc.DeviceWithSecret:
+    device = office.registry.create_device(product_key, given.device_name, secret=given.device_secret)
+    response.headers["Location"] = f"{PREFIX}/products/{product_key}/devices/{device.name}"
+    return _with_secret(office, device, response)
+
+
+def _with_secret(office: Office, device: Device, response: Response) -> doc.DeviceWithSecret:
+    response.headers.update(_etag(device.version))
+    return doc.DeviceWithSecret.of(device, now=now(), timeout=office.timeout)
+
+
+@router.get("/products/{product_key}/devices/{device_name}", tags=["devices"])
+def show_device(office: In, who: Reads, product_key: Name, device_name: Name, response: Response) -> doc.DeviceDocument:
+    device = office.registry.device(product_key, device_name)
+    response.headers.update(_etag(device.version))
+    return doc.DeviceDocument.of(device, now=now(), timeout=office.timeout)
+
+
+@router.patch("/products/{product_key}/devices/{device_name}", tags=["devices"])
+def change_device(
+    office: In,
+    who: Operates,
+    product_key: Name,
+    device_name: Name,
+    given: doc.DeviceChange,
+    response: Response,
+    if_match: IfMatch = None,
+) -> doc.DeviceDocument:
+    """Disable the device (its tokens and its MQTT session end within a second) or let it in again."""
+    device = office.registry.set_enabled(product_key, device_name, given.enabled, version=_version(if_match))
+    response.headers.update(_etag(device.version))
+    return doc.DeviceDocument.of(device, now=now(), timeout=office.timeout)
+
+
+@router.delete("/products/{product_key}/devices/{device_name}", tags=["devices"], status_code=204)
+def delete_device(office: In, who: Operates, product_key: Name, device_name: Name, if_match: IfMatch = None) -> None:
+    """Delete the device; its messages stay."""
+    office.registry.delete_device(product_key, device_name, version=_version(if_match))
+
+
+@router.get("/products/{product_key}/devices/{device_name}/secret", tags=["devices"])
+def show_device_secret(office: In, who: Operates, product_key: Name, device_name: Name) -> doc.SecretDocument:
+    return doc.SecretDocument(secret=device_secret(office, product_key, device_name).secret)
+
+
+def device_secret(office: Office, product_key: str, device_name: str) -> Device:
+    """The device, for somebody who will see its secret: the audit says so."""
+    device = office.registry.device(product_key, device_name)
+    office.registry.operators.note("device.secret", f"{device.product_key}/{device.name}")
+    return device
+
+
+@router.post("/products/{product_key}/devices/{device_name}/secret", tags=["devices"])
+def reset_device_secret(
+    office: In,
+    who: Operates,
+    product_key: Name,
+    device_name: Name,
+    response: Response,
+    if_match: IfMatch = None,
+    idempotency_key: IdempotencyKey = None,
+) -> doc.DeviceWithSecret:
+    """Give the device a new secret; its tokens and its MQTT session end within a second."""
+    device = office.registry.reset_secret(product_key, device_name, version=_version(if_match))
+    return _with_secret(office, device, response)
+
+
+@router.get(
+    "/products/{product_key}/export",
+    tags=["devices"],
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}},
+)
+def export_devices(
+    office: In, who: Operates, product_key: Name, prefix: Annotated[str, Query(max_length=64)] = ""
+) -> StreamingResponse:
+    """The devices as CSV with their secrets, as a stream: what `POST /jobs/import` takes."""
+    return exported(office, product_key, prefix)
+
+
+def exported(office: Office, product_key: str, prefix: str = "") -> StreamingResponse:
+    devices = office.registry.devices(product_key, prefix=prefix)
+    office.registry.operators.note("device.export", f"{product_key}/{prefix}")
+    headers = {"Content-Disposition": f'attachment; filename="{product_key}.csv"', "Cache-Control": "no-store"}
+    return StreamingResponse(_csv(devices), media_type="text/csv; charset=utf-8", headers=headers)
+
+
+def _csv(devices: Iterable[Device]) -> Iterator[str]:
+    """In parts of some 500 rows, so that a large fleet costs neither memory nor many small writes."""
+    part = io.StringIO(newline="")
+    writer = csv.writer(part)
+    writer.writerow(COLUMNS)
+    for number, device in enumerate(devices, 1):
+        writer.writerow((device.product_key, device.name, device.secret))
+        if number % 500 == 0:
+            yield part.getvalue()
+            part.seek(0)
+            part.truncate()
+    yield part.getvalue()
+
+
+# -- long work
+
+
+@router.get("/jobs", tags=["jobs"])
+async def list_jobs(office: In, who: Reads) -> doc.Page[doc.JobDocument]:
+    """Long work, the newest first; a restart of the server forgets it."""
+    return doc.Page(items=[doc.JobDocument.of(job) for job in office.jobs.all()])
+
+
+@router.get("/jobs/{job_id}", tags=["jobs"])
+async def show_job(office: In, who: Reads, job_id: Name) -> doc.JobDocument:
+    return doc.JobDocument.of(office.jobs.get(job_id))
+
+
+@router.delete("/jobs/{job_id}", tags=["jobs"], status_code=202)
+async def cancel_job(office: In, who: Operates, job_id: Name) -> doc.JobDocument:
+    """Ask the job to end; it does at its next step. An import that is cancelled has stored nothing."""
+    return doc.JobDocument.of(office.jobs.cancel(job_id))
+
+
+def _begun(job: Any, response: Response) -> doc.JobDocument:
+    response.headers["Location"] = f"{PREFIX}/jobs/{job.id}"
+    return doc.JobDocument.of(job)
+
+
+@uploads.post(
+    "/jobs/import",
+    tags=["jobs"],
+    status_code=202,
+    openapi_extra={"requestBody": {"required": True, "content": {"text/csv": {"schema": {"type": "string"}}}}},
+)
+async def import_devices(
+    office: In,
+    who: Operates,
+    request: Request,
+    response: Response,
+    skip_bad: Annotated[bool, Query(alias="skipBad", description="let the good rows in; else one bad row keeps all out")] = False,
+) -> doc.JobDocument:
+    """Import devices from CSV with the columns ProductKey, DeviceName, DeviceSecret (empty: made); the body is a stream."""
+    kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if kind != "text/csv":
+        raise Rejected(f"Content-Type is {kind!r}; it must be text/csv")
+    stream, size = await uploaded(office, request.stream())
+    act = fleetwork.fleet_import(office.registry, stream, size, skip_bad=skip_bad)
+    return _begun(office.jobs.start("import", "", "bytes", act, total=size), response)
+
+
+async def uploaded(office: Office, parts: AsyncGenerator[bytes]) -> tuple[BinaryIO, int]:
+    """What arrives, in a file without a name that only this process has, and its size in bytes; raise Rejected over 256 MiB."""
+    file = tempfile.TemporaryFile(dir=office.settings.data)
+    try:
+        size = 0
+        async for part in parts:
+            size += len(part)
+            if size > MAX_UPLOAD:
+                raise Rejected(f"the file is larger than {MAX_UPLOAD // 1024**2} MiB; import it in parts")
+            await run_in_threadpool(file.write, part)
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    return file, size
+
+
+@router.post("/jobs/bulk-creation", tags=["jobs"], status_code=202)
+async def create_many(
+    office: In, who: Operates, given: doc.BulkCreation, response: Response, idempotency_key: IdempotencyKey = None
+) -> doc.JobDocument:
+    """Make many devices; their names are `prefix` and a number. `GET /products/…/export?prefix=…` gives them with their secrets."""
+    act = await run_in_threadpool(
+        fleetwork.making, office.registry, given.product_key, given.prefix, given.count, given.start
+    )
+    target = f"{given.product_key}/{given.prefix}"
+    return _begun(office.jobs.start("bulk-creation", target, "devices", act, total=given.count), response)
+
+
+@router.post("/jobs/product-deletion", tags=["jobs"], status_code=202)
+async def delete_whole_product(
+    office: In,
+    who: Operates,
+    product_key: Annotated[str, Query(alias="productKey", max_length=255)],
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
+) -> doc.JobDocument:
+    """Delete a product with all of its devices. Cancelled, it leaves the product and the devices not yet deleted."""
+    act = await run_in_threadpool(fleetwork.deletion, office.registry, product_key)
+    total = (await run_in_threadpool(office.census, product_key)).total
+    return _begun(office.jobs.start("product-deletion", product_key, "devices", act, total=total), response)
+
+
+# -- topic classes
+
+
+@router.get("/products/{product_key}/topic-classes", tags=["topic classes"])
+def list_topic_classes(office: In, who: Reads, product_key: Name) -> doc.Page[doc.TopicClassDocument]:
+    """What the product's devices may publish and subscribe to."""
+    found = office.registry.topic_classes(product_key)
+    return doc.Page(items=[doc.TopicClassDocument.of(product_key, each) for each in found])
+
+
+@router.post("/products/{product_key}/topic-classes", tags=["topic classes"], status_code=201)
+def add_topic_class(
+    office: In, who: Operates, product_key: Name, given: doc.NewTopicClass, idempotency_key: IdempotencyKey = None
+) -> doc.TopicClassDocument:
+    added = office.registry.add_topic_class(product_key, given.levels, Right(given.right))
+    return doc.TopicClassDocument.of(product_key, added)
+
+
+@router.delete("/products/{product_key}/topic-classes/{levels:path}", tags=["topic classes"], status_code=204)
+def remove_topic_class(office: In, who: Operates, product_key: Name, levels: Name) -> None:
+    """`levels` as they stand in the list; `#` is sent as %23."""
+    office.registry.remove_topic_class(product_key, levels)
+
+
+# -- messages
+
+
+def _wanted(product: Filter, device: Filter, topic: Filter, since: Time, until: Time, before: int | None = None) -> Wanted:
+    return Wanted(
+        product_key=product or None,
+        device_name=device or None,
+        topic=topic or None,
+        since=since,
+        until=until,
+        before=before,
+    )
+
+
+@router.get("/messages", tags=["messages"])
+async def list_messages(
+    office: In,
+    who: Reads,
+    product: Filter = None,
+    device: Filter = None,
+    topic: Filter = None,
+    since: Time = None,
+    until: Time = None,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+) -> doc.Page[doc.MessageDocument]:
+    """Stored messages, the newest first: of a product, a device, one exact topic; stored between two times."""
+    wanted = _wanted(product, device, topic, since, until, _number(cursor))
+    found = await (await office.reader()).latest(wanted, limit + 1)
+    messages, before = _page(list(reversed(found)), limit, lambda message: str(message.id))
+    return doc.Page(items=[doc.MessageDocument.of(message) for message in messages], next=before)
+
+
+@router.get("/messages/stream", tags=["messages"], response_class=EventSourceResponse)
+async def stream_messages(
+    office: In, who: Reads, product: Filter = None, device: Filter = None, topic: Filter = None
+) -> AsyncGenerator[ServerSentEvent]:
+    """Messages as they are stored, as server-sent events: `messages` with a list of them and how many were skipped, for a
+    view by people. It never slows devices down: of very many the newest are shown."""
+    async for event in live_messages(office, _wanted(product, device, topic, None, None)):
+        yield event
+
+
+async def live_messages(office: Office, wanted: Wanted) -> AsyncGenerator[ServerSentEvent]:
+    reader = await office.reader()
+    async for glimpse in reader.tail(wanted):
+        if office.stopping.is_set():
+            return
+        if glimpse.messages or glimpse.skipped:
+            items = [doc.MessageDocument.of(each).model_dump(by_alias=True, mode="json") for each in glimpse.messages]
+            yield ServerSentEvent(event="messages", data={"items": items, "skipped": glimpse.skipped})
+        else:
+            yield ServerSentEvent(comment="here")
+
+
+@router.get("/messages/{message_id}", tags=["messages"])
+async def show_message(office: In, who: Reads, message_id: Name) -> doc.MessageDocument:
+    found = await (await office.reader()).by_id(message_number(message_id))
+    if found is None:
+        raise NotFound(f"no message {message_id} is stored; it may have been dropped for its age or for room")
+    return doc.MessageDocument.of(found)
+
+
+def message_number(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or len(text) > 19:
+        raise Rejected(f"messageId {text[:40]!r}: it is a number of up to 19 digits")
+    return int(text)
+
+
+@router.post("/products/{product_key}/devices/{device_name}/messages", tags=["messages"], status_code=202)
+async def send_message(
+    office: In,
+    who: Operates,
+    product_key: Name,
+    device_name: Name,
+    given: doc.NewMessage,
+    idempotency_key: IdempotencyKey = None,
+) -> doc.MessageSent:
+    """Send a message down, on a topic that the device may subscribe to; answered once it is stored."""
+    answer = await sent(office, given.topic, product_key, device_name, given.data())
+    return doc.MessageSent(topic=given.topic, message_id=str(answer["messageId"]), way=answer["way"])
+
+
+@router.post("/products/{product_key}/broadcasts", tags=["messages"], status_code=202)
+async def broadcast_message(
+    office: In, who: Operates, product_key: Name, given: doc.NewMessage, idempotency_key: IdempotencyKey = None
+) -> doc.Broadcast:
+    """Send a message to all devices of the product that listen to /broadcast/${productKey}/…; how many sessions heard it."""
+    answer = await sent(office, given.topic, product_key, None, given.data())
+    return doc.Broadcast(topic=given.topic, sessions=answer["sessions"])
+
+
+async def sent(office: Office, topic: str, product_key: str, device_name: str | None, payload: bytes) -> dict[str, Any]:
+    """What the gateway says to a message down; the audit has it, without the payload."""
+    check_down_topic(topic, product_key, device_name)
+    answer = await send_down(office.bus, topic, payload)
+    target = f"{product_key}/{device_name or ''}"
+    await run_in_threadpool(office.registry.operators.note, "message.send", target, f"{topic}, {len(payload)} bytes")
+    return answer
+
+
+# -- refusals
+
+
+@router.get("/logs", tags=["logs"])
+def list_refusals(
+    office: In,
+    who: Reads,
+    request: Request,
+    request_id: Annotated[str | None, Query(alias="requestId", max_length=64)] = None,
+    product: Filter = None,
+    device: Filter = None,
+    code: Annotated[int | None, Query(ge=0, le=99_999)] = None,
+    address: Filter = None,
+    endpoint: Filter = None,
+    since: Time = None,
+    until: Time = None,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+) -> doc.Page[doc.RefusalDocument]:
+    """Why devices were refused, the newest first; in the language of Accept-Language (en, zh)."""
+    wanted = refusals_wanted(request_id, product, device, code, address, endpoint, since, until, _number(cursor))
+    found = journal.read(office.settings, wanted, limit + 1)
+    found.sort(key=lambda refusal: refusal.id, reverse=True)
+    refusals, before = _page(found, limit, lambda refusal: str(refusal.id))
+    language = _language(request)
+    return doc.Page(items=[doc.RefusalDocument.of(each, language) for each in refusals], next=before)
+
+
+def refusals_wanted(
+    request_id: str | None = None,
+    product: str | None = None,
+    device: str | None = None,
+    code: int | None = None,
+    address: str | None = None,
+    endpoint: str | None = None,
+    since: int | None = None,
+    until: int | None = None,
+    before: int | None = None,
+) -> journal.Wanted:
+    return journal.Wanted(
+        request_id=request_id or None,
+        product=product or None,
+        device=device or None,
+        code=code,
+        address=address or None,
+        endpoint=endpoint or None,
+        since=since,
+        until=until,
+        before=before,
+    )
+
+
+def _language(request: Request) -> str:
+    return "zh" if request.headers.get("Accept-Language", "").lower().startswith("zh") else "en"
+
+
+@router.get("/logs/stream", tags=["logs"], response_class=EventSourceResponse)
+async def stream_refusals(
+    office: In,
+    who: Reads,
+    request: Request,
+    product: Filter = None,
+    device: Filter = None,
+    code: Annotated[int | None, Query(ge=0, le=99_999)] = None,
+) -> AsyncGenerator[ServerSentEvent]:
+    """Refusals as they are recorded, as server-sent events `refusals` with a list of them."""
+    async for event in live_refusals(office, refusals_wanted(None, product, device, code), _language(request)):
+        yield event
+
+
+async def live_refusals(office: Office, wanted: journal.Wanted, language: str) -> AsyncGenerator[ServerSentEvent]:
+    last: int | None = None
+    ping = time.monotonic() + _PING_SECONDS
+    while not office.stopping.is_set():
+        last, found = await run_in_threadpool(journal.after, office.settings, wanted, last)
+        if found:
+            items = [doc.RefusalDocument.of(each, language).model_dump(by_alias=True, mode="json") for each in found]
+            yield ServerSentEvent(event="refusals", data={"items": items})
+        elif time.monotonic() > ping:
+            ping = time.monotonic() + _PING_SECONDS
+            yield ServerSentEvent(comment="here")
+        await asyncio.sleep(_LOOK_SECONDS)
+
+
+# -- applications
+
+
+@router.get("/apps", tags=["apps"])
+def list_apps(office: In, who: Reads) -> doc.Page[doc.AppDocument]:
+    """Programs that read what devices report, over NATS or MQTT."""
+    return doc.Page(items=[doc.AppDocument.of(app) for app in office.registry.apps()])
+
+
+@router.post("/apps", tags=["apps"], status_code=201)
+def create_app(
+    office: In, who: Administers, given: doc.NewApp, response: Response, idempotency_key: IdempotencyKey = None
+) -> doc.AppWithSecret:
+    """Make credentials for an application; the secret is in this answer alone."""
+    app, secret = office.registry.create_app(given.name, products=given.products, sends=given.sends)
+    response.headers.update({**_etag(app.version), "Location": f"{PREFIX}/apps/{app.name}"})
+    return doc.AppWithSecret(**doc.AppDocument.of(app).model_dump(), secret=secret)
+
+
+def _app(app: App, response: Response) -> doc.AppDocument:
+    response.headers.update(_etag(app.version))
+    return doc.AppDocument.of(app)
+
+
+@router.get("/apps/{name}", tags=["apps"])
+def show_app(office: In, who: Reads, name: Name, response: Response) -> doc.AppDocument:
+    return _app(office.registry.app(name), response)
+
+
+@router.patch("/apps/{name}", tags=["apps"])
+def change_app(
+    office: In, who: Administers, name: Name, given: doc.AppChange, response: Response, if_match: IfMatch = None
+) -> doc.AppDocument:
+    """Say which products it reaches; within a second it is asked to connect anew."""
+    return _app(office.registry.set_app(name, given.products, version=_version(if_match)), response)
+
+
+@router.delete("/apps/{name}", tags=["apps"], status_code=204)
+def delete_app(office: In, who: Administers, name: Name) -> None:
+    """Revoke its credentials; within a second its connections are closed."""
+    office.registry.delete_app(name)
+
+
+# -- access
+
+
+@router.get("/keys", tags=["access"])
+def list_keys(office: In, who: Administers) -> doc.Page[doc.KeyDocument]:
+    return doc.Page(items=[doc.KeyDocument.of(key) for key in office.registry.operators.keys()])
+
+
+@router.post("/keys", tags=["access"], status_code=201)
+def create_key(
+    office: In, who: Administers, given: doc.NewKey, idempotency_key: IdempotencyKey = None
+) -> doc.KeyWithSecret:
+    """Make an API key; it is in this answer alone, only a hash of it is kept."""
+    made, key = office.registry.operators.create_key(given.name, given.scope)
+    return doc.KeyWithSecret(**doc.KeyDocument.of(made).model_dump(), key=key)
+
+
+@router.delete("/keys/{name}", tags=["access"], status_code=204)
+def delete_key(office: In, who: Administers, name: Name) -> None:
+    office.registry.operators.delete_key(name)
+
+
+@router.get("/users", tags=["access"])
+def list_users(office: In, who: Administers) -> doc.Page[doc.UserDocument]:
+    return doc.Page(items=[doc.UserDocument.of(user) for user in office.registry.operators.users()])
+
+
+@router.post("/users", tags=["access"], status_code=201)
+def create_user(
+    office: In, who: Administers, given: doc.NewUser, idempotency_key: IdempotencyKey = None
+) -> doc.UserWithPassword:
+    """Make a user with a one-time password, which they replace at their first sign-in."""
+    return new_user(office, given.name, given.role)
+
+
+def new_user(office: Office, name: str, role: Role) -> doc.UserWithPassword:
+    password = make_password()
+    user = office.registry.operators.create_user(name, role, hash_password(password), one_time=True)
+    return doc.UserWithPassword(**doc.UserDocument.of(user).model_dump(), password=password)
+
+
+@router.patch("/users/{name}", tags=["access"])
+def change_user(office: In, who: Administers, name: Name, given: doc.UserChange) -> doc.UserDocument:
+    return doc.UserDocument.of(office.registry.operators.set_role(name, given.role))
+
+
+@router.post("/users/{name}/password", tags=["access"])
+def renew_password(
+    office: In, who: Administers, name: Name, idempotency_key: IdempotencyKey = None
+) -> doc.UserWithPassword:
+    """Give the user a new one-time password; their sessions end."""
+    return one_time_password(office, name)
+
+
+def one_time_password(office: Office, name: str) -> doc.UserWithPassword:
+    password = make_password()
+    user = office.registry.operators.set_password(name, hash_password(password), one_time=True)
+    return doc.UserWithPassword(**doc.UserDocument.of(user).model_dump(), password=password)
+
+
+@router.delete("/users/{name}", tags=["access"], status_code=204)
+def delete_user(office: In, who: Administers, name: Name) -> None:
+    if who.user and who.user.name == name:
+        raise Forbidden("you cannot delete yourself; another admin can")
+    office.registry.operators.delete_user(name)
+
+
+@router.get("/audit", tags=["access"])
+def list_audit(
+    office: In,
+    who: Administers,
+    actor: Filter = None,
+    action: Filter = None,
+    target: Filter = None,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+) -> doc.Page[doc.AuditDocument]:
+    """Who changed what, the newest first: by one actor, of actions and targets that begin so."""
+    found = office.registry.operators.audit(
+        actor=actor or "", action=action or "", target=target or "", before=_number(cursor), limit=limit + 1
+    )
+    entries, before = _page(found, limit, lambda entry: str(entry.id))
+    return doc.Page(items=[doc.AuditDocument.of(entry) for entry in entries], next=before)
+
+
+# -- how things stand
+
+
+@router.get("/stats", tags=["stats"])
+async def show_stats(office: In, who: Reads) -> doc.StatsDocument:
+    return await stats(office)
+
+
+async def stats(office: Office) -> doc.StatsDocument:
+    reading = office.figures.read()
+    census = await run_in_threadpool(office.census)
+    messages = size = None
+    try:
+        async with asyncio.timeout(1):
+            state = await (await office.reader()).state()
+        messages, size = state.messages, state.bytes
+    except (Unavailable, TimeoutError):
+        pass
+    return doc.StatsDocument(
+        version=__version__,
+        started=round(reading.started * 1000),
+        devices=doc.CensusDocument.of(census),
+        now=office.figures.seconds[-1].document if office.figures.seconds else {},
+        messages=messages,
+        bytes=size,
+        engine=messages is not None,
+        worker_restarts=reading.worker_restarts,
+        engine_restarts=reading.engine_restarts,
+    )
+
+
+@router.get("/stats/history", tags=["stats"])
+async def show_history(
+    office: In, who: Reads, by: Annotated[str, Query(pattern="^(second|minute)$")] = "second"
+) -> doc.Page[dict[str, Any]]:
+    """Rates and latencies, oldest first: the last quarter of an hour by the second, or the last day by the minute."""
+    kept: Iterable[Sample] = office.figures.minutes if by == "minute" else office.figures.seconds
+    return doc.Page(items=[each.document for each in kept])
+
+
+@router.get("/stats/stream", tags=["stats"], response_class=EventSourceResponse)
+async def stream_stats(office: In, who: Reads) -> AsyncGenerator[ServerSentEvent]:
+    """Each second what happened in it, as server-sent events `stats`."""
+    async for event in live_stats(office):
+        yield event
+
+
+async def live_stats(office: Office) -> AsyncGenerator[ServerSentEvent]:
+    async for each in office.figures.follow():
+        if office.stopping.is_set():
+            return
+        yield ServerSentEvent(event="stats", data=each.document)
+
+
+@router.get("/settings", tags=["stats"])
+def list_settings(office: In, who: Administers) -> doc.Page[doc.SettingDocument]:
+    """The settings that the server runs with; secrets only as `(set)`."""
+    return doc.Page(items=settings_of(office))
+
+
+def settings_of(office: Office) -> list[doc.SettingDocument]:
+    fields = Settings.model_fields.items()
+    return [
+        doc.SettingDocument(name=name, value=shown(office.settings, name), description=info.description or "")
+        for name, info in fields
+    ]
+
+
+# -- the workbench
+
+
+@router.post("/examinations", tags=["workbench"])
+def examine(office: In, who: Operates, given: doc.ToExamine) -> doc.ExaminationDocument:
+    """What is right and wrong with a login that a device sends, as JSON, MQTT parameters or content and sign."""
+    return doc.ExaminationDocument.of(examined(office, given.text, given.secret))
+
+
+def examined(office: Office, text: str, secret: str | None) -> workbench.Examined:
+    """With the DeviceSecret of the device that the text names, unless another is given; None where neither is known."""
+    if not secret:
+        product_key, device_name = workbench.names_in(text)
+        device = _find(office.registry, product_key, device_name)
+        secret = device.secret if device else None
+    window = round(office.settings.timestamp_window * 1000)
+    return workbench.examine(text, secret=secret, now=now(), window=window)
+
+
+def _find(registry: Registry, product_key: str, device_name: str) -> Device | None:
+    return registry.find_device(product_key, device_name) if product_key and device_name else None

@@ -1,0 +1,949 @@
+"""The console: pages rendered here, for people; what is live in them comes from the management API by server-sent events.
+
+Each act is a form that posts, and is answered by a redirect, or by the page again with what was wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import re
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+from urllib.parse import quote, urlencode
+
+import fastapi_offline
+from fastapi import APIRouter, Depends, FastAPI, Form, Query, Request, Response, UploadFile
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, StreamingResponse
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.staticfiles import StaticFiles
+
+from uplinkd import __version__, journal
+from uplinkd.admin import api, fleetwork
+from uplinkd.admin import documents as doc
+from uplinkd.admin.access import MINIMUM_LENGTH, Denied, Principal, change_password, sign_in
+from uplinkd.admin.doorkeeper import COOKIE, LONGEST_MILLISECONDS, address_of, needs, office_of, principal_of, session_of
+from uplinkd.admin.office import Office, now
+from uplinkd.admin.words import LANGUAGES, language_of, moment, size, translated
+from uplinkd.core import snippets
+from uplinkd.core.errors import EXPLANATIONS, MESSAGES, Code, NotFound, Rejected, Unavailable
+from uplinkd.core.model import Device, Right, State
+from uplinkd.core.names import DEFAULT_CLASSES
+from uplinkd.core.operators import Actor, Role, Scope, acting
+from uplinkd.engine import Query as Wanted
+from uplinkd.settings import address, reachable
+
+__all__ = ["error_page", "mount"]
+
+HERE = Path(__file__).parent
+THEMES = ("auto", "light", "dark")
+_PAGE = 50
+_YEAR = 365 * 86400
+_LAST = 10
+_ENGINE_PATIENCE = 1.5
+
+T = TypeVar("T")
+
+router = APIRouter(include_in_schema=False)
+
+In = Annotated[Office, Depends(office_of)]
+Views = Annotated[Principal, Depends(needs(Scope.READ))]
+Operates = Annotated[Principal, Depends(needs(Scope.OPERATE))]
+Administers = Annotated[Principal, Depends(needs(Scope.ADMIN))]
+Field = Annotated[str, Form()]
+Text = Annotated[str, Query(max_length=255)]
+
+
+def mount(app: FastAPI) -> None:
+    """Add the pages and their static files to `app`."""
+    app.include_router(router)
+    app.mount("/static/swagger", StaticFiles(directory=Path(fastapi_offline.__file__).parent / "static"))
+    app.mount("/static", StaticFiles(directory=HERE / "static"))
+
+
+# -- rendering
+
+
+@functools.cache
+def _environment(language: str) -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.i18n"],
+    )
+    say = functools.partial(translated, language)
+    install: Any = environment
+    install.install_gettext_callables(say, lambda one, many, count: say(one if count == 1 else many), newstyle=True)
+    environment.filters.update(moment=moment, size=size, number=lambda value: f"{value:,}", path=_path)
+    environment.globals.update(
+        LANGUAGES=LANGUAGES,
+        THEMES=THEMES,
+        VERSION=__version__,
+        State=State,
+        Right=Right,
+        Role=Role,
+        Scope=Scope,
+        MESSAGES=MESSAGES,
+        DEFAULT_LEVELS=[levels for levels, _ in DEFAULT_CLASSES],
+    )
+    return environment
+
+
+def _path(text: str) -> str:
+    return quote(text, safe="")
+
+
+def page(request: Request, template: str, status: int = 200, **facts: Any) -> HTMLResponse:
+    """`template` in the request's language, with who looks at it and `facts`."""
+    principal: Principal | None = getattr(request.state, "principal", None)
+    language = language_of(request)
+    theme = request.cookies.get("theme")
+    here = request.url.path + (f"?{request.url.query}" if request.url.query and request.method == "GET" else "")
+    html = _environment(language).get_template(template).render(
+        principal=principal,
+        may_operate=bool(principal and principal.scope.covers(Scope.OPERATE)),
+        may_administer=bool(principal and principal.scope.covers(Scope.ADMIN)),
+        csrf=principal.csrf if principal else "",
+        language=language,
+        theme=theme if theme in THEMES else "auto",
+        here=here,
+        done=request.query_params.get("done", ""),
+        **{"fault": "", **facts},
+    )
+    return HTMLResponse(html, status)
+
+
+async def error_page(request: Request, status: int, detail: str) -> Response:
+    """What went wrong, as a page; whoever is not signed in goes to sign in."""
+    if not hasattr(request.state, "principal"):
+        request.state.principal = await session_of(request)
+    principal: Principal | None = request.state.principal
+    if status == 401 and request.method == "GET":
+        return RedirectResponse(f"/sign-in?{urlencode({'back': _back(request)})}", 303)
+    if principal and principal.user and principal.user.one_time and request.method == "GET":
+        return RedirectResponse("/password", 303)
+    return page(request, "error.html", status, status=status, detail=detail)
+
+
+def _back(request: Request) -> str:
+    return request.url.path + (f"?{request.url.query}" if request.url.query else "")
+
+
+def _own(path: str) -> str:
+    """`path` if it is one of this server, else the overview: nobody is sent elsewhere."""
+    return path if re.fullmatch(r"/(?![/\\])[^\x00-\x20]*", path) else "/"
+
+
+def _go(path: str, done: str = "") -> RedirectResponse:
+    if done:
+        path += ("&" if "?" in path else "?") + urlencode({"done": done})
+    return RedirectResponse(path, 303)
+
+
+async def _try(
+    act: Callable[[], T], then: Callable[[T], Response], again: Callable[[str], Awaitable[Response]]
+) -> Response:
+    """Do what a form asks for, in a thread; a fault of the operator's is shown on the page that the form stands on."""
+    try:
+        result = await run_in_threadpool(act)
+    except (Rejected, Unavailable) as fault:
+        response = await again(str(fault))
+        response.status_code = 400 if isinstance(fault, Rejected) else 503
+        return response
+    return then(result)
+
+
+# -- signing in
+
+
+@router.get("/sign-in")
+async def sign_in_page(request: Request, back: Text = "/") -> Response:
+    return page(request, "sign_in.html", back=_own(back), name="")
+
+
+@router.post("/sign-in")
+async def begin_session(
+    request: Request, office: In, name: Field, password: Field, back: Annotated[str, Form()] = "/"
+) -> Response:
+    address = address_of(request)
+    acting.set(Actor(name[:64], "console", address))
+    operators = office.registry.operators
+
+    def accept(signed_in: tuple[Any, str]) -> Response:
+        user, token = signed_in
+        response = _go("/password" if user.one_time else _own(back))
+        response.set_cookie(
+            COOKIE,
+            token,
+            max_age=LONGEST_MILLISECONDS // 1000,
+            httponly=True,
+            samesite="lax",
+            secure=office.settings.console_tls,
+        )
+        return response
+
+    async def again(fault: str) -> Response:
+        return page(request, "sign_in.html", fault=fault, back=_own(back), name=name)
+
+    try:
+        found = await run_in_threadpool(sign_in, operators, office.attempts, name, password, address)
+    except (Denied, Unavailable) as fault:
+        response = await again(str(fault))
+        response.status_code = 401 if isinstance(fault, Denied) else 503
+        return response
+    return accept(found)
+
+
+@router.post("/sign-out")
+async def end_session(request: Request, office: In) -> Response:
+    principal = await session_of(request)
+    if principal:
+        await _checked(request)
+        await run_in_threadpool(office.registry.operators.close_session, request.cookies[COOKIE])
+    response = _go("/sign-in")
+    response.delete_cookie(COOKIE)
+    return response
+
+
+async def _checked(request: Request) -> Principal:
+    """Who is signed in, also with a one-time password."""
+    principal = await principal_of(request)
+    if principal is None or principal.user is None:
+        raise Denied("sign in first")
+    return principal
+
+
+@router.get("/password")
+async def password_page(request: Request) -> Response:
+    await _checked(request)
+    return page(request, "password.html", minimum=MINIMUM_LENGTH)
+
+
+@router.post("/password")
+async def set_password(request: Request, office: In, old: Field, new: Field, again: Field) -> Response:
+    principal = await _checked(request)
+    user = principal.user
+    assert user
+
+    def act() -> None:
+        if new != again:
+            raise Rejected("the two new passwords are not the same")
+        change_password(office.registry.operators, user, old, new)
+
+    async def once_more(fault: str) -> Response:
+        return page(request, "password.html", fault=fault, minimum=MINIMUM_LENGTH)
+
+    return await _try(act, lambda _: _go("/sign-in", "password"), once_more)
+
+
+@router.get("/prefer")
+async def prefer(back: Text = "/", language: Text = "", theme: Text = "") -> Response:
+    """Remember a language or a theme in this browser."""
+    response = _go(_own(back))
+    for name, value, known in (("language", language, LANGUAGES), ("theme", theme, THEMES)):
+        if value in known:
+            response.set_cookie(name, value, max_age=_YEAR, samesite="lax")
+    return response
+
+
+# -- overview
+
+
+@router.get("/")
+async def overview(request: Request, office: In, who: Views) -> Response:
+    stats = await api.stats(office)
+    since = now() - 3_600_000
+    refused = await run_in_threadpool(journal.counts, office.settings, since)
+    last = await run_in_threadpool(journal.read, office.settings, journal.Wanted(since=since), 8)
+    return page(
+        request,
+        "overview.html",
+        stats=stats,
+        refused=sorted(refused.items()),
+        last=_explained(request, reversed(last)),
+        products=len(await run_in_threadpool(office.registry.products)),
+    )
+
+
+def _explained(request: Request, refusals: Any) -> list[doc.RefusalDocument]:
+    language = language_of(request)
+    return [doc.RefusalDocument.of(each, language) for each in refusals]
+
+
+@router.get("/search")
+async def search(office: In, who: Views, q: Text = "") -> Response:
+    """Where what was typed leads: a product, a device, a requestId, a messageId."""
+    text = q.strip()
+    if re.fullmatch(r"[0-9a-f]{16}", text):
+        return _go(f"/logs?{urlencode({'requestId': text})}")
+    if re.fullmatch(r"[0-9]{12,19}", text):
+        return _go(f"/messages/{text}")
+    products = await run_in_threadpool(office.registry.products)
+    for product in products:
+        if text in (product.key, product.name):
+            return _go(f"/products/{product.key}")
+    found = await run_in_threadpool(_devices_named, office, [product.key for product in products[:200]], text)
+    if len(found) == 1:
+        return _go(f"/products/{found[0].product_key}/devices/{_path(found[0].name)}")
+    if found:
+        return _go(f"/products/{found[0].product_key}?{urlencode({'prefix': text})}")
+    return _go(f"/products?{urlencode({'q': text})}")
+
+
+def _devices_named(office: Office, keys: list[str], prefix: str) -> list[Device]:
+    """The device of that name, or those (a few) whose names begin so."""
+    found: list[Device] = []
+    for key in keys if prefix else []:
+        some = office.registry.page(key, prefix=prefix, limit=2, timeout=office.timeout)
+        if exact := [each for each in some if each.name == prefix]:
+            return exact
+        found += some
+    return found
+
+
+# -- products
+
+
+async def _products_page(request: Request, office: Office, fault: str = "", q: str = "") -> Response:
+    products = await run_in_threadpool(office.registry.products)
+    shown = [each for each in products if q.lower() in each.name.lower() or q in each.key] if q else products
+    counts = {
+        each.key: await run_in_threadpool(office.census, each.key) for each in shown[:100]
+    }
+    return page(request, "products.html", products=shown, counts=counts, fault=fault, q=q)
+
+
+@router.get("/products")
+async def products_page(request: Request, office: In, who: Views, q: Text = "") -> Response:
+    return await _products_page(request, office, q=q)
+
+
+@router.post("/products")
+async def create_product(request: Request, office: In, who: Operates, name: Field, key: Field = "") -> Response:
+    return await _try(
+        lambda: office.registry.create_product(name.strip(), key=key.strip() or None),
+        lambda product: _go(f"/products/{product.key}", "product.create"),
+        lambda fault: _products_page(request, office, fault),
+    )
+
+
+async def _product_page(
+    request: Request, office: Office, product_key: str, tab: str, fault: str = "", **facts: Any
+) -> Response:
+    product = await run_in_threadpool(office.registry.product, product_key)
+    if tab == "devices":
+        facts = {**await _devices_of(request, office, product_key), **facts}
+    elif tab == "topics":
+        facts["classes"] = await run_in_threadpool(office.registry.topic_classes, product_key)
+    return page(
+        request, f"product_{tab}.html", product=product, tab=tab, fault=fault, **{"secret": "", **facts}
+    )
+
+
+async def _devices_of(request: Request, office: Office, product_key: str) -> dict[str, Any]:
+    query = request.query_params
+    prefix, after = query.get("prefix", "")[:64], query.get("cursor", "")[:64]
+    state = State(query["state"]) if query.get("state") in list(State) else None
+    found = await run_in_threadpool(
+        lambda: office.registry.page(
+            product_key, prefix=prefix, state=state, after=after, limit=_PAGE + 1, timeout=office.timeout
+        )
+    )
+    census = await run_in_threadpool(office.census, product_key)
+    moment = now()
+    devices = [doc.DeviceDocument.of(each, now=moment, timeout=office.timeout) for each in found[:_PAGE]]
+    more = ""
+    if len(found) > _PAGE:
+        wanted = {"prefix": prefix, "state": state or "", "cursor": found[_PAGE - 1].name}
+        more = urlencode({name: value for name, value in wanted.items() if value})
+    return {"devices": devices, "census": census, "prefix": prefix, "state_wanted": state, "more": more, "after": after}
+
+
+@router.get("/products/{product_key}")
+async def product_page(request: Request, office: In, who: Views, product_key: str) -> Response:
+    return await _product_page(request, office, product_key, "devices")
+
+
+@router.get("/products/{product_key}/devices.csv")
+async def export_devices(office: In, who: Operates, product_key: str, prefix: Text = "") -> StreamingResponse:
+    return await run_in_threadpool(api.exported, office, product_key, prefix)
+
+
+@router.get("/products/{product_key}/{tab}")
+async def product_tab(request: Request, office: In, who: Views, product_key: str, tab: str) -> Response:
+    if tab not in ("topics", "keys", "settings"):
+        raise NotFound(f"a product has no page {tab!r}")
+    return await _product_page(request, office, product_key, tab)
+
+
+@router.post("/products/{product_key}/topics")
+async def add_topic_class(
+    request: Request, office: In, who: Operates, product_key: str, levels: Field, right: Field
+) -> Response:
+    return await _try(
+        lambda: office.registry.add_topic_class(product_key, levels.strip(), Right(right)),
+        lambda _: _go(f"/products/{product_key}/topics", "topic.add"),
+        lambda fault: _product_page(request, office, product_key, "topics", fault, levels=levels, right=right),
+    )
+
+
+@router.post("/products/{product_key}/topics/remove")
+async def remove_topic_class(
+    request: Request, office: In, who: Operates, product_key: str, levels: Field
+) -> Response:
+    return await _try(
+        lambda: office.registry.remove_topic_class(product_key, levels),
+        lambda _: _go(f"/products/{product_key}/topics", "topic.remove"),
+        lambda fault: _product_page(request, office, product_key, "topics", fault),
+    )
+
+
+@router.post("/products/{product_key}/keys")
+async def show_product_secret(request: Request, office: In, who: Operates, product_key: str) -> Response:
+    return await _try(
+        lambda: api.product_secret(office, product_key).secret,
+        lambda secret: page(
+            request,
+            "product_keys.html",
+            product=office.registry.product(product_key),
+            tab="keys",
+            secret=secret,
+        ),
+        lambda fault: _product_page(request, office, product_key, "keys", fault),
+    )
+
+
+@router.post("/products/{product_key}/settings")
+async def rename_product(
+    request: Request, office: In, who: Operates, product_key: str, name: Field, version: Field
+) -> Response:
+    return await _try(
+        lambda: office.registry.rename_product(product_key, name.strip(), version=version),
+        lambda _: _go(f"/products/{product_key}/settings", "product.rename"),
+        lambda fault: _product_page(request, office, product_key, "settings", fault),
+    )
+
+
+@router.post("/products/{product_key}/delete")
+async def delete_product(request: Request, office: In, who: Operates, product_key: str, confirm: Field) -> Response:
+    async def again(fault: str) -> Response:
+        return await _product_page(request, office, product_key, "settings", fault)
+
+    def act() -> tuple[Any, int]:
+        if confirm.strip() != product_key:
+            raise Rejected(f"type the ProductKey {product_key} to delete it with all of its devices")
+        return fleetwork.deletion(office.registry, product_key), office.census(product_key).total
+
+    return await _begin(request, office, act, "product-deletion", product_key, "devices", again)
+
+
+async def _begin(
+    request: Request,
+    office: Office,
+    act: Callable[[], tuple[Any, int]],
+    kind: str,
+    target: str,
+    unit: str,
+    again: Callable[[str], Awaitable[Response]],
+) -> Response:
+    """Start long work that `act` prepares in a thread (the work, and how much it is); then look at how far it is."""
+    try:
+        work, total = await run_in_threadpool(act)
+        job = office.jobs.start(kind, target, unit, work, total=total)
+    except Rejected as fault:
+        response = await again(str(fault))
+        response.status_code = 400
+        return response
+    return _go(f"/jobs/{job.id}")
+
+
+# -- devices
+
+
+@router.post("/products/{product_key}/devices")
+async def create_device(
+    request: Request, office: In, who: Operates, product_key: str, name: Field = "", secret: Field = ""
+) -> Response:
+    return await _try(
+        lambda: office.registry.create_device(product_key, name.strip() or None, secret=secret.strip() or None),
+        lambda device: _go(f"/products/{product_key}/devices/{_path(device.name)}", "device.create"),
+        lambda fault: _product_page(request, office, product_key, "devices", fault),
+    )
+
+
+@router.post("/products/{product_key}/bulk")
+async def create_many(
+    request: Request,
+    office: In,
+    who: Operates,
+    product_key: str,
+    prefix: Field,
+    count: Annotated[int, Form()],
+    start: Annotated[int, Form()] = 1,
+) -> Response:
+    return await _begin(
+        request,
+        office,
+        lambda: (fleetwork.making(office.registry, product_key, prefix.strip(), count, start), count),
+        "bulk-creation",
+        f"{product_key}/{prefix.strip()}",
+        "devices",
+        lambda fault: _product_page(request, office, product_key, "devices", fault),
+    )
+
+
+@router.post("/import")
+async def import_devices(
+    request: Request, office: In, who: Operates, file: UploadFile, skip_bad: Field = "", back: Field = "/products"
+) -> Response:
+    async def parts() -> AsyncGenerator[bytes]:
+        while part := await file.read(1 << 20):
+            yield part
+
+    stream, total = await api.uploaded(office, parts())
+    work = fleetwork.fleet_import(office.registry, stream, total, skip_bad=bool(skip_bad))
+
+    async def again(fault: str) -> Response:
+        stream.close()
+        return await _products_page(request, office, fault)
+
+    return await _begin(request, office, lambda: (work, total), "import", file.filename or "", "bytes", again)
+
+
+async def _device_page(
+    request: Request, office: Office, product_key: str, name: str, fault: str = "", **facts: Any
+) -> Response:
+    device = await run_in_threadpool(office.registry.device, product_key, name)
+    classes = await run_in_threadpool(office.registry.topic_classes, product_key)
+    refusals = await run_in_threadpool(
+        journal.read, office.settings, journal.Wanted(product=product_key, device=name), _LAST
+    )
+    messages, away = await _messages(office, Wanted(product_key=product_key, device_name=name), _LAST)
+    published = [each.levels for each in classes if each.right.publishes] or ["user/update"]
+    heard = [each.levels for each in classes if each.right.subscribes and not set(each.levels) & set("+#")]
+    topic = f"/{product_key}/{name}/{published[0]}"
+    return page(
+        request,
+        "device.html",
+        device=device,
+        document=doc.DeviceDocument.of(device, now=now(), timeout=office.timeout),
+        snippets={
+            language: _snippet(request, office, device, language, topic, "<DeviceSecret>") for language in _LANGUAGES
+        },
+        classes=classes,
+        hears=[f"/{product_key}/{name}/{levels}" for levels in heard] or [f"/{product_key}/{name}/user/get"],
+        messages=messages,
+        away=away,
+        refusals=_explained(request, reversed(refusals)),
+        fault=fault,
+        **{"secret": "", "sent": None, **facts},
+    )
+
+
+_LANGUAGES: dict[str, tuple[str, Callable[..., str]]] = {
+    "curl": ("curl", snippets.curl),
+    "python": ("Python", snippets.python),
+    "c": ("C", snippets.c),
+    "mosquitto": ("mosquitto", snippets.mosquitto),
+}
+
+
+def _snippet(request: Request, office: Office, device: Device, language: str, topic: str, secret: str) -> str:
+    _, make = _LANGUAGES[language]
+    return make(device.product_key, device.name, secret, _place(request, office), topic=topic, now=now())
+
+
+def _place(request: Request, office: Office) -> snippets.Place:
+    """Where devices reach this server: by the name in the browser's address line, unless a door is of this machine alone."""
+    settings = office.settings
+    host, port = address(settings.listen)
+    name = _public_name(request, host)
+    mqtt_host, mqtt_port = address(settings.mqtt_listen) if settings.mqtt_listen else ("", 0)
+    ca = "" if settings.tls_cert else str((settings.data / "tls" / "ca.pem").absolute())
+    return snippets.Place(f"https://{name}:{port}", _public_name(request, mqtt_host), mqtt_port, ca)
+
+
+def _public_name(request: Request, host: str) -> str:
+    if host in ("0.0.0.0", "::") and request.url.hostname:  # noqa: S104 - compared, not bound
+        return reachable(request.url.hostname)
+    return reachable(host) if host else ""
+
+
+async def _messages(office: Office, wanted: Wanted, limit: int) -> tuple[list[doc.MessageDocument], str]:
+    """The newest first; and why none can be had, while the engine is away."""
+    try:
+        async with asyncio.timeout(_ENGINE_PATIENCE):
+            found = await (await office.reader()).latest(wanted, limit)
+    except Unavailable as fault:
+        return [], str(fault)
+    except TimeoutError:
+        return [], f"the engine did not answer within {_ENGINE_PATIENCE} s"
+    return [doc.MessageDocument.of(each) for each in reversed(found)], ""
+
+
+@router.get("/products/{product_key}/devices/{name}")
+async def device_page(request: Request, office: In, who: Views, product_key: str, name: str) -> Response:
+    return await _device_page(request, office, product_key, name)
+
+
+@router.get("/products/{product_key}/devices/{name}/snippets/{language}")
+async def snippet(
+    request: Request, office: In, who: Operates, product_key: str, name: str, language: str, levels: Text = "user/update"
+) -> PlainTextResponse:
+    """Ready to paste, with the device's secret."""
+    if language not in _LANGUAGES:
+        raise NotFound(f"there is no snippet in {language!r}")
+    device = await run_in_threadpool(api.device_secret, office, product_key, name)
+    topic = f"/{product_key}/{name}/{levels}"
+    return PlainTextResponse(_snippet(request, office, device, language, topic, device.secret))
+
+
+@router.post("/products/{product_key}/devices/{name}/{act}")
+async def act_on_device(
+    request: Request,
+    office: In,
+    who: Operates,
+    product_key: str,
+    name: str,
+    act: str,
+    version: Field = "",
+    topic: Field = "",
+    payload: Field = "",
+) -> Response:
+    """Enable, disable, reset its secret, delete, show its secret, send down."""
+    registry = office.registry
+    seen = version or None
+
+    async def again(fault: str = "", **facts: Any) -> Response:
+        return await _device_page(request, office, product_key, name, fault, **facts)
+
+    def back(done: str) -> Response:
+        return _go(f"/products/{product_key}/devices/{_path(name)}", done)
+
+    if act in ("enable", "disable"):
+        wanted = act == "enable"
+        return await _try(
+            lambda: registry.set_enabled(product_key, name, wanted, version=seen),
+            lambda _: back(f"device.{act}"),
+            again,
+        )
+    if act == "delete":
+        return await _try(
+            lambda: registry.delete_device(product_key, name, version=seen),
+            lambda _: _go(f"/products/{product_key}", "device.delete"),
+            again,
+        )
+    try:
+        if act == "reset":
+            device = await run_in_threadpool(registry.reset_secret, product_key, name, version=seen)
+            return await again(secret=device.secret)
+        if act == "secret":
+            device = await run_in_threadpool(api.device_secret, office, product_key, name)
+            return await again(secret=device.secret)
+        if act == "send":
+            answer = await api.sent(office, topic.strip(), product_key, name, payload.encode(errors="surrogatepass"))
+            return await again(sent=answer)
+    except (Rejected, Unavailable) as fault:
+        response = await again(str(fault))
+        response.status_code = 400 if isinstance(fault, Rejected) else 503
+        return response
+    raise NotFound(f"a device has no {act!r}")
+
+
+# -- messages and refusals
+
+
+def _since(text: str) -> int | None:
+    """The beginning of a window such as 15m, 24h, 7d; None for all."""
+    known = {"15m": 900, "1h": 3600, "24h": 86400, "7d": 7 * 86400}
+    return now() - known[text] * 1000 if text in known else None
+
+
+@router.get("/live")
+async def live_page(request: Request, who: Views) -> Response:
+    return page(request, "live.html", query=_filters(request))
+
+
+def _filters(request: Request) -> dict[str, str]:
+    names = ("product", "device", "topic", "since", "requestId", "code", "address")
+    return {name: request.query_params.get(name, "").strip()[:255] for name in names}
+
+
+@router.get("/messages")
+async def messages_page(request: Request, office: In, who: Views, cursor: Text = "") -> Response:
+    query = _filters(request)
+    wanted = Wanted(
+        product_key=query["product"] or None,
+        device_name=query["device"] or None,
+        topic=query["topic"] or None,
+        since=_since(query["since"]),
+        before=int(cursor) if cursor.isascii() and cursor.isdecimal() and len(cursor) < 20 else None,
+    )
+    fault = ""
+    messages: list[doc.MessageDocument] = []
+    try:
+        messages, fault = await _messages(office, wanted, _PAGE + 1)
+    except Rejected as refused:
+        fault = str(refused)
+    more = ""
+    if len(messages) > _PAGE:
+        more = urlencode({name: value for name, value in query.items() if value} | {"cursor": messages[_PAGE - 1].message_id})
+    return page(
+        request, "messages.html", query=query, messages=messages[:_PAGE], more=more, fault=fault, after=cursor
+    )
+
+
+@router.get("/messages/{message_id}")
+async def message_page(request: Request, office: In, who: Views, message_id: str) -> Response:
+    return page(request, "message.html", message=await api.show_message(office, who, message_id))
+
+
+@router.get("/logs")
+async def logs_page(request: Request, office: In, who: Views, cursor: Text = "") -> Response:
+    query = _filters(request)
+    code = query["code"]
+    wanted = api.refusals_wanted(
+        query["requestId"],
+        query["product"],
+        query["device"],
+        int(code) if code.isascii() and code.isdecimal() and len(code) < 6 else None,
+        query["address"],
+        since=_since(query["since"]),
+        before=int(cursor) if cursor.isascii() and cursor.isdecimal() and len(cursor) < 19 else None,
+    )
+    found = await run_in_threadpool(journal.read, office.settings, wanted, _PAGE + 1)
+    found.sort(key=lambda refusal: refusal.id, reverse=True)
+    more = ""
+    if len(found) > _PAGE:
+        more = urlencode({name: value for name, value in query.items() if value} | {"cursor": str(found[_PAGE - 1].id)})
+    return page(
+        request,
+        "logs.html",
+        query=query,
+        refusals=_explained(request, found[:_PAGE]),
+        more=more,
+        after=cursor,
+        codes=[(int(code), MESSAGES[code]) for code in Code if code],
+    )
+
+
+@router.get("/codes")
+async def codes_page(request: Request, who: Views) -> Response:
+    zh = language_of(request) == "zh"
+    codes = [
+        (int(code), MESSAGES[code], words.means_zh if zh else words.means, words.do_zh if zh else words.do)
+        for code, words in EXPLANATIONS.items()
+    ]
+    return page(request, "codes.html", codes=codes)
+
+
+# -- the workbench
+
+
+@router.get("/workbench")
+async def workbench_page(request: Request, who: Operates) -> Response:
+    return page(request, "workbench.html", text="", examined=None, secret="")
+
+
+@router.post("/workbench")
+async def examine(request: Request, office: In, who: Operates, text: Field = "", secret: Field = "") -> Response:
+    return await _try(
+        lambda: api.examined(office, text, secret.strip() or None),
+        lambda found: page(
+            request, "workbench.html", text=text, examined=doc.ExaminationDocument.of(found), secret=secret
+        ),
+        lambda fault: _workbench_again(request, text, fault),
+    )
+
+
+async def _workbench_again(request: Request, text: str, fault: str) -> Response:
+    return page(request, "workbench.html", text=text, examined=None, secret="", fault=fault)
+
+
+# -- applications, keys, users, the audit
+
+
+async def _access_page(request: Request, office: Office, fault: str = "", made: Any = None) -> Response:
+    apps = await run_in_threadpool(office.registry.apps)
+    products = await run_in_threadpool(office.registry.products)
+    admin = request.state.principal.scope.covers(Scope.ADMIN)
+    keys = await run_in_threadpool(office.registry.operators.keys) if admin else []
+    return page(request, "access.html", apps=apps, keys=keys, products=products, fault=fault, made=made)
+
+
+@router.get("/access")
+async def access_page(request: Request, office: In, who: Views) -> Response:
+    return await _access_page(request, office)
+
+
+async def _made(act: Callable[[], dict[str, str]], show: Callable[..., Awaitable[Response]]) -> Response:
+    """Make what has a secret, and show that this once."""
+    try:
+        made = await run_in_threadpool(act)
+    except Rejected as fault:
+        response = await show(fault=str(fault))
+        response.status_code = 400
+        return response
+    return await show(made=made)
+
+
+@router.post("/access/apps")
+async def create_app(
+    request: Request,
+    office: In,
+    who: Administers,
+    name: Field,
+    products: Annotated[list[str], Form()] = [],  # noqa: B006 - FastAPI copies it
+    sends: Field = "",
+) -> Response:
+    def act() -> dict[str, str]:
+        app, secret = office.registry.create_app(name.strip(), products=products, sends=bool(sends))
+        return {"what": "app", "name": app.name, "key": app.key, "secret": secret}
+
+    return await _made(act, functools.partial(_access_page, request, office))
+
+
+@router.post("/access/apps/{name}/products")
+async def set_app_products(
+    request: Request,
+    office: In,
+    who: Administers,
+    name: str,
+    version: Field,
+    products: Annotated[list[str], Form()] = [],  # noqa: B006 - FastAPI copies it
+) -> Response:
+    return await _try(
+        lambda: office.registry.set_app(name, products, version=version),
+        lambda _: _go("/access", "app.products"),
+        lambda fault: _access_page(request, office, fault),
+    )
+
+
+@router.post("/access/apps/{name}/delete")
+async def delete_app(request: Request, office: In, who: Administers, name: str) -> Response:
+    return await _try(
+        lambda: office.registry.delete_app(name),
+        lambda _: _go("/access", "app.delete"),
+        lambda fault: _access_page(request, office, fault),
+    )
+
+
+@router.post("/access/keys")
+async def create_key(request: Request, office: In, who: Administers, name: Field, scope: Field) -> Response:
+    def act() -> dict[str, str]:
+        made, key = office.registry.operators.create_key(name.strip(), Scope(scope))
+        return {"what": "key", "name": made.name, "secret": key}
+
+    return await _made(act, functools.partial(_access_page, request, office))
+
+
+@router.post("/access/keys/{name}/delete")
+async def delete_key(request: Request, office: In, who: Administers, name: str) -> Response:
+    return await _try(
+        lambda: office.registry.operators.delete_key(name),
+        lambda _: _go("/access", "key.delete"),
+        lambda fault: _access_page(request, office, fault),
+    )
+
+
+async def _users_page(request: Request, office: Office, fault: str = "", made: Any = None) -> Response:
+    users = await run_in_threadpool(office.registry.operators.users)
+    return page(request, "users.html", users=users, fault=fault, made=made)
+
+
+@router.get("/users")
+async def users_page(request: Request, office: In, who: Administers) -> Response:
+    return await _users_page(request, office)
+
+
+@router.post("/users")
+async def create_user(request: Request, office: In, who: Administers, name: Field, role: Field) -> Response:
+    def act() -> dict[str, str]:
+        made = api.new_user(office, name.strip(), Role(role))
+        return {"name": made.name, "password": made.password}
+
+    return await _made(act, functools.partial(_users_page, request, office))
+
+
+@router.post("/users/{name}/{act}")
+async def act_on_user(
+    request: Request, office: In, who: Administers, name: str, act: str, role: Field = ""
+) -> Response:
+    operators = office.registry.operators
+    if act == "password":
+
+        def renew() -> dict[str, str]:
+            made = api.one_time_password(office, name)
+            return {"name": made.name, "password": made.password}
+
+        return await _made(renew, functools.partial(_users_page, request, office))
+
+    def change() -> None:
+        if act == "role" and role in list(Role):
+            operators.set_role(name, Role(role))
+        elif act == "delete":
+            api.delete_user(office, who, name)
+        else:
+            raise NotFound(f"a user has no {act!r}")
+
+    return await _try(
+        change, lambda _: _go("/users", f"user.{act}"), lambda fault: _users_page(request, office, fault)
+    )
+
+
+@router.get("/audit")
+async def audit_page(
+    request: Request,
+    office: In,
+    who: Administers,
+    actor: Text = "",
+    action: Text = "",
+    target: Text = "",
+    cursor: Text = "",
+) -> Response:
+    before = int(cursor) if cursor.isascii() and cursor.isdecimal() and len(cursor) < 19 else None
+    found = await run_in_threadpool(
+        lambda: office.registry.operators.audit(
+            actor=actor, action=action, target=target, before=before, limit=_PAGE + 1
+        )
+    )
+    query = {"actor": actor, "action": action, "target": target}
+    more = ""
+    if len(found) > _PAGE:
+        more = urlencode({name: value for name, value in query.items() if value} | {"cursor": str(found[_PAGE - 1].id)})
+    return page(request, "audit.html", entries=found[:_PAGE], query=query, more=more, after=cursor)
+
+
+# -- long work, settings, the API's page
+
+
+@router.get("/jobs")
+async def jobs_page(request: Request, office: In, who: Views) -> Response:
+    return page(request, "jobs.html", jobs=[doc.JobDocument.of(job) for job in office.jobs.all()])
+
+
+@router.get("/jobs/{job_id}")
+async def job_page(request: Request, office: In, who: Views, job_id: str) -> Response:
+    return page(request, "job.html", job=doc.JobDocument.of(office.jobs.get(job_id)))
+
+
+@router.post("/jobs/{job_id}/cancel")
+async def cancel_job(office: In, who: Operates, job_id: str) -> Response:
+    office.jobs.cancel(job_id)
+    return _go(f"/jobs/{job_id}")
+
+
+@router.get("/settings")
+async def settings_page(request: Request, office: In, who: Administers) -> Response:
+    return page(request, "settings.html", settings=api.settings_of(office))
+
+
+@router.get("/api/v1/docs")
+async def api_page(request: Request) -> Response:
+    """The API's description, to read and to try."""
+    return page(request, "api_docs.html")

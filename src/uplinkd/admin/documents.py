@@ -1,0 +1,514 @@
+"""The JSON of the management API: what it takes and what it gives. Times are milliseconds since 1970 UTC; messageIds exceed
+2^53 and are strings. Secrets are members of the documents that say so, and of no list."""
+
+from __future__ import annotations
+
+import base64
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic.alias_generators import to_camel
+
+from uplinkd.admin.jobs import Job, JobState
+from uplinkd.core.errors import EXPLANATIONS, MESSAGES, Code
+from uplinkd.core.model import App, Census, Device, Message, Origin, Product, Right, State, TopicClass
+from uplinkd.core.operators import ApiKey, AuditEntry, Role, Scope, User
+from uplinkd.core.workbench import Examined
+from uplinkd.journal import Refusal
+
+__all__ = [
+    "AppDocument",
+    "AppWithSecret",
+    "AuditDocument",
+    "Broadcast",
+    "BulkCreation",
+    "CensusDocument",
+    "DeviceDocument",
+    "DeviceWithSecret",
+    "JobDocument",
+    "KeyDocument",
+    "KeyWithSecret",
+    "MessageDocument",
+    "MessageSent",
+    "NewApp",
+    "NewDevice",
+    "NewKey",
+    "NewMessage",
+    "NewProduct",
+    "NewTopicClass",
+    "NewUser",
+    "Page",
+    "Problem",
+    "ProductDocument",
+    "ProductWithSecret",
+    "RefusalDocument",
+    "SecretDocument",
+    "SettingDocument",
+    "StatsDocument",
+    "TopicClassDocument",
+    "UserDocument",
+    "UserWithPassword",
+]
+
+T = TypeVar("T")
+
+Text = Annotated[str, StringConstraints(max_length=1024)]
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True)
+
+
+class _Given(_Document):
+    """What a client sends: a member that is not known is a mistake, not something to pass over."""
+
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid")
+
+
+class Problem(BaseModel):
+    """RFC 9457. `detail` says what was wrong, with which value, and what to do."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    errors: list[dict[str, Any]] | None = Field(None, description="for 422: each value that breaks a rule, and where")
+
+
+class Page(_Document, Generic[T]):
+    """`next` is the cursor of the page that follows; null: there is none."""
+
+    items: list[T]
+    next: str | None = None
+
+
+class ProductDocument(_Document):
+    product_key: str
+    name: str
+    create_time: int
+
+    @classmethod
+    def of(cls, product: Product) -> Self:
+        return cls(product_key=product.key, name=product.name, create_time=product.created)
+
+
+class ProductWithSecret(ProductDocument):
+    product_secret: str
+
+    @classmethod
+    def of(cls, product: Product) -> Self:
+        return cls(
+            product_key=product.key,
+            name=product.name,
+            create_time=product.created,
+            product_secret=product.secret,
+        )
+
+
+class NewProduct(_Given):
+    name: Text = Field(description="4 to 30 printable characters", examples=["my lamps"])
+    product_key: Text | None = Field(None, description="1 to 30 letters and digits; made when left out")
+    product_secret: Text | None = Field(None, description="made when left out")
+
+
+class ProductChange(_Given):
+    name: Text
+
+
+class CensusDocument(_Document):
+    total: int
+    online: int
+    offline: int
+    inactive: int
+    disabled: int
+
+    @classmethod
+    def of(cls, census: Census) -> Self:
+        return cls(
+            total=census.total,
+            online=census.online,
+            offline=census.offline,
+            inactive=census.inactive,
+            disabled=census.disabled,
+        )
+
+
+class DeviceDocument(_Document):
+    product_key: str
+    device_name: str
+    state: State
+    connection: Literal["", "mqtt", "https"]
+    last_seen: int | None
+    client_ip: str
+    create_time: int
+    active_time: int | None
+
+    @classmethod
+    def of(cls, device: Device, *, now: int, timeout: int) -> Self:
+        return cls(**_device(device, now, timeout))
+
+
+class DeviceWithSecret(DeviceDocument):
+    device_secret: str
+
+    @classmethod
+    def of(cls, device: Device, *, now: int, timeout: int) -> Self:
+        return cls(**_device(device, now, timeout), device_secret=device.secret)
+
+
+def _device(device: Device, now: int, timeout: int) -> dict[str, Any]:
+    return {
+        "product_key": device.product_key,
+        "device_name": device.name,
+        "state": device.state(now=now, online_timeout=timeout),
+        "connection": device.connection(now=now, online_timeout=timeout),
+        "last_seen": device.last_seen,
+        "client_ip": device.address,
+        "create_time": device.created,
+        "active_time": device.activated,
+    }
+
+
+class NewDevice(_Given):
+    device_name: Text | None = Field(None, description="4 to 32 letters, digits and - _ @ . : ; made when left out")
+    device_secret: Text | None = Field(None, description="1 to 64 printable characters; made when left out")
+
+
+class DeviceChange(_Given):
+    enabled: bool
+
+
+class BulkCreation(_Given):
+    product_key: Text
+    prefix: Text = Field(description="what the names begin with", examples=["lamp-"])
+    count: int = Field(ge=1, le=100_000)
+    start: int = Field(1, ge=0, le=10**9, description="the first number")
+
+
+class SecretDocument(_Document):
+    secret: str
+
+
+class TopicClassDocument(_Document):
+    topic_class: str = Field(examples=["/a1XXXXXXXXX/${deviceName}/user/update"])
+    levels: str
+    right: Right
+
+    @classmethod
+    def of(cls, product_key: str, topic_class: TopicClass) -> Self:
+        levels = topic_class.levels
+        return cls(topic_class=f"/{product_key}/${{deviceName}}/{levels}", levels=levels, right=topic_class.right)
+
+
+class NewTopicClass(_Given):
+    levels: Text = Field(description="what follows /${productKey}/${deviceName}/", examples=["user/update"])
+    right: Right
+
+
+class MessageDocument(_Document):
+    message_id: str
+    topic: str
+    product_key: str
+    device_name: str
+    generate_time: int
+    origin: Origin
+    size: int
+    payload: str = Field(description="base64")
+    text: str | None = Field(description="the payload as text, null when it is not UTF-8")
+
+    @classmethod
+    def of(cls, message: Message) -> Self:
+        try:
+            text = message.payload.decode()
+        except UnicodeDecodeError:
+            text = None
+        return cls(
+            message_id=str(message.id),
+            topic=message.topic,
+            product_key=message.product_key,
+            device_name=message.device_name,
+            generate_time=message.generate_time,
+            origin=message.origin,
+            size=len(message.payload),
+            payload=base64.b64encode(message.payload).decode(),
+            text=text,
+        )
+
+
+class NewMessage(_Given):
+    topic: Text = Field(examples=["/a1XXXXXXXXX/lamp-0001/user/get"])
+    text: str | None = Field(None, description="the payload as text; this or `payload`", max_length=300_000)
+    payload: str | None = Field(None, description="the payload in base64", max_length=400_000)
+
+    @model_validator(mode="after")
+    def _one_payload(self) -> Self:
+        if self.text is not None and self.payload is not None:
+            raise ValueError("give text or payload, not both")
+        self.data()
+        return self
+
+    def data(self) -> bytes:
+        """The payload; ValueError when it is not base64."""
+        if self.payload is not None:
+            return base64.b64decode(self.payload, validate=True)
+        return (self.text or "").encode(errors="surrogatepass")
+
+
+class MessageSent(_Document):
+    topic: str
+    message_id: str
+    way: Literal["mqtt", "waits"] = Field(
+        description="mqtt: a session gets it; waits: it rides home in the answer to the next report"
+    )
+
+
+class Broadcast(_Document):
+    topic: str
+    sessions: int
+
+
+class RefusalDocument(_Document):
+    id: str
+    request_id: str
+    time: int
+    endpoint: str
+    code: int
+    message: str
+    status: int
+    product_key: str
+    device_name: str
+    address: str
+    topic: str
+    reason: str
+    means: str = Field(description="what the code means, in the language of the request")
+    advice: str = Field(description="what to do about it")
+
+    @classmethod
+    def of(cls, refusal: Refusal, language: str = "en") -> Self:
+        code = Code(refusal.code)
+        words = EXPLANATIONS[code]
+        means, advice = (words.means_zh, words.do_zh) if language == "zh" else (words.means, words.do)
+        return cls(
+            id=str(refusal.id),
+            request_id=refusal.request_id,
+            time=refusal.at,
+            endpoint=refusal.endpoint,
+            code=refusal.code,
+            message="" if code is Code.SUCCESS else MESSAGES[code],
+            status=refusal.status,
+            product_key=refusal.product_key,
+            device_name=refusal.device_name,
+            address=refusal.address,
+            topic=refusal.topic,
+            reason=refusal.reason,
+            means="" if code is Code.SUCCESS else means,
+            advice="" if code is Code.SUCCESS else advice,
+        )
+
+
+class AppDocument(_Document):
+    name: str
+    key: str
+    products: list[str]
+    sends: bool
+    create_time: int
+
+    @classmethod
+    def of(cls, app: App) -> Self:
+        return cls(name=app.name, key=app.key, products=list(app.products), sends=app.sends, create_time=app.created)
+
+
+class AppWithSecret(AppDocument):
+    secret: str = Field(description="shown this once")
+
+
+class NewApp(_Given):
+    name: Text
+    products: list[Text] = Field(default_factory=list, max_length=1000)
+    sends: bool = True
+
+
+class AppChange(_Given):
+    products: list[Text] = Field(max_length=1000)
+
+
+class KeyDocument(_Document):
+    name: str
+    scope: Scope
+    hint: str = Field(description="how the key begins")
+    create_time: int
+    last_used: int | None
+
+    @classmethod
+    def of(cls, key: ApiKey) -> Self:
+        return cls(
+            name=key.name, scope=key.scope, hint=key.hint, create_time=key.created, last_used=key.last_used
+        )
+
+
+class KeyWithSecret(KeyDocument):
+    key: str = Field(description="shown this once")
+
+
+class NewKey(_Given):
+    name: Text
+    scope: Scope
+
+
+class UserDocument(_Document):
+    name: str
+    role: Role
+    one_time: bool = Field(description="has to choose a password at the next sign-in")
+    create_time: int
+    last_sign_in: int | None
+
+    @classmethod
+    def of(cls, user: User) -> Self:
+        return cls(
+            name=user.name,
+            role=user.role,
+            one_time=user.one_time,
+            create_time=user.created,
+            last_sign_in=user.last_sign_in,
+        )
+
+
+class UserWithPassword(UserDocument):
+    password: str = Field(description="one-time, shown this once")
+
+
+class NewUser(_Given):
+    name: Text
+    role: Role
+
+
+class UserChange(_Given):
+    role: Role
+
+
+class AuditDocument(_Document):
+    id: str
+    time: int
+    actor: str
+    way: str
+    address: str
+    action: str
+    target: str
+    detail: str
+
+    @classmethod
+    def of(cls, entry: AuditEntry) -> Self:
+        return cls(
+            id=str(entry.id),
+            time=entry.at,
+            actor=entry.actor.name,
+            way=entry.actor.way,
+            address=entry.actor.address,
+            action=entry.action,
+            target=entry.target,
+            detail=entry.detail,
+        )
+
+
+class JobDocument(_Document):
+    id: str
+    kind: str
+    target: str
+    by: str
+    state: JobState
+    done: int
+    total: int | None
+    unit: str
+    result: dict[str, Any]
+    fault: str
+    begin_time: int
+    end_time: int | None
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        return cls(
+            id=job.id,
+            kind=job.kind,
+            target=job.target,
+            by=job.by,
+            state=job.state,
+            done=job.done,
+            total=job.total,
+            unit=job.unit,
+            result=job.result,
+            fault=job.fault,
+            begin_time=job.begun,
+            end_time=job.ended,
+        )
+
+
+class SettingDocument(_Document):
+    name: str
+    value: str
+    description: str
+
+
+class StatsDocument(_Document):
+    """`now` is what happened in the last second; `messages` and `bytes` are what is stored, null while the engine is away."""
+
+    version: str
+    started: int
+    devices: CensusDocument
+    now: dict[str, Any]
+    messages: int | None
+    bytes: int | None
+    engine: bool
+    worker_restarts: int
+    engine_restarts: int
+
+
+
+class ToExamine(_Given):
+    text: str = Field(max_length=64 * 1024, description="what the device sends; a curl command will do")
+    secret: Text | None = Field(None, description="a DeviceSecret to check with, instead of the registered one")
+
+
+class FindingDocument(_Document):
+    kind: str
+    good: bool
+    text: str
+    text_zh: str
+
+
+class ExaminationDocument(_Document):
+    """`matches` is null where there is nothing to compare; `firstDifference` counts from 0."""
+
+    source: str
+    product_key: str
+    device_name: str
+    client_id: str
+    method: str
+    content: str
+    members: list[tuple[str, str]]
+    given: str
+    expected: str
+    matches: bool | None
+    first_difference: int | None
+    skew_ms: int | None
+    findings: list[FindingDocument]
+
+    @classmethod
+    def of(cls, examined: Examined) -> Self:
+        return cls(
+            source=examined.source,
+            product_key=examined.product_key,
+            device_name=examined.device_name,
+            client_id=examined.client_id,
+            method=examined.method,
+            content=examined.content,
+            members=list(examined.members),
+            given=examined.given,
+            expected=examined.expected,
+            matches=examined.matches,
+            first_difference=examined.first_difference,
+            skew_ms=examined.skew_ms,
+            findings=[
+                FindingDocument(kind=each.kind, good=each.good, text=each.text, text_zh=each.text_zh)
+                for each in examined.findings
+            ],
+        )

@@ -1,0 +1,108 @@
+"""Who sends a request to the operator's door: an API key in `Authorization: Bearer`, or the session in a cookie.
+
+A session's cookie is sent by the browser whoever made the page, so whatever changes something also carries the session's CSRF
+token: in the header X-CSRF-Token, or the form field `csrf`.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Awaitable, Callable
+
+from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
+
+from uplinkd.admin.access import Denied, Principal, csrf_token
+from uplinkd.admin.office import Office
+from uplinkd.admin.problems import Forbidden
+from uplinkd.core.operators import Actor, Scope, acting
+
+__all__ = ["COOKIE", "address_of", "needs", "office_of", "principal_of", "session_of"]
+
+COOKIE = "uplinkd_session"
+IDLE_MILLISECONDS = 12 * 3_600_000
+LONGEST_MILLISECONDS = 7 * 86_400_000
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+_LONGEST = 512
+
+
+def office_of(request: Request) -> Office:
+    office: Office = request.app.state.office
+    return office
+
+
+def address_of(request: Request) -> str:
+    return request.client.host if request.client else ""
+
+
+async def principal_of(request: Request) -> Principal | None:
+    """Who sends the request, None for nobody; raise Denied for a key that is not known, or a missing CSRF token.
+
+    From here on `acting` is who they are.
+    """
+    known: Principal | None = getattr(request.state, "principal", None)
+    if known is None:
+        known = await _by_key(request) or await _by_session(request)
+        request.state.principal = known
+    if known is not None:
+        acting.set(known.actor)
+    return known
+
+
+async def _by_key(request: Request) -> Principal | None:
+    header = request.headers.get("Authorization", "")
+    if not header:
+        return None
+    kind, _, key = header.partition(" ")
+    key = key.strip()
+    if kind.lower() != "bearer" or not key or len(key) > _LONGEST:
+        raise Denied("Authorization must be `Bearer <API key>`; `uplinkd key create` makes one")
+    found = await run_in_threadpool(office_of(request).registry.operators.find_key, key)
+    if found is None:
+        raise Denied("this API key is not known, or was deleted")
+    return Principal(Actor(f"key:{found.name}", "api", address_of(request)), found.scope)
+
+
+async def _by_session(request: Request) -> Principal | None:
+    principal = await session_of(request)
+    if principal is None or request.method in _SAFE:
+        return principal
+    given = request.headers.get("X-CSRF-Token", "")
+    if not given:
+        form = await request.form(max_files=1, max_fields=100)
+        field = form.get("csrf")
+        given = field if isinstance(field, str) else ""
+    if not hmac.compare_digest(given.encode(), principal.csrf.encode()):
+        raise Forbidden("the form is not of this session (CSRF token); load the page anew and try again")
+    return principal
+
+
+async def session_of(request: Request) -> Principal | None:
+    """Whose session the cookie is of."""
+    token = request.cookies.get(COOKIE, "")
+    if not token or len(token) > _LONGEST:
+        return None
+    operators = office_of(request).registry.operators
+    user = await run_in_threadpool(
+        operators.session, token, idle=IDLE_MILLISECONDS, longest=LONGEST_MILLISECONDS
+    )
+    if user is None:
+        return None
+    actor = Actor(user.name, "console", address_of(request))
+    return Principal(actor, user.role.scope, csrf_token(token), user)
+
+
+def needs(scope: Scope) -> Callable[[Request], Awaitable[Principal]]:
+    """A dependency: the request's sender, who must have `scope`; raise Denied or Forbidden."""
+
+    async def check(request: Request) -> Principal:
+        principal = await principal_of(request)
+        if principal is None:
+            raise Denied("sign in, or send an API key: Authorization: Bearer <key>")
+        if principal.user is not None and principal.user.one_time:
+            raise Forbidden("choose a password of your own first")
+        if not principal.scope.covers(scope):
+            raise Forbidden(f"this needs the scope {scope}; you have {principal.scope}")
+        return principal
+
+    return check

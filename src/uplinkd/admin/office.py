@@ -1,0 +1,75 @@
+"""What the management API and the console share: registry, messages, refusals, figures, long work."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from uplinkd.admin.access import Attempts
+from uplinkd.admin.figures import Figures
+from uplinkd.admin.jobs import Jobs
+from uplinkd.core.model import Census, Device, State
+from uplinkd.engine import Bus, Reader, open_reader
+from uplinkd.engine.embedded import Access
+from uplinkd.registry import Registry
+from uplinkd.settings import Settings
+
+__all__ = ["Office", "now"]
+
+# A census looks at each device: it is made anew when what it cost last time is a small part of the time since.
+_CENSUS_SHARE = 50
+
+
+@dataclass(slots=True, kw_only=True)
+class Office:
+    """One for the console's process."""
+
+    settings: Settings
+    registry: Registry
+    bus: Bus
+    figures: Figures
+    access: Access
+    jobs: Jobs = field(default_factory=Jobs)
+    attempts: Attempts = field(default_factory=Attempts)
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    _reader: Reader | None = None
+    _opening: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _censuses: dict[str | None, tuple[Census, float]] = field(default_factory=dict)
+
+    @property
+    def timeout(self) -> int:
+        """After how many ms without an HTTPS request a device counts as offline."""
+        return round(self.settings.online_timeout * 1000)
+
+    def state(self, device: Device) -> State:
+        return device.state(now=now(), online_timeout=self.timeout)
+
+    async def reader(self) -> Reader:
+        """Raise Unavailable when the engine does not answer."""
+        async with self._opening:
+            if self._reader is None:
+                self._reader = await open_reader(self.access)
+        return self._reader
+
+    def census(self, product_key: str | None = None) -> Census:
+        """How many devices there are by state, as fresh as it is cheap. Call it in a thread."""
+        known = self._censuses.get(product_key)
+        if known and time.monotonic() < known[1]:
+            return known[0]
+        begun = time.monotonic()
+        census = self.registry.census(product_key, timeout=self.timeout)
+        ended = time.monotonic()
+        if len(self._censuses) > 1000:
+            self._censuses.clear()
+        self._censuses[product_key] = census, ended + (ended - begun) * _CENSUS_SHARE
+        return census
+
+    async def close(self) -> None:
+        await self.jobs.close()
+        if self._reader is not None:
+            await self._reader.close()
+
+
+def now() -> int:
+    """The time in ms."""
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,140 @@
+"""The console's process: puts registry, reader, figures and pages together and serves them until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socket
+import ssl
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+
+import anyio.to_thread
+import uvicorn
+import uvloop
+from fastapi import FastAPI
+
+from uplinkd import __version__
+from uplinkd.admin import api, console, health
+from uplinkd.admin.figures import Figures
+from uplinkd.admin.guard import Guard
+from uplinkd.admin.office import Office
+from uplinkd.admin.openapi import describe
+from uplinkd.admin.problems import handle_errors
+from uplinkd.engine.bus import NatsBus
+from uplinkd.engine.embedded import Access
+from uplinkd.metrics import Metrics
+from uplinkd.registry import open_registry
+from uplinkd.settings import Settings
+from uplinkd.tasks import end_tasks
+from uplinkd.tls import CertificateFiles, renew
+
+__all__ = ["ConsoleTask", "application", "run"]
+
+log = logging.getLogger("uplinkd.admin")
+
+# Fewer than the registry has connections: a page must not wait for one.
+_THREADS = 12
+_STOP_SECONDS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ConsoleTask:
+    """What the supervisor hands over. `ready` is written to once it serves; `lifeline` reports EOF when the supervisor has
+    died."""
+
+    settings: Settings
+    socket: socket.socket = field(repr=False)
+    context: ssl.SSLContext | None
+    certificates: list[CertificateFiles]
+    access: Access
+    metrics: Metrics
+    ready: Connection = field(repr=False)
+    lifeline: int
+
+
+def run(task: ConsoleTask) -> None:
+    """Serve until SIGTERM or the supervisor's end; the process then exits. A SIGINT is the supervisor's to act on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(5)  # devices come first
+    gc.freeze()
+    # What it would say of each fault, problems.py says with the path.
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(task))
+
+
+async def _serve(task: ConsoleTask) -> None:
+    loop = asyncio.get_running_loop()
+    anyio.to_thread.current_default_thread_limiter().total_tokens = _THREADS
+    registry = open_registry(task.settings)
+    bus = NatsBus(task.access, "uplinkd console")
+    figures = Figures(task.metrics.read)
+    office = Office(settings=task.settings, registry=registry, bus=bus, figures=figures, access=task.access)
+    server = _server(application(office), task.context)
+
+    def stop() -> None:
+        office.stopping.set()
+        server.should_exit = True
+
+    loop.add_signal_handler(signal.SIGTERM, stop)
+    loop.add_reader(task.lifeline, stop)
+    duties = [asyncio.create_task(duty) for duty in (bus.run(), figures.run())]
+    if task.context:
+        duties.append(asyncio.create_task(renew(task.context, task.certificates)))
+    serving = asyncio.create_task(server.serve([task.socket]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.005)
+    task.ready.send_bytes(b"ready")
+    await serving
+    loop.remove_reader(task.lifeline)
+    await office.close()
+    await end_tasks(*duties)
+    registry.close()
+
+
+def application(office: Office) -> FastAPI:
+    """The management API, the console, and what orchestrators ask."""
+    app = FastAPI(
+        title="uplinkd management API",
+        version=__version__,
+        openapi_url=f"{api.PREFIX}/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.office = office
+    app.include_router(api.uploads)
+    app.include_router(api.router)
+    app.include_router(health.router)
+    console.mount(app)
+    handle_errors(app, console.error_page)
+    describe(app)
+    app.add_middleware(Guard, tls=office.settings.console_tls)
+    return app
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """The signals are ours."""
+        yield
+
+
+def _server(app: FastAPI, context: ssl.SSLContext | None) -> uvicorn.Server:
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="off",
+        timeout_graceful_shutdown=_STOP_SECONDS,
+    )
+    config.load()
+    config.ssl = context
+    return _Server(config)

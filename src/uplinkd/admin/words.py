@@ -1,0 +1,66 @@
+"""The console's two languages: which one a request wants, its texts, and how numbers and times are written.
+
+Texts are English in the templates and in Python; locale/zh.po has the Chinese, read as it is (no build step).
+"""
+
+from __future__ import annotations
+
+import functools
+from datetime import UTC, datetime
+from pathlib import Path
+
+from babel.messages.pofile import read_po
+from fastapi import Request
+
+__all__ = ["LANGUAGES", "catalogue", "language_of", "moment", "size", "translated"]
+
+LANGUAGES = {"en": "English", "zh": "中文"}
+LOCALE = Path(__file__).parent / "locale"
+
+
+def language_of(request: Request) -> str:
+    """What was chosen in this browser, else the first that it prefers of those that we have, else English."""
+    chosen = request.cookies.get("language")
+    if chosen in LANGUAGES:
+        return chosen
+    wishes = []
+    for place, part in enumerate(request.headers.get("Accept-Language", "").split(",")):
+        tag, _, parameter = part.partition(";")
+        try:
+            weight = float(parameter.strip().removeprefix("q=") or 1)
+        except ValueError:
+            weight = 0.0
+        wishes.append((-weight, place, tag.strip().lower()[:2]))
+    return next((tag for weight, _, tag in sorted(wishes) if tag in LANGUAGES and weight), "en")
+
+
+@functools.cache
+def catalogue(language: str) -> dict[str, str]:
+    """English text → text in `language`; empty for English."""
+    path = LOCALE / f"{language}.po"
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        found = read_po(file, locale=language)
+    return {message.id: message.string for message in found if isinstance(message.id, str) and message.string}  # type: ignore[misc]
+
+
+def translated(language: str, text: str) -> str:
+    return catalogue(language).get(text, text)
+
+
+def size(count: int | None) -> str:
+    """Bytes as people write them."""
+    if count is None:
+        return "–"
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def moment(milliseconds: int) -> str:
+    """UTC to the second; the browser writes it anew in local time."""
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
