@@ -164,7 +164,7 @@ def stored(data: Path) -> int:
         with access_for(Settings(data=data)) as access:
             reader = await JetStreamReader.open(access)
             try:
-                return await reader.count()
+                return (await reader.state()).messages
             finally:
                 await reader.close()
 

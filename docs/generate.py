@@ -18,6 +18,7 @@ DOCUMENTS = {
     "zh": [ROOT / "README.zh-CN.md", ROOT / "docs/zh/protocol.md"],
 }
 
+
 def codes(language: str) -> str:
     """The table of business codes."""
     headings = {"en": ("code", "message", "what it means", "what to do"), "zh": ("code", "message", "含义", "处理办法")}

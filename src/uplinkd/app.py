@@ -112,6 +112,9 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
 
         doors = _Doors([(tls, context), (plain, None)], [(mqtt, context), (mqtt_plain, None)], count)
         supervisor = _Supervisor(settings, doors, certificates, flow, access, engine, console)
+        from uplinkd.metrics import Metrics
+
+        supervisor.metrics = Metrics(count)
         with supervisor.signals():
             supervisor.start()
             authority = None if settings.tls_cert else settings.data / "tls" / "ca.pem"
@@ -164,14 +167,18 @@ class _Doors:
 
     def of(self, slot: int) -> tuple[list[Port], list[Port]]:
         """The sockets of one worker, in its process: those of the others are closed there."""
-        for sockets, _ in [*self.https, *self.mqtt]:
-            for other, sock in enumerate(sockets):
-                if other != slot:
-                    sock.close()
+        self.close(but=slot)
         https, mqtt = (
             [(sockets[slot], context) for sockets, context in door if sockets] for door in (self.https, self.mqtt)
         )
         return https, mqtt
+
+    def close(self, *, but: int | None = None) -> None:
+        """In a new process: let go of the sockets that are not its own."""
+        for sockets, _ in [*self.https, *self.mqtt]:
+            for slot, sock in enumerate(sockets):
+                if slot != but:
+                    sock.close()
 
 
 @dataclass(slots=True)
@@ -187,13 +194,14 @@ class _Supervisor:
     pauses: dict[int, tuple[float, int]] = field(default_factory=dict)
     lifeline: tuple[int, int] = (-1, -1)
     stopping: int = 0
+    metrics: object = None
 
     def start(self) -> None:
         self.lifeline = os.pipe()
         gc.collect()
         self.workers = [self._spawn(slot) for slot in range(self.doors.workers + (self.console is not None))]
         end = time.monotonic() + _READY_SECONDS
-        for slot, worker in enumerate(self.workers):
+        for worker in self.workers:
             assert worker
             if not worker.ready.poll(max(0.0, end - time.monotonic())) or not worker.process.is_alive():
                 self.stop()
@@ -257,6 +265,8 @@ class _Supervisor:
         """In the new process: keep only this worker's own sockets, then serve."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.close(self.lifeline[1])
+        if self.console:
+            self.console.close()
         https, mqtt = self.doors.of(slot)
         run(Task(slot, self.settings, https, mqtt, self.certificates, self.flow, self.access, ready, self.lifeline[0]))
 
@@ -266,7 +276,7 @@ class _Supervisor:
 
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.close(self.lifeline[1])
-        self.doors.of(slot)
+        self.doors.close()
         context = operator_context(self.certificates) if self.settings.console_tls else None
         assert self.console
         run(

@@ -14,17 +14,16 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 from uplinkd.core.errors import Unavailable
 from uplinkd.observe import Occasionally
 from uplinkd.settings import Settings
 
-__all__ = ["Journal", "Refusal", "Wanted", "follow", "read"]
+__all__ = ["Journal", "Refusal", "Wanted", "after", "counts", "follow", "read"]
 
 log = logging.getLogger("uplinkd.journal")
 
@@ -46,6 +45,7 @@ class Refusal:
     since 1970.
 
     A note has the code 0: nothing was refused (a will was ignored, say). One about the journal itself has the endpoint journal.
+    `id` is where it stands in the record, 0 before it does: a later one has a larger id.
     """
 
     request_id: str
@@ -58,11 +58,13 @@ class Refusal:
     address: str
     topic: str
     reason: str
+    id: int = field(default=0, compare=False)
 
 
-_COLUMNS = ", ".join(field.name for field in fields(Refusal))
-_ROW = f"({', '.join('?' for _ in fields(Refusal))})"
-_values = attrgetter(*(field.name for field in fields(Refusal)))
+_NAMES = [each.name for each in fields(Refusal) if each.name != "id"]
+_COLUMNS = ", ".join(_NAMES)
+_ROW = f"({', '.join('?' for _ in _NAMES)})"
+_values = attrgetter(*_NAMES)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS refusals (
   id INTEGER PRIMARY KEY AUTOINCREMENT, request_id TEXT NOT NULL, at INTEGER NOT NULL, endpoint TEXT NOT NULL,
@@ -71,6 +73,8 @@ CREATE TABLE IF NOT EXISTS refusals (
 CREATE INDEX IF NOT EXISTS refusals_request ON refusals (request_id);
 CREATE INDEX IF NOT EXISTS refusals_device ON refusals (device_name, id);
 CREATE INDEX IF NOT EXISTS refusals_at ON refusals (at);
+CREATE INDEX IF NOT EXISTS refusals_code ON refusals (code, id);
+CREATE INDEX IF NOT EXISTS refusals_address ON refusals (address, id);
 """
 
 
@@ -163,13 +167,17 @@ class Journal:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which refusals; None means any. `since` in ms."""
+    """Which refusals; None means any. `since` and `until` in ms, both included; ids below `before`."""
 
     request_id: str | None = None
     product: str | None = None
     device: str | None = None
     code: int | None = None
     since: int | None = None
+    until: int | None = None
+    before: int | None = None
+    address: str | None = None
+    endpoint: str | None = None
 
 
 def read(settings: Settings, wanted: Wanted, limit: int) -> list[Refusal]:
@@ -178,34 +186,44 @@ def read(settings: Settings, wanted: Wanted, limit: int) -> list[Refusal]:
         if connection is None:
             return []
         where, values = _where(wanted)
-        sql = f"SELECT {_COLUMNS} FROM refusals WHERE {where} ORDER BY id DESC LIMIT ?"  # noqa: S608 - names of ours
+        sql = f"SELECT {_COLUMNS}, id FROM refusals WHERE {where} ORDER BY id DESC LIMIT ?"  # noqa: S608 - names of ours
         found = [Refusal(*row) for row in connection.execute(sql, (*values, limit))]
     found.reverse()
     found.sort(key=attrgetter("at"))  # workers write in turn, not in the order of events
     return found
 
 
-def follow(settings: Settings, wanted: Wanted) -> Iterator[Refusal]:
-    """Those that match as they are recorded, for ever; those since `wanted.since` first, where it is given."""
+def counts(settings: Settings, since: int) -> dict[int, int]:
+    """How many refusals of each code there were since a time (ms); notes are none."""
+    sql = "SELECT code, count(*) FROM refusals WHERE at >= ? AND code != 0 GROUP BY code"
+    with _reading(settings) as connection:
+        return dict(connection.execute(sql, (since,)).fetchall()) if connection else {}
+
+
+def after(settings: Settings, wanted: Wanted, last: int | None) -> tuple[int, list[Refusal], bool]:
+    """One look: (cursor for the next one, those that match after the cursor `last`, whether there is more at once). None as
+    cursor stands for the end."""
     where, values = _where(wanted)
     # Ids of one stretch, not the ids of what matched: a filter that nothing matches would read the whole table each time.
-    sql = f"SELECT {_COLUMNS} FROM refusals WHERE id > ? AND id <= ? AND {where} ORDER BY id"  # noqa: S608 - names of ours
+    sql = f"SELECT {_COLUMNS}, id FROM refusals WHERE id > ? AND id <= ? AND {where} ORDER BY id"  # noqa: S608 - names of ours
+    with _reading(settings) as connection:
+        if connection is None:
+            return last or 0, [], False
+        newest = connection.execute("SELECT coalesce(max(id), 0) FROM refusals").fetchone()[0]
+        if last is None:
+            last = newest
+        upto = min(newest, last + _STRETCH)
+        found = [Refusal(*row) for row in connection.execute(sql, (last, upto, *values))]
+        return upto, found, upto < newest
+
+
+def follow(settings: Settings, wanted: Wanted) -> Iterator[Refusal]:
+    """Those that match as they are recorded, for ever; those since `wanted.since` first, where it is given."""
     last: int | None = 0 if wanted.since is not None else None
     while True:
-        rows: list[tuple[Any, ...]] = []
-        newest = 0
-        with _reading(settings) as connection:
-            if connection:
-                newest = connection.execute("SELECT coalesce(max(id), 0) FROM refusals").fetchone()[0]
-                if last is None:
-                    last = newest
-                upto = min(newest, last + _STRETCH)
-                rows = connection.execute(sql, (last, upto, *values)).fetchall()
-                last = upto
-        last = last or 0
-        for row in rows:
-            yield Refusal(*row)
-        if last >= newest:
+        last, found, more = after(settings, wanted, last)
+        yield from found
+        if not more:
             time.sleep(_POLL_SECONDS)
 
 
@@ -249,6 +267,10 @@ def _where(wanted: Wanted) -> tuple[str, list[object]]:
         "device_name = ?": wanted.device,
         "code = ?": wanted.code,
         "at >= ?": wanted.since,
+        "at <= ?": wanted.until,
+        "id < ?": wanted.before,
+        "address = ?": wanted.address,
+        "endpoint = ?": wanted.endpoint,
     }
     parts = {part: value for part, value in given.items() if value is not None}
     return " AND ".join(parts) or "1", [_storable(value) for value in parts.values()]

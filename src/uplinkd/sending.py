@@ -2,7 +2,7 @@
 
 A request goes to `uplinkd.send.` and the NATS subject of the topic, so that NATS itself keeps an application within its products;
 its payload is the message. The answer is JSON: `{"messageId": …, "way": "mqtt" | "waits"}`, `{"sessions": n}` for a broadcast,
-or `{"error": "…"}`.
+or `{"error": "…", "kind": "rejected" | "not_found" | "unavailable"}`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from uplinkd.core import topics
-from uplinkd.core.errors import Refused, Rejected, Unavailable
-from uplinkd.core.subjects import SENDING, from_subject, to_subject
+from uplinkd.core.errors import NotFound, Refused, Rejected, Unavailable
+from uplinkd.core.subjects import SENDING, from_subject
 from uplinkd.engine import Bus, Told
 from uplinkd.gateway import Gateway, Sent, check_size
 from uplinkd.tasks import spawn
 
-__all__ = ["Sending", "send_subject"]
+__all__ = ["Sending"]
 
 log = logging.getLogger("uplinkd.sending")
 
@@ -38,11 +38,6 @@ _BEGUN = b"begun"
 _GATHER_SECONDS = 0.2
 _LONGEST_SECONDS = 5.0
 _AT_ONCE = 256
-
-
-def send_subject(topic: str) -> str:
-    """Where a message for `topic` is asked to be sent."""
-    return SENDING + to_subject(topic)
 
 
 @dataclass(slots=True)
@@ -95,7 +90,9 @@ class Sending:
 
     def _asked(self, told: Told) -> None:
         if len(self._tasks) >= _AT_ONCE:
-            self._answer(told, {"error": "too many messages are being sent at this moment; try again"})
+            self._answer(
+                told, {"error": "too many messages are being sent at this moment; try again", "kind": "unavailable"}
+            )
             return
         spawn(self._serve(told), self._tasks)
 
@@ -103,11 +100,15 @@ class Sending:
         topic = from_subject(told.subject.removeprefix(SENDING))
         try:
             document = await self.send(topic, told.payload)
-        except (Rejected, Unavailable) as fault:
-            document = {"error": str(fault)}
+        except NotFound as fault:
+            document = {"error": str(fault), "kind": "not_found"}
+        except Rejected as fault:
+            document = {"error": str(fault), "kind": "rejected"}
+        except Unavailable as fault:
+            document = {"error": str(fault), "kind": "unavailable"}
         except Exception:
             log.exception("a fault of ours while sending to a device")
-            document = {"error": "a fault of uplinkd; its log has the traceback"}
+            document = {"error": "a fault of uplinkd; its log has the traceback", "kind": "unavailable"}
         self._answer(told, document)
 
     def _answer(self, told: Told, document: dict[str, Any]) -> None:

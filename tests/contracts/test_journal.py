@@ -20,7 +20,7 @@ from uplinkd.core.errors import Unavailable
 from uplinkd.journal import Journal, Refusal, Wanted, follow, read
 from uplinkd.settings import Settings
 
-NOW = round(time.time() * 1000)
+NOW = round(time.time() * 1000) - 60_000  # what a test numbers lies in the past, too
 
 
 def refusal(number: int = 0, **changes: object) -> Refusal:

@@ -6,9 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from docs.generate import DOCUMENTS, ROOT, SETTINGS_ZH, render
-
-from uplinkd.settings import Settings
+from docs.generate import DOCUMENTS, ROOT, render
 
 EVERY = [(language, document) for language, documents in DOCUMENTS.items() for document in documents]
 
@@ -17,11 +15,6 @@ EVERY = [(language, document) for language, documents in DOCUMENTS.items() for d
 def test_the_tables_are_the_programs_own(language: str, document: Path) -> None:
     """A code or setting that changes changes its documents; `make docs` does it."""
     assert render(document.read_text(), language) == document.read_text(), "run `make docs`"
-
-
-def test_every_setting_is_explained_in_chinese() -> None:
-    """No more and no fewer than there are."""
-    assert set(SETTINGS_ZH) == set(Settings.model_fields)
 
 
 @pytest.mark.parametrize(

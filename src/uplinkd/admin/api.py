@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import csv
 import io
 import tempfile
@@ -24,7 +25,7 @@ from uplinkd.admin.figures import Sample
 from uplinkd.admin.office import Office, now
 from uplinkd.admin.problems import Forbidden
 from uplinkd.admin.repeating import RepeatableRoute
-from uplinkd.asking import check_down_topic, send_down
+from uplinkd.asking import PATIENCE_SECONDS, check_down_topic, send_down
 from uplinkd.core import workbench
 from uplinkd.core.errors import NotFound, Rejected, Unavailable
 from uplinkd.core.model import App, Device, Product, Right, State
@@ -63,7 +64,9 @@ Time = Annotated[int | None, Query(ge=0, le=1 << 53, description="ms since 1970 
 IfMatch = Annotated[str | None, Header(max_length=255, description="the ETag of what you saw; 412 when it has changed")]
 IdempotencyKey = Annotated[
     str | None,
-    Header(alias="Idempotency-Key", min_length=1, max_length=255, description="a repeated creation gets the same answer"),
+    Header(
+        alias="Idempotency-Key", min_length=1, max_length=255, description="a repeated creation gets the same answer"
+    ),
 ]
 
 
@@ -133,7 +136,7 @@ def change_product(
 
 @router.delete("/products/{product_key}", tags=["products"], status_code=204)
 def delete_product(office: In, who: Operates, product_key: Name, if_match: IfMatch = None) -> None:
-    """Delete a product that has no devices; `POST /jobs/product-deletion` deletes one with its devices."""
+    """Delete a product that has no devices; `POST /product-deletions` deletes one with its devices."""
     office.registry.delete_product(product_key, version=_version(if_match))
 
 
@@ -264,7 +267,7 @@ def reset_device_secret(
 def export_devices(
     office: In, who: Operates, product_key: Name, prefix: Annotated[str, Query(max_length=64)] = ""
 ) -> StreamingResponse:
-    """The devices as CSV with their secrets, as a stream: what `POST /jobs/import` takes."""
+    """The devices as CSV with their secrets, as a stream: what `POST /imports` takes."""
     return exported(office, product_key, prefix)
 
 
@@ -315,7 +318,7 @@ def _begun(job: Any, response: Response) -> doc.JobDocument:
 
 
 @uploads.post(
-    "/jobs/import",
+    "/imports",
     tags=["jobs"],
     status_code=202,
     openapi_extra={"requestBody": {"required": True, "content": {"text/csv": {"schema": {"type": "string"}}}}},
@@ -325,7 +328,9 @@ async def import_devices(
     who: Operates,
     request: Request,
     response: Response,
-    skip_bad: Annotated[bool, Query(alias="skipBad", description="let the good rows in; else one bad row keeps all out")] = False,
+    skip_bad: Annotated[
+        bool, Query(alias="skipBad", description="let the good rows in; else one bad row keeps all out")
+    ] = False,
 ) -> doc.JobDocument:
     """Import devices from CSV with the columns ProductKey, DeviceName, DeviceSecret (empty: made); the body is a stream."""
     kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
@@ -338,8 +343,8 @@ async def import_devices(
 
 async def uploaded(office: Office, parts: AsyncGenerator[bytes]) -> tuple[BinaryIO, int]:
     """What arrives, in a file without a name that only this process has, and its size in bytes; raise Rejected over 256 MiB."""
-    file = tempfile.TemporaryFile(dir=office.settings.data)
-    try:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(tempfile.TemporaryFile(dir=office.settings.data))
         size = 0
         async for part in parts:
             size += len(part)
@@ -347,13 +352,11 @@ async def uploaded(office: Office, parts: AsyncGenerator[bytes]) -> tuple[Binary
                 raise Rejected(f"the file is larger than {MAX_UPLOAD // 1024**2} MiB; import it in parts")
             await run_in_threadpool(file.write, part)
         file.seek(0)
-    except BaseException:
-        file.close()
-        raise
+        stack.pop_all()
     return file, size
 
 
-@router.post("/jobs/bulk-creation", tags=["jobs"], status_code=202)
+@router.post("/bulk-creations", tags=["jobs"], status_code=202)
 async def create_many(
     office: In, who: Operates, given: doc.BulkCreation, response: Response, idempotency_key: IdempotencyKey = None
 ) -> doc.JobDocument:
@@ -365,7 +368,7 @@ async def create_many(
     return _begun(office.jobs.start("bulk-creation", target, "devices", act, total=given.count), response)
 
 
-@router.post("/jobs/product-deletion", tags=["jobs"], status_code=202)
+@router.post("/product-deletions", tags=["jobs"], status_code=202)
 async def delete_whole_product(
     office: In,
     who: Operates,
@@ -406,7 +409,9 @@ def remove_topic_class(office: In, who: Operates, product_key: Name, levels: Nam
 # -- messages
 
 
-def _wanted(product: Filter, device: Filter, topic: Filter, since: Time, until: Time, before: int | None = None) -> Wanted:
+def _wanted(
+    product: Filter, device: Filter, topic: Filter, since: Time, until: Time, before: int | None = None
+) -> Wanted:
     return Wanted(
         product_key=product or None,
         device_name=device or None,
@@ -498,7 +503,11 @@ async def broadcast_message(
 async def sent(office: Office, topic: str, product_key: str, device_name: str | None, payload: bytes) -> dict[str, Any]:
     """What the gateway says to a message down; the audit has it, without the payload."""
     check_down_topic(topic, product_key, device_name)
-    answer = await send_down(office.bus, topic, payload)
+
+    async def ask(subject: str, body: bytes) -> bytes:
+        return (await office.bus.ask(subject, body, patience=PATIENCE_SECONDS)).payload
+
+    answer = await send_down(ask, topic, payload)
     target = f"{product_key}/{device_name or ''}"
     await run_in_threadpool(office.registry.operators.note, "message.send", target, f"{topic}, {len(payload)} bytes")
     return answer
@@ -578,7 +587,7 @@ async def live_refusals(office: Office, wanted: journal.Wanted, language: str) -
     last: int | None = None
     ping = time.monotonic() + _PING_SECONDS
     while not office.stopping.is_set():
-        last, found = await run_in_threadpool(journal.after, office.settings, wanted, last)
+        last, found, _ = await run_in_threadpool(journal.after, office.settings, wanted, last)
         if found:
             items = [doc.RefusalDocument.of(each, language).model_dump(by_alias=True, mode="json") for each in found]
             yield ServerSentEvent(event="refusals", data={"items": items})
@@ -636,7 +645,7 @@ def delete_app(office: In, who: Administers, name: Name) -> None:
 
 @router.get("/keys", tags=["access"])
 def list_keys(office: In, who: Administers) -> doc.Page[doc.KeyDocument]:
-    return doc.Page(items=[doc.KeyDocument.of(key) for key in office.registry.operators.keys()])
+    return doc.Page(items=[doc.KeyDocument.of(key) for key in office.registry.operators.api_keys()])
 
 
 @router.post("/keys", tags=["access"], status_code=201)

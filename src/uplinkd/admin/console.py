@@ -23,9 +23,18 @@ from starlette.staticfiles import StaticFiles
 from uplinkd import __version__, journal
 from uplinkd.admin import api, fleetwork
 from uplinkd.admin import documents as doc
-from uplinkd.admin.access import MINIMUM_LENGTH, Denied, Principal, change_password, sign_in
-from uplinkd.admin.doorkeeper import COOKIE, LONGEST_MILLISECONDS, address_of, needs, office_of, principal_of, session_of
+from uplinkd.admin.access import MINIMUM_LENGTH, Denied, Principal, TooOften, change_password, sign_in
+from uplinkd.admin.doorkeeper import (
+    COOKIE,
+    LONGEST_MILLISECONDS,
+    address_of,
+    needs,
+    office_of,
+    principal_of,
+    session_of,
+)
 from uplinkd.admin.office import Office, now
+from uplinkd.admin.problems import status_of
 from uplinkd.admin.words import LANGUAGES, language_of, moment, size, translated
 from uplinkd.core import snippets
 from uplinkd.core.errors import EXPLANATIONS, MESSAGES, Code, NotFound, Rejected, Unavailable
@@ -104,16 +113,20 @@ def page(request: Request, template: str, status: int = 200, **facts: Any) -> HT
     language = language_of(request)
     theme = request.cookies.get("theme")
     here = request.url.path + (f"?{request.url.query}" if request.url.query and request.method == "GET" else "")
-    html = _environment(language).get_template(template).render(
-        principal=principal,
-        may_operate=bool(principal and principal.scope.covers(Scope.OPERATE)),
-        may_administer=bool(principal and principal.scope.covers(Scope.ADMIN)),
-        csrf=principal.csrf if principal else "",
-        language=language,
-        theme=theme if theme in THEMES else "auto",
-        here=here,
-        done=request.query_params.get("done", ""),
-        **{"fault": "", **facts},
+    html = (
+        _environment(language)
+        .get_template(template)
+        .render(
+            principal=principal,
+            may_operate=bool(principal and principal.scope.covers(Scope.OPERATE)),
+            may_administer=bool(principal and principal.scope.covers(Scope.ADMIN)),
+            csrf=principal.csrf if principal else "",
+            language=language,
+            theme=theme if theme in THEMES else "auto",
+            here=here,
+            done=request.query_params.get("done", ""),
+            **{"fault": "", **facts},
+        )
     )
     return HTMLResponse(html, status)
 
@@ -127,7 +140,7 @@ async def error_page(request: Request, status: int, detail: str) -> Response:
         return RedirectResponse(f"/sign-in?{urlencode({'back': _back(request)})}", 303)
     if principal and principal.user and principal.user.one_time and request.method == "GET":
         return RedirectResponse("/password", 303)
-    return page(request, "error.html", status, status=status, detail=detail)
+    return page(request, "error.html", status, number=status, detail=detail)
 
 
 def _back(request: Request) -> str:
@@ -153,7 +166,7 @@ async def _try(
         result = await run_in_threadpool(act)
     except (Rejected, Unavailable) as fault:
         response = await again(str(fault))
-        response.status_code = 400 if isinstance(fault, Rejected) else 503
+        response.status_code = status_of(fault)
         return response
     return then(result)
 
@@ -192,9 +205,9 @@ async def begin_session(
 
     try:
         found = await run_in_threadpool(sign_in, operators, office.attempts, name, password, address)
-    except (Denied, Unavailable) as fault:
+    except (Denied, TooOften, Unavailable) as fault:
         response = await again(str(fault))
-        response.status_code = 401 if isinstance(fault, Denied) else 503
+        response.status_code = status_of(fault)
         return response
     return accept(found)
 
@@ -312,9 +325,7 @@ def _devices_named(office: Office, keys: list[str], prefix: str) -> list[Device]
 async def _products_page(request: Request, office: Office, fault: str = "", q: str = "") -> Response:
     products = await run_in_threadpool(office.registry.products)
     shown = [each for each in products if q.lower() in each.name.lower() or q in each.key] if q else products
-    counts = {
-        each.key: await run_in_threadpool(office.census, each.key) for each in shown[:100]
-    }
+    counts = {each.key: await run_in_threadpool(office.census, each.key) for each in shown[:100]}
     return page(request, "products.html", products=shown, counts=counts, fault=fault, q=q)
 
 
@@ -340,9 +351,7 @@ async def _product_page(
         facts = {**await _devices_of(request, office, product_key), **facts}
     elif tab == "topics":
         facts["classes"] = await run_in_threadpool(office.registry.topic_classes, product_key)
-    return page(
-        request, f"product_{tab}.html", product=product, tab=tab, fault=fault, **{"secret": "", **facts}
-    )
+    return page(request, f"product_{tab}.html", product=product, tab=tab, fault=fault, **{"secret": "", **facts})
 
 
 async def _devices_of(request: Request, office: Office, product_key: str) -> dict[str, Any]:
@@ -393,9 +402,7 @@ async def add_topic_class(
 
 
 @router.post("/products/{product_key}/topics/remove")
-async def remove_topic_class(
-    request: Request, office: In, who: Operates, product_key: str, levels: Field
-) -> Response:
+async def remove_topic_class(request: Request, office: In, who: Operates, product_key: str, levels: Field) -> Response:
     return await _try(
         lambda: office.registry.remove_topic_class(product_key, levels),
         lambda _: _go(f"/products/{product_key}/topics", "topic.remove"),
@@ -519,6 +526,7 @@ async def _device_page(
     request: Request, office: Office, product_key: str, name: str, fault: str = "", **facts: Any
 ) -> Response:
     device = await run_in_threadpool(office.registry.device, product_key, name)
+    product = await run_in_threadpool(office.registry.product, product_key)
     classes = await run_in_threadpool(office.registry.topic_classes, product_key)
     refusals = await run_in_threadpool(
         journal.read, office.settings, journal.Wanted(product=product_key, device=name), _LAST
@@ -530,6 +538,7 @@ async def _device_page(
     return page(
         request,
         "device.html",
+        product=product,
         device=device,
         document=doc.DeviceDocument.of(device, now=now(), timeout=office.timeout),
         snippets={
@@ -593,7 +602,13 @@ async def device_page(request: Request, office: In, who: Views, product_key: str
 
 @router.get("/products/{product_key}/devices/{name}/snippets/{language}")
 async def snippet(
-    request: Request, office: In, who: Operates, product_key: str, name: str, language: str, levels: Text = "user/update"
+    request: Request,
+    office: In,
+    who: Operates,
+    product_key: str,
+    name: str,
+    language: str,
+    levels: Text = "user/update",
 ) -> PlainTextResponse:
     """Ready to paste, with the device's secret."""
     if language not in _LANGUAGES:
@@ -650,7 +665,7 @@ async def act_on_device(
             return await again(sent=answer)
     except (Rejected, Unavailable) as fault:
         response = await again(str(fault))
-        response.status_code = 400 if isinstance(fault, Rejected) else 503
+        response.status_code = status_of(fault)
         return response
     raise NotFound(f"a device has no {act!r}")
 
@@ -692,10 +707,10 @@ async def messages_page(request: Request, office: In, who: Views, cursor: Text =
         fault = str(refused)
     more = ""
     if len(messages) > _PAGE:
-        more = urlencode({name: value for name, value in query.items() if value} | {"cursor": messages[_PAGE - 1].message_id})
-    return page(
-        request, "messages.html", query=query, messages=messages[:_PAGE], more=more, fault=fault, after=cursor
-    )
+        more = urlencode(
+            {name: value for name, value in query.items() if value} | {"cursor": messages[_PAGE - 1].message_id}
+        )
+    return page(request, "messages.html", query=query, messages=messages[:_PAGE], more=more, fault=fault, after=cursor)
 
 
 @router.get("/messages/{message_id}")
@@ -772,7 +787,7 @@ async def _access_page(request: Request, office: Office, fault: str = "", made: 
     apps = await run_in_threadpool(office.registry.apps)
     products = await run_in_threadpool(office.registry.products)
     admin = request.state.principal.scope.covers(Scope.ADMIN)
-    keys = await run_in_threadpool(office.registry.operators.keys) if admin else []
+    keys = await run_in_threadpool(office.registry.operators.api_keys) if admin else []
     return page(request, "access.html", apps=apps, keys=keys, products=products, fault=fault, made=made)
 
 
@@ -891,9 +906,7 @@ async def act_on_user(
         else:
             raise NotFound(f"a user has no {act!r}")
 
-    return await _try(
-        change, lambda _: _go("/users", f"user.{act}"), lambda fault: _users_page(request, office, fault)
-    )
+    return await _try(change, lambda _: _go("/users", f"user.{act}"), lambda fault: _users_page(request, office, fault))
 
 
 @router.get("/audit")

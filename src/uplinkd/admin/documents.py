@@ -341,9 +341,7 @@ class KeyDocument(_Document):
 
     @classmethod
     def of(cls, key: ApiKey) -> Self:
-        return cls(
-            name=key.name, scope=key.scope, hint=key.hint, create_time=key.created, last_used=key.last_used
-        )
+        return cls(name=key.name, scope=key.scope, hint=key.hint, create_time=key.created, last_used=key.last_used)
 
 
 class KeyWithSecret(KeyDocument):
@@ -460,7 +458,6 @@ class StatsDocument(_Document):
     engine: bool
     worker_restarts: int
     engine_restarts: int
-
 
 
 class ToExamine(_Given):

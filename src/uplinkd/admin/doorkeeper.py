@@ -56,7 +56,7 @@ async def _by_key(request: Request) -> Principal | None:
     kind, _, key = header.partition(" ")
     key = key.strip()
     if kind.lower() != "bearer" or not key or len(key) > _LONGEST:
-        raise Denied("Authorization must be `Bearer <API key>`; `uplinkd key create` makes one")
+        raise Denied("Authorization must be `Bearer <API key>`; `uplinkd apikey create` makes one")
     found = await run_in_threadpool(office_of(request).registry.operators.find_key, key)
     if found is None:
         raise Denied("this API key is not known, or was deleted")
@@ -83,9 +83,7 @@ async def session_of(request: Request) -> Principal | None:
     if not token or len(token) > _LONGEST:
         return None
     operators = office_of(request).registry.operators
-    user = await run_in_threadpool(
-        operators.session, token, idle=IDLE_MILLISECONDS, longest=LONGEST_MILLISECONDS
-    )
+    user = await run_in_threadpool(operators.session, token, idle=IDLE_MILLISECONDS, longest=LONGEST_MILLISECONDS)
     if user is None:
         return None
     actor = Actor(user.name, "console", address_of(request))

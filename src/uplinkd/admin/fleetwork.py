@@ -21,7 +21,14 @@ Act = Callable[[Progress], dict[str, Any]]
 
 
 def fleet_import(registry: Registry, stream: BinaryIO, size: int, *, skip_bad: bool) -> Act:
-    """Import the CSV in `stream`, which is closed then; progress in bytes, of which it has `size`."""
+    """Import the CSV in `stream`, which is closed then; progress in bytes, of which it has `size`. Raise Rejected at once for a
+    file that is no fleet."""
+    try:
+        next(read_fleet(stream), None)
+        stream.seek(0)
+    except Rejected:
+        stream.close()
+        raise
 
     def act(progress: Progress) -> dict[str, Any]:
         with stream:

@@ -14,7 +14,7 @@ __all__ = ["Guard"]
 _BODY_BYTES = 2 * 1024**2
 # Fleets, which are read as a stream.
 _FLEET_BYTES = 257 * 1024**2
-_FLEETS = ("/api/v1/jobs/import", "/import")
+_FLEETS = ("/api/v1/imports", "/import")
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'{styles}; img-src 'self' data:; font-src 'self'; "
     "connect-src 'self'; manifest-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+
 from uplinkd.admin.access import Attempts
 from uplinkd.admin.figures import Figures
 from uplinkd.admin.jobs import Jobs
 from uplinkd.core.model import Census, Device, State
-from uplinkd.engine import Bus, Reader, open_reader
-from uplinkd.engine.embedded import Access
+from uplinkd.engine import Bus, Reader
 from uplinkd.registry import Registry
 from uplinkd.settings import Settings
 
@@ -28,7 +29,7 @@ class Office:
     registry: Registry
     bus: Bus
     figures: Figures
-    access: Access
+    open_reader: Callable[[], Awaitable[Reader]]
     jobs: Jobs = field(default_factory=Jobs)
     attempts: Attempts = field(default_factory=Attempts)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
@@ -48,7 +49,7 @@ class Office:
         """Raise Unavailable when the engine does not answer."""
         async with self._opening:
             if self._reader is None:
-                self._reader = await open_reader(self.access)
+                self._reader = await self.open_reader()
         return self._reader
 
     def census(self, product_key: str | None = None) -> Census:

@@ -11,7 +11,7 @@ __all__ = ["describe"]
 
 _DESCRIPTION = """Products, devices, topic classes, messages, refusals, applications and access of an uplinkd server.
 
-Send an API key as `Authorization: Bearer uplk_…`; `uplinkd key create NAME --scope operate` or the console makes one. Errors are
+Send an API key as `Authorization: Bearer uplk_…`; `uplinkd apikey create NAME --scope operate` or the console makes one. Errors are
 problem documents (RFC 9457). Lists give `next`, the `cursor` of the page that follows. What was changed since you saw it is not
 overwritten: send its ETag as If-Match. A creation that is sent twice with the same Idempotency-Key happens once."""
 

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from uplinkd.admin.access import Denied, TooOften
 from uplinkd.core.errors import Conflict, NotFound, Rejected, Stale, Unavailable
@@ -32,6 +33,14 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
 
 class Forbidden(Rejected):
     """Signed in, but not with what this needs."""
+
+
+def _allowed(app: FastAPI, path: str) -> list[str]:
+    """The methods of all routes of this path: Starlette names those of the first alone."""
+    known = app.openapi()["paths"].items()
+    return sorted(
+        {method.upper() for known_path, methods in known if compile_path(known_path)[0].match(path) for method in methods}
+    )
 
 
 def status_of(fault: Exception) -> int:
@@ -78,6 +87,8 @@ def handle_errors(app: FastAPI, page: Page) -> None:
         if fault.status_code == 404:
             return await answer(request, 404, f"there is nothing at {request.url.path}", headers)
         if fault.status_code == 405:
+            if allowed := _allowed(app, request.url.path):
+                headers["Allow"] = ", ".join(allowed)
             return await answer(request, 405, f"{request.method} is not for {request.url.path}", headers)
         return await answer(request, fault.status_code, str(fault.detail), headers)
 

@@ -45,7 +45,9 @@ class RepeatableRoute(APIRoute):
             operators = office_of(request).registry.operators
             key = f"{principal.actor.name}\0{given}"
             body = hashlib.sha256(await request.body()).hexdigest()
-            known = await run_in_threadpool(operators.begin_answer, key, f"{request.url.path}\0{request.url.query}\0{body}")
+            known = await run_in_threadpool(
+                operators.begin_answer, key, f"{request.url.path}\0{request.url.query}\0{body}"
+            )
             if known is not None:
                 return _again(known.body)
             try:
@@ -70,7 +72,9 @@ def _kept(response: Response) -> bytes:
 
 def _again(kept: bytes | None) -> Response:
     if kept is None:
-        raise Conflict(f"a request with this {HEADER} is under way, or its outcome is not known; look before you repeat it")
+        raise Conflict(
+            f"a request with this {HEADER} is under way, or its outcome is not known; look before you repeat it"
+        )
     document = json.loads(kept)
     headers = {**document["headers"], "Idempotency-Replayed": "true"}
     return Response(base64.b64decode(document["body"]), document["status"], headers)

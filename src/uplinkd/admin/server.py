@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -26,6 +27,7 @@ from uplinkd.admin.guard import Guard
 from uplinkd.admin.office import Office
 from uplinkd.admin.openapi import describe
 from uplinkd.admin.problems import handle_errors
+from uplinkd.engine import open_reader
 from uplinkd.engine.bus import NatsBus
 from uplinkd.engine.embedded import Access
 from uplinkd.metrics import Metrics
@@ -75,7 +77,13 @@ async def _serve(task: ConsoleTask) -> None:
     registry = open_registry(task.settings)
     bus = NatsBus(task.access, "uplinkd console")
     figures = Figures(task.metrics.read)
-    office = Office(settings=task.settings, registry=registry, bus=bus, figures=figures, access=task.access)
+    office = Office(
+        settings=task.settings,
+        registry=registry,
+        bus=bus,
+        figures=figures,
+        open_reader=functools.partial(open_reader, task.access),
+    )
     server = _server(application(office), task.context)
 
     def stop() -> None:
@@ -88,7 +96,7 @@ async def _serve(task: ConsoleTask) -> None:
     if task.context:
         duties.append(asyncio.create_task(renew(task.context, task.certificates)))
     serving = asyncio.create_task(server.serve([task.socket]))
-    while not server.started and not serving.done():
+    while not server.started and not serving.done():  # noqa: ASYNC110 - uvicorn sets a flag, and no event
         await asyncio.sleep(0.005)
     task.ready.send_bytes(b"ready")
     await serving

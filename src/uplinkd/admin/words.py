@@ -42,7 +42,7 @@ def catalogue(language: str) -> dict[str, str]:
         return {}
     with path.open("rb") as file:
         found = read_po(file, locale=language)
-    return {message.id: message.string for message in found if isinstance(message.id, str) and message.string}  # type: ignore[misc]
+    return {str(message.id): str(message.string) for message in found if message.id}
 
 
 def translated(language: str, text: str) -> str:

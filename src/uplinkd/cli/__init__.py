@@ -19,6 +19,8 @@ COMMANDS = {
     "device": ("uplinkd.cli.devices", "device"),
     "topic": ("uplinkd.cli.topics", "topic"),
     "app": ("uplinkd.cli.apps", "app"),
+    "apikey": ("uplinkd.cli.access", "apikey"),
+    "user": ("uplinkd.cli.access", "user"),
     "messages": ("uplinkd.cli.messages", "messages"),
     "send": ("uplinkd.cli.send", "send"),
     "logs": ("uplinkd.cli.logs", "logs"),

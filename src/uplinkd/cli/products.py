@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
+import os
 from collections.abc import Iterator
 
 import click
 
 from uplinkd.cli.common import json_option, local_time, print_json, print_table, settings_options
 from uplinkd.core.model import Product
+from uplinkd.core.operators import Actor, acting
 from uplinkd.registry import Registry, open_registry
 from uplinkd.settings import Settings
 
@@ -21,10 +24,18 @@ registry_options = settings_options("database_url", "secret_key")
 def opened(settings: Settings) -> Iterator[Registry]:
     """The registry for one command; a running server sees what it changes within a second."""
     registry = open_registry(settings)
+    acting.set(Actor(_me(), "cli"))
     try:
         yield registry
     finally:
         registry.close()
+
+
+def _me() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return f"uid {os.getuid()}"
 
 
 @click.group()

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from typing import Any
 
 import click
 import nats.errors
 
+from uplinkd.asking import PATIENCE_SECONDS, check_down_topic, send_down
 from uplinkd.cli.common import json_option, print_json, printable, settings_options
-from uplinkd.core.errors import Rejected, Unavailable
+from uplinkd.core.errors import Unavailable
 from uplinkd.engine.api import connect, words
 from uplinkd.engine.embedded import Access, access_for
-from uplinkd.sending import send_subject
 from uplinkd.settings import Settings
 
 __all__ = ["send"]
-
-_PATIENCE = 10.0
 
 
 @click.command()
@@ -40,12 +37,10 @@ def send(settings: Settings, pk: str, target: tuple[str, ...], everybody: bool, 
             f"PK {'TOPIC [PAYLOAD]' if everybody else 'DN TOPIC [PAYLOAD]'} is wanted, not {len(target) + 1} words"
         )
     topic, text = target[most - 2], target[most - 1] if len(target) == most else ""
-    _check_topic(topic, pk, None if everybody else target[0])
+    check_down_topic(topic, pk, None if everybody else target[0])
     payload = sys.stdin.buffer.read() if text == "-" else text.encode(errors="surrogateescape")
     with access_for(settings, start=False) as access:
-        answer = asyncio.run(_ask(access, topic, payload))
-    if "error" in answer:
-        raise Rejected(answer["error"])
+        answer = asyncio.run(_send(access, topic, payload))
     if as_json:
         print_json({"topic": topic, **answer})
     elif everybody:
@@ -59,31 +54,21 @@ def send(settings: Settings, pk: str, target: tuple[str, ...], everybody: bool, 
         )
 
 
-def _check_topic(topic: str, pk: str, name: str | None) -> None:
-    """The topic must be of the device that is named: a slip of the hand would reach another."""
-    try:
-        topic.encode()
-    except UnicodeEncodeError as error:
-        raise Rejected(f"topic {topic!r} is not UTF-8") from error
-    if any(char.isspace() or char in "*>+#" or not char.isprintable() for char in topic) or not topic.startswith("/"):
-        raise Rejected(f"topic {topic!r}: it begins with a slash, and has no wildcard and no white space")
-    if name is None:
-        if not topic.startswith(f"/broadcast/{pk}/"):
-            raise Rejected(f"topic {topic!r}: with --all it is /broadcast/{pk}/ and one level more")
-    elif f"/{pk}/{name}" not in topic:
-        raise Rejected(f"topic {topic!r} is not of the device {name!r} of {pk}: it is such as /{pk}/{name}/user/get")
-
-
-async def _ask(access: Access, topic: str, payload: bytes) -> dict[str, Any]:
+async def _send(access: Access, topic: str, payload: bytes) -> dict[str, Any]:
     client = await connect(access, "uplinkd send")
+
+    async def ask(subject: str, payload: bytes) -> bytes:
+        try:
+            answer: bytes = (await client.request(subject, payload, PATIENCE_SECONDS)).data
+        except nats.errors.NoRespondersError as error:
+            raise Unavailable("no gateway is there to send it; start one with `uplinkd serve`") from error
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            raise Unavailable(f"no gateway has answered: {words(error)}; whether it was sent is not known") from error
+        else:
+            return answer
+
     try:
-        answer: dict[str, Any] = json.loads((await client.request(send_subject(topic), payload, _PATIENCE)).data)
-    except nats.errors.NoRespondersError as error:
-        raise Unavailable("no gateway is there to send it; start one with `uplinkd serve`") from error
-    except (nats.errors.Error, OSError, TimeoutError) as error:
-        raise Unavailable(f"no gateway has answered: {words(error)}; whether it was sent is not known") from error
-    else:
-        return answer
+        return await send_down(ask, topic, payload)
     finally:
         await client.close()
         await asyncio.sleep(0)  # its transport closes in the next turn of the loop

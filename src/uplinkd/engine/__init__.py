@@ -3,7 +3,7 @@ gateways tell each other. A Protocol for each of these four."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,11 +18,13 @@ __all__ = [
     "Bus",
     "Done",
     "Downlink",
+    "Glimpse",
     "Handler",
     "Publisher",
     "Query",
     "Reader",
     "SessionRecord",
+    "StreamState",
     "Told",
     "Waiting",
     "open_publisher",
@@ -38,12 +40,32 @@ Done = Callable[[int, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """Which stored messages: of a product, of one device of it, of one exact topic; stored at or after `since` (ms)."""
+    """Which stored messages: of a product, of one device of it, of one exact topic; stored at or after `since` and not after
+    `until` (ms); with ids below `before`."""
 
     product_key: str | None = None
     device_name: str | None = None
     topic: str | None = None
     since: int | None = None
+    until: int | None = None
+    before: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamState:
+    """How much is stored: messages, and bytes on disk."""
+
+    messages: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Glimpse:
+    """What has been stored since the one before: the newest `messages`, oldest of them first, and how many older ones were
+    skipped for them."""
+
+    messages: list[Message]
+    skipped: int
 
 
 class Publisher(Protocol):
@@ -72,6 +94,15 @@ class Reader(Protocol):
 
     def follow(self, query: Query) -> AsyncIterator[Message]:
         """Messages that match as they are stored, for ever; from `query.since` where given, else from now."""
+
+    def tail(self, query: Query, *, most: int = 50, pause: float = 0.25) -> AsyncGenerator[Glimpse]:
+        """The same for people who watch: at most `most` messages in `pause` seconds, however many are stored. At least every
+        few seconds one comes, be it empty."""
+
+    async def by_id(self, message_id: int) -> Message | None:
+        """The message, None when it is not stored (any more)."""
+
+    async def state(self) -> StreamState: ...
 
 
 @dataclass(frozen=True, slots=True)

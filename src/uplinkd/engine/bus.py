@@ -133,6 +133,8 @@ class NatsBus:
             answer = await client.request(
                 subject, payload, timeout=patience, headers=dict(headers) if headers else None
             )
+        except nats.errors.NoRespondersError as error:
+            raise Unavailable("no gateway is there to do it") from error
         except (nats.errors.Error, OSError, TimeoutError) as error:
             raise Unavailable(f"the engine does not answer: {words(error)}") from error
         return _told(answer)

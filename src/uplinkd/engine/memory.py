@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 
 from uplinkd.core.errors import Unavailable
 from uplinkd.core.model import DeviceName, Message, Origin, ProductKey
 from uplinkd.core.subjects import from_subject
 from uplinkd.core.topics import owner
-from uplinkd.engine import ORIGIN_HEADER, Done, Handler, Query, SessionRecord, Told, Waiting
+from uplinkd.engine import ORIGIN_HEADER, Done, Glimpse, Handler, Query, SessionRecord, StreamState, Told, Waiting
 from uplinkd.engine.reader import check, matches
 from uplinkd.engine.stream import new_base
 
@@ -72,6 +72,21 @@ class MemoryEngine:
     async def latest(self, query: Query, limit: int) -> list[Message]:
         check(query)
         return [message for message in self._messages if matches(query, message)][-limit:]
+
+    async def by_id(self, message_id: int) -> Message | None:
+        return next((message for message in self._messages if message.id == message_id), None)
+
+    async def state(self) -> StreamState:
+        return StreamState(len(self._messages), sum(len(message.payload) for message in self._messages))
+
+    async def tail(self, query: Query, *, most: int = 50, pause: float = 0.25) -> AsyncGenerator[Glimpse]:
+        check(query)
+        last = self._next - 1
+        while True:
+            await asyncio.sleep(pause)
+            found = [each for each in self._messages if each.id > last and matches(query, each)]
+            last = self._next - 1
+            yield Glimpse(found[-most:], len(found[:-most]))
 
     async def follow(self, query: Query) -> AsyncIterator[Message]:
         check(query)

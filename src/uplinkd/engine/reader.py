@@ -7,6 +7,7 @@ sequence is found by interpolation, and by halving where messages are spread une
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import re
@@ -24,7 +25,7 @@ from uplinkd.core.errors import Refused, Rejected, Unavailable
 from uplinkd.core.model import DeviceName, Message, Origin, ProductKey
 from uplinkd.core.subjects import filters_of, from_subject, to_subject
 from uplinkd.core.topics import owner, parse
-from uplinkd.engine import ORIGIN_HEADER, Query
+from uplinkd.engine import ORIGIN_HEADER, Glimpse, Query, StreamState
 from uplinkd.engine.api import NotThere, call, connect, in_words
 from uplinkd.engine.embedded import Access
 from uplinkd.engine.stream import STREAM, base_of
@@ -66,6 +67,8 @@ def matches(query: Query, message: Message) -> bool:
         and (query.device_name is None or message.device_name == query.device_name)
         and (query.topic is None or message.topic == query.topic)
         and (query.since is None or message.generate_time >= query.since)
+        and (query.until is None or message.generate_time <= query.until)
+        and (query.before is None or message.id < query.before)
     )
 
 
@@ -90,11 +93,26 @@ class JetStreamReader:
                 await client.close()
             await asyncio.sleep(0)  # its transport closes in the next turn of the loop
 
-    async def count(self) -> int:
-        """How many messages are stored."""
+    async def state(self) -> StreamState:
+        """How much is stored; raise Unavailable when the engine is away."""
         with in_words():
             stream = await self._stream()
-        return int(stream["state"]["messages"]) if stream else 0
+        return StreamState(stream["state"]["messages"], stream["state"]["bytes"]) if stream else StreamState(0, 0)
+
+    async def by_id(self, message_id: int) -> Message | None:
+        """The message; None for an id that is not this stream's, or of a message that is gone."""
+        with in_words():
+            stream = await self._stream()
+            if stream is None:
+                return None
+            base = base_of(stream["config"])
+            if not stream["state"]["first_seq"] <= message_id - base <= stream["state"]["last_seq"]:
+                return None
+            try:
+                answer = await self._call(f"STREAM.MSG.GET.{STREAM}", {"seq": message_id - base})
+            except NotThere:
+                return None
+        return _stored_message(answer["message"], base)
 
     async def latest(self, query: Query, limit: int) -> list[Message]:
         """The newest `limit` messages that match, oldest of them first. Raise Unavailable when the engine is away."""
@@ -105,8 +123,9 @@ class JetStreamReader:
             filters = await self._filters(query)
             if stream is None or not filters:
                 return []
-            consumer, pending = await self._newest(filters, limit, stream["state"], query.since)
             base, taken = base_of(stream["config"]), -1
+            end = await self._end(query, base, stream["state"])
+            consumer, pending = await self._newest(filters, limit, stream["state"]["first_seq"], end, query.since)
             while pending > 0 and taken:
                 taken = 0
                 async with contextlib.aclosing(
@@ -147,6 +166,80 @@ class JetStreamReader:
                 await self.close()
             await asyncio.sleep(_PAUSE_SECONDS)
 
+    async def tail(self, query: Query, *, most: int = 50, pause: float = 0.25) -> AsyncGenerator[Glimpse]:
+        """What is stored from now on, in parts for people: where more than `most` come in a `pause`, the newest are taken and the
+        others counted. An engine that is away is waited for."""
+        check(query)
+        start: int | None = None
+        base = 0
+        while True:
+            try:
+                with in_words():
+                    stream = await self._stream()
+                    if stream is not None:
+                        if base_of(stream["config"]) != base:  # the first look, or another stream
+                            start = stream["state"]["last_seq"] + 1 if start is None else 1
+                            base = base_of(stream["config"])
+                        assert start is not None
+                        async with contextlib.aclosing(self._glimpses(query, base, start, most, pause)) as glimpses:
+                            async for glimpse in glimpses:
+                                if glimpse.messages:
+                                    start = glimpse.messages[-1].id - base + 1
+                                yield glimpse
+            except Unavailable:
+                await self.close()
+                yield Glimpse([], 0)
+            await asyncio.sleep(_PAUSE_SECONDS)
+
+    async def _glimpses(self, query: Query, base: int, start: int, most: int, pause: float) -> AsyncGenerator[Glimpse]:
+        """Raise Unavailable when the consumer is gone."""
+        filters = await self._filters(query)
+        if not filters:  # of a device that has never reported
+            await asyncio.sleep(_PULL_SECONDS)
+            yield Glimpse([], 0)
+            return
+        consumer, behind = await self._consumer(filters, start, None)
+        while True:
+            skipped = 0
+            if behind > 2 * most:
+                stream = await self._stream()
+                if stream is None:
+                    return
+                await self._forget(consumer)
+                consumer, left = await self._newest(filters, most, start, stream["state"]["last_seq"] + 1, None)
+                skipped, behind = max(0, behind - left), left
+            found: list[Message] = []
+            for batch, wait in ((1, True), (most, False)):  # the first is waited for, the others are there or not
+                async with contextlib.aclosing(self._pull(consumer, base, batch, wait=wait)) as messages:
+                    async for message in messages:
+                        start = message.id - base + 1
+                        if matches(query, message):
+                            found.append(message)
+                if not found:
+                    break
+            yield Glimpse(found[-most:], skipped + len(found[:-most]))
+            if found:
+                await asyncio.sleep(pause)
+                behind = await self._behind(consumer)
+
+    async def _behind(self, consumer: str) -> int:
+        """How many messages that match the consumer has not seen yet."""
+        return int((await self._call(f"CONSUMER.INFO.{STREAM}.{consumer}"))["num_pending"])
+
+    async def _end(self, query: Query, base: int, state: dict[str, Any]) -> int:
+        """The sequence before which the messages lie that `query` asks for."""
+        end = int(state["last_seq"]) + 1
+        if query.before is not None:
+            end = min(end, max(query.before - base, 0))
+        if query.until is not None:
+            consumer, pending = await self._consumer(filters_of(None, None), 1, query.until + 1)
+            if pending:
+                async with contextlib.aclosing(self._pull(consumer, base, 1, wait=False)) as messages:
+                    async for message in messages:
+                        end = min(end, message.id - base)
+            await self._forget(consumer)
+        return end
+
     async def _arriving(self, query: Query, base: int, start: int, since: int | None) -> AsyncGenerator[Message]:
         """Messages from `start` on as they are stored; it raises Unavailable when the consumer is gone."""
         anywhere = query.topic is None and query.product_key is None
@@ -174,21 +267,25 @@ class JetStreamReader:
             raise Rejected(f"device {query.device_name!r} is in too many products; name one with --product")
         return mine
 
-    async def _newest(
-        self, filters: list[str], limit: int, state: dict[str, Any], since: int | None
-    ) -> tuple[str, int]:
-        """A consumer that begins where at least `limit` matching messages follow (or all there are) and not many more.
+    async def _newest(self, filters: list[str], limit: int, low: int, end: int, since: int | None) -> tuple[str, int]:
+        """A consumer that begins where at least `limit` matching messages follow (or all there are) before the sequence `end`,
+        and not many more; it looks from the sequence `low`, or from the time `since`.
 
-        With it how many follow.
+        With it how many follow before `end`.
         """
         most = 2 * limit + 100
-        low, high = max(1, state["first_seq"]), state["last_seq"] + 1
-        end, halve = high, False
+        low, high, halve = max(1, low), end, False
+        beyond = 0
+        if end > low:
+            after, beyond = await self._consumer(filters, end, None)
+            await self._forget(after)
         consumer, pending = await self._consumer(filters, low, since)
+        pending = max(0, pending - beyond) if end > low else 0
         while pending > most and high - low > 1:
             middle = (low + high) // 2 if halve else end - (end - low) * (limit + most) // (2 * pending)
             middle = min(max(middle, low + 1), high - 1)
             trial, count = await self._consumer(filters, middle, None)
+            count = max(0, count - beyond)
             if count < limit:
                 high, unwanted = middle, trial
             else:
@@ -265,14 +362,30 @@ def _message(message: Msg, base: int) -> Message:
     newer servers may put a domain and an account in front, and a token behind."""
     tokens = message.reply.split(".")
     at = tokens.index(STREAM)
-    topic = from_subject(message.subject)
+    origin = (message.headers or {}).get(ORIGIN_HEADER)
+    return _made(base + int(tokens[at + 3]), message.subject, int(tokens[at + 5]) // 10**6, message.data, origin)
+
+
+def _stored_message(document: dict[str, Any], base: int) -> Message:
+    """From what STREAM.MSG.GET answers: headers and data are base64, the time has nanoseconds."""
+    headers = base64.b64decode(document.get("hdrs", "")).decode(errors="replace")
+    origin = re.search(rf"^{ORIGIN_HEADER}: *(\w+)", headers, re.MULTILINE)
+    moment = datetime.fromisoformat(re.sub(r"\.\d+", "", document["time"]))
+    fraction = re.search(r"\.(\d{1,3})", document["time"])
+    milliseconds = round(moment.timestamp()) * 1000 + (int(fraction[1].ljust(3, "0")) if fraction else 0)
+    payload = base64.b64decode(document.get("data", ""))
+    return _made(base + document["seq"], document["subject"], milliseconds, payload, origin and origin[1])
+
+
+def _made(message_id: int, subject: str, at: int, payload: bytes, origin: str | None) -> Message:
+    topic = from_subject(subject)
     product_key, device_name = owner(topic)
     return Message(
-        id=base + int(tokens[at + 3]),
+        id=message_id,
         topic=topic,
         product_key=ProductKey(product_key),
         device_name=DeviceName(device_name),
-        generate_time=int(tokens[at + 5]) // 10**6,
-        payload=message.data,
-        origin=Origin((message.headers or {}).get(ORIGIN_HEADER, Origin.HTTPS)),
+        generate_time=at,
+        payload=payload,
+        origin=Origin(origin or Origin.HTTPS),
     )

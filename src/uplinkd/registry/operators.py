@@ -134,7 +134,7 @@ class SqlOperators:
             row = connection.execute(select(api_keys).where(api_keys.c.name == name)).one()
         return _key(row), key
 
-    def keys(self) -> list[ApiKey]:
+    def api_keys(self) -> list[ApiKey]:
         with self._reading() as connection:
             return [_key(row) for row in connection.execute(select(api_keys).order_by(api_keys.c.id))]
 
@@ -152,7 +152,7 @@ class SqlOperators:
     def delete_key(self, name: str) -> None:
         with self._writing() as connection:
             if not connection.execute(delete(api_keys).where(api_keys.c.name == name)).rowcount:
-                raise NotFound(f"there is no API key {name!r}; `uplinkd key list` shows them")
+                raise NotFound(f"there is no API key {name!r}; `uplinkd apikey list` shows them")
             audit.note(connection, "key.delete", name)
 
     # what was done

@@ -1,0 +1,334 @@
+"""The console's pages: who gets in, what forms do, and that what people and devices write stays text."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+
+import pytest
+
+from tests.admin.conftest import PASSWORD, House
+from uplinkd.admin.access import first_password, hash_password
+from uplinkd.core.operators import Role
+
+PAGES = [
+    "/",
+    "/products",
+    "/products/{pk}",
+    "/products/{pk}/topics",
+    "/products/{pk}/keys",
+    "/products/{pk}/settings",
+    "/products/{pk}/devices/lamp-0001",
+    "/live",
+    "/messages",
+    "/logs",
+    "/codes",
+    "/workbench",
+    "/access",
+    "/users",
+    "/audit",
+    "/settings",
+    "/jobs",
+    "/password",
+]
+ADMINS = {"/users", "/audit", "/settings"}
+
+
+def product_with_device(house: House) -> str:
+    product = house.registry.create_product("my lamps")
+    house.registry.create_device(product.key, "lamp-0001")
+    return str(product.key)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+async def test_every_page_answers_in_both_languages(house: House, language: str) -> None:
+    """Without a secret in it."""
+    pk = product_with_device(house)
+    secret = house.registry.device(pk, "lamp-0001").secret
+    await house.stored(f"/{pk}/lamp-0001/user/update", b'{"on":true}')
+    await house.refused(product_key=pk, device_name="lamp-0001")
+    async with house.signed_in() as browser:
+        for path in PAGES:
+            page = await browser.get(path.format(pk=pk), headers={"Accept-Language": language})
+            assert page.status_code == 200, (path, page.text)
+            assert f'<html lang="{"zh-CN" if language == "zh" else "en"}"' in page.text
+            assert secret not in page.text, path
+            assert ("退出登录" in page.text) is (language == "zh")
+
+
+async def test_roles_decide_what_is_shown_and_done(house: House) -> None:
+    """A viewer looks, and sees no button that would be refused; forms posted all the same are refused."""
+    pk = product_with_device(house)
+    device = f"/products/{pk}/devices/lamp-0001"
+    async with house.signed_in(Role.VIEWER) as viewer, house.signed_in(Role.OPERATOR) as operator:
+        assert "Reset secret" not in (await viewer.get(device)).text
+        assert "Reset secret" in (await operator.get(device)).text
+        for act in ("disable", "reset", "delete", "secret", "send"):
+            assert (await viewer.post(f"{device}/{act}", topic="x", payload="x")).status_code == 403
+        assert (await viewer.get(f"{device}/snippets/curl")).status_code == 403
+        assert (await viewer.get(f"/products/{pk}/devices.csv")).status_code == 403
+        assert (await viewer.post("/products", name="more lamps")).status_code == 403
+        for path in ADMINS:
+            assert (await operator.get(path)).status_code == 403
+        assert (await operator.post("/access/keys", name="x", scope="admin")).status_code == 403
+        assert (await operator.post("/users", name="x", role="admin")).status_code == 403
+    assert house.registry.device(pk, "lamp-0001").enabled
+
+
+async def test_nobody_gets_in_without_signing_in(house: House) -> None:
+    """Pages lead to the sign-in, and from there back; to this server alone."""
+    async with house.client() as nobody:
+        answer = await nobody.get("/products?q=x")
+        assert (answer.status_code, answer.headers["Location"]) == (303, "/sign-in?back=%2Fproducts%3Fq%3Dx")
+        assert (await nobody.post("/products", data={"name": "more lamps"})).status_code == 401
+        house.registry.operators.create_user("eve", Role.VIEWER, hash_password(PASSWORD), one_time=False)
+        for elsewhere in ("https://evil.example", "//evil.example", "/\\evil.example", "javascript:alert(1)"):
+            data = {"name": "eve", "password": PASSWORD, "back": elsewhere}
+            assert (await nobody.post("/sign-in", data=data)).headers["Location"] == "/"
+
+
+async def test_the_first_password_is_good_for_one_sign_in(house: House) -> None:
+    """Until its owner has chosen another, nothing else is open; a lost one is replaced at the next start."""
+    operators = house.registry.operators
+    lost, password = first_password(operators), first_password(operators)
+    assert lost != password
+    async with house.client() as client:
+        data = {"name": "admin", "password": lost}
+        assert (await client.post("/sign-in", data=data)).status_code == 401
+        data["password"] = password
+        signed_in = await client.post("/sign-in", data=data)
+        assert signed_in.headers["Location"] == "/password"
+        cookie = signed_in.headers["Set-Cookie"]
+        assert "HttpOnly" in cookie
+        assert "SameSite=lax" in cookie
+        assert (await client.get("/products")).headers["Location"] == "/password"
+        assert (await client.get("/api/v1/products")).status_code == 403
+        form = re.search(r'name="csrf" value="(\w+)"', (await client.get("/password")).text)
+        assert form
+        short = {"csrf": form[1], "old": password, "new": "short", "again": "short"}
+        assert "at least 10 characters" in (await client.post("/password", data=short)).text
+        chosen = {"csrf": form[1], "old": password, "new": PASSWORD, "again": PASSWORD}
+        assert (await client.post("/password", data=chosen)).headers["Location"] == "/sign-in?done=password"
+        assert (await client.get("/products")).headers["Location"].startswith("/sign-in")
+    assert first_password(operators) is None
+
+
+async def test_guessing_passwords_is_slowed_down(house: House) -> None:
+    """Ten a minute for one user from one address; the right one is refused then, too, and others are not."""
+    operators = house.registry.operators
+    for name in ("alice", "bob"):
+        operators.create_user(name, Role.VIEWER, hash_password(PASSWORD), one_time=False)
+    async with house.client() as client:
+        codes = [
+            (await client.post("/sign-in", data={"name": "alice", "password": f"wrong {number}"})).status_code
+            for number in range(10)
+        ]
+        assert codes == [401] * 10
+        refused = await client.post("/sign-in", data={"name": "alice", "password": PASSWORD})
+        assert refused.status_code == 429
+        assert "too many attempts" in refused.text
+        assert (await client.post("/sign-in", data={"name": "bob", "password": PASSWORD})).status_code == 303
+    entries = operators.audit(action="session.refused", limit=100)
+    assert len(entries) == 10
+    assert "wrong" not in str(entries)
+
+
+async def test_a_form_of_another_site_does_nothing(house: House) -> None:
+    """No CSRF token, another session's, or a browser that says where the request comes from."""
+    async with house.signed_in() as browser, house.signed_in() as other:
+        for csrf in ("", "0" * 64):
+            assert (await browser.client.post("/products", data={"name": "more lamps", "csrf": csrf})).status_code == 403
+        from uplinkd.admin.access import csrf_token
+
+        foreign = csrf_token(other.client.cookies["uplinkd_session"])
+        assert (await browser.client.post("/products", data={"name": "more lamps", "csrf": foreign})).status_code == 403
+        said = await browser.client.post("/sign-out", headers={"Sec-Fetch-Site": "cross-site"})
+        assert said.status_code == 403
+        assert house.registry.products() == []
+        assert (await browser.post("/products", name="more lamps")).status_code == 303
+
+
+async def test_signing_out_ends_the_session_itself(house: House) -> None:
+    """Who has copied the cookie has nothing."""
+    async with house.signed_in() as browser:
+        cookie = browser.client.cookies["uplinkd_session"]
+        await browser.post("/sign-out")
+        async with house.client(Cookie=f"uplinkd_session={cookie}") as thief:
+            assert (await thief.get("/products")).status_code == 303
+
+
+async def test_headers_keep_browsers_strict(house: House) -> None:
+    """On pages, on errors, on the API."""
+    async with house.client() as client:
+        for path in ("/sign-in", "/nothing", "/api/v1/products", "/static/console.css", "/healthz"):
+            headers = (await client.get(path)).headers
+            assert "default-src 'none'" in headers["Content-Security-Policy"]
+            assert "unsafe" not in headers["Content-Security-Policy"]
+            assert headers["X-Frame-Options"] == "DENY"
+            assert headers["X-Content-Type-Options"] == "nosniff"
+            assert (headers.get("Cache-Control") == "no-store") is not path.startswith("/static")
+        assert "Server" not in (await client.get("/sign-in")).headers
+
+
+async def test_pages_load_nothing_from_elsewhere(house: House) -> None:
+    """Every address in a page or its static files is of this server."""
+    pk = product_with_device(house)
+    async with house.signed_in() as browser:
+        texts = [(await browser.get(path.format(pk=pk))).text for path in [*PAGES, "/api/v1/docs"]]
+        texts += [(await browser.get(f"/static/{name}")).text for name in ("console.css", "console.js", "chart.js", "live.js")]
+    for text in texts:
+        for url in re.findall(r"""(?:src|href|action)=["']([^"']+)|url\(([^)]+)\)|from "([^"]+)\"""", text):
+            assert re.match(r"/|#|\./|\?|data:", "".join(url)), url
+
+
+async def test_what_devices_and_people_write_stays_text(house: House) -> None:
+    """A payload, a topic, a reason, a name that looks like HTML is shown as it is."""
+    evil = "<script>alert(1)</script>"
+    pk = product_with_device(house)
+    house.registry.rename_product(pk, "<b>&quot;lamps</b>")
+    number = await house.stored(f"/{pk}/lamp-0001/user/update", evil.encode())
+    await house.refused(reason=evil, product_key=pk, device_name=evil, topic=f'/{pk}/"onload=x')
+    async with house.signed_in() as browser:
+        for path in ("/", "/messages", f"/messages/{number}", "/logs", f"/products/{pk}", f"/products/{pk}/devices/lamp-0001"):
+            text = (await browser.get(path)).text
+            assert evil not in text, path
+            assert "<b>&quot;" not in text
+        assert "&lt;script&gt;" in (await browser.get("/messages")).text
+        assert (await browser.post("/workbench", text=evil)).status_code == 200
+
+
+async def test_the_acts_on_a_device(house: House) -> None:
+    """Each does what its button says; an old page does not undo what somebody did meanwhile."""
+    pk = product_with_device(house)
+    device, registry = f"/products/{pk}/devices/lamp-0001", house.registry
+    async with house.signed_in(Role.OPERATOR) as browser:
+        before = registry.device(pk, "lamp-0001")
+        assert (await browser.post(f"{device}/disable", version=before.version)).status_code == 303
+        assert not registry.device(pk, "lamp-0001").enabled
+        stale = await browser.post(f"{device}/enable", version=before.version)
+        assert (stale.status_code, "changed meanwhile" in stale.text) == (400, True)
+        assert (await browser.post(f"{device}/enable")).status_code == 303
+        shown = await browser.post(f"{device}/secret")
+        assert before.secret in shown.text
+        renewed = await browser.post(f"{device}/reset")
+        secret = registry.device(pk, "lamp-0001").secret
+        assert secret != before.secret
+        assert secret in renewed.text
+        snippet = await browser.get(f"{device}/snippets/python")
+        assert secret in snippet.text
+        sent = await browser.post(f"{device}/send", topic=f"/{pk}/lamp-0001/user/get", payload='{"on":false}')
+        assert (sent.status_code, "it waits for the device" in sent.text) == (200, True)
+        wrong = await browser.post(f"{device}/send", topic="/elsewhere", payload="x")
+        assert (wrong.status_code, "is not of the device" in wrong.text) == (400, True)
+        assert (await browser.post(f"{device}/delete")).headers["Location"] == f"/products/{pk}?done=device.delete"
+        assert (await browser.get(device)).status_code == 404
+    actions = [entry.action for entry in registry.operators.audit(target=f"{pk}/lamp-0001", limit=100)]
+    assert actions == [
+        "device.delete",
+        "message.send",
+        "device.secret",
+        "device.reset-secret",
+        "device.secret",
+        "device.enable",
+        "device.disable",
+        "device.create",
+    ]
+
+
+async def test_products_topics_and_apps_by_forms(house: House) -> None:
+    """Made, changed, deleted; what breaks a rule is said on the page."""
+    async with house.signed_in() as browser:
+        made = await browser.post("/products", name="my lamps")
+        pk = made.headers["Location"].split("/")[2].split("?")[0]
+        again = await browser.post("/products", name="my lamps")
+        assert (again.status_code, "there is a product named" in again.text) == (400, True)
+        assert (await browser.post(f"/products/{pk}/topics", levels="user/report", right="publish")).status_code == 303
+        bad = await browser.post(f"/products/{pk}/topics", levels="a b", right="publish")
+        assert (bad.status_code, "letters, digits and underscores" in bad.text) == (400, True)
+        assert (await browser.post(f"/products/{pk}/topics/remove", levels="user/report")).status_code == 303
+        assert house.registry.product(pk).secret in (await browser.post(f"/products/{pk}/keys")).text
+        version = house.registry.product(pk).version
+        assert (await browser.post(f"/products/{pk}/settings", name="our lamps", version=version)).status_code == 303
+        stale = await browser.post(f"/products/{pk}/settings", name="their lamps", version=version)
+        assert stale.status_code == 400
+        app = await browser.post("/access/apps", name="billing", products=pk, sends="1")
+        assert re.search(r"shown this once", app.text)
+        version = house.registry.app("billing").version
+        assert (await browser.post("/access/apps/billing/products", version=version)).status_code == 303
+        assert house.registry.app("billing").products == ()
+        assert (await browser.post("/access/apps/billing/delete")).status_code == 303
+        key = await browser.post("/access/keys", name="ci", scope="read")
+        assert "uplk_" in key.text
+        assert (await browser.post("/access/keys/ci/delete")).status_code == 303
+        user = await browser.post("/users", name="eve", role="viewer")
+        assert "The one-time password of eve" in user.text
+        assert (await browser.post("/users/eve/role", role="operator")).status_code == 303
+        assert (await browser.post("/users/eve/password")).status_code == 200
+        assert (await browser.post("/users/eve/delete")).status_code == 303
+        wrong = await browser.post(f"/products/{pk}/delete", confirm="something else")
+        assert wrong.status_code == 400
+        job = await browser.post(f"/products/{pk}/delete", confirm=pk)
+        for _ in range(200):
+            page = await browser.get(job.headers["Location"])
+            if 'data-state="done"' in page.text:
+                break
+            await asyncio.sleep(0.02)
+        assert house.registry.products() == []
+
+
+async def test_the_search_box_knows_what_was_typed(house: House) -> None:
+    """A device, a product, a requestId, a messageId."""
+    pk = product_with_device(house)
+    async with house.signed_in(Role.VIEWER) as browser:
+        for text, where in [
+            ("lamp-0001", f"/products/{pk}/devices/lamp-0001"),
+            ("lamp-", f"/products/{pk}/devices/lamp-0001"),
+            (pk, f"/products/{pk}"),
+            ("my lamps", f"/products/{pk}"),
+            ("0123456789abcdef", "/logs?requestId=0123456789abcdef"),
+            ("1937430198214918145", "/messages/1937430198214918145"),
+            ("nothing like it", "/products?q=nothing+like+it"),
+        ]:
+            assert (await browser.get("/search", params={"q": text})).headers["Location"] == where
+
+
+async def test_a_file_is_imported_by_a_form(house: House) -> None:
+    """With the token of the session, as multipart."""
+    from uplinkd.admin.access import csrf_token
+
+    fleet = b"ProductKey,DeviceName,DeviceSecret\npk,lamp-1,\npk,lamp-2,s3cret\n"
+    async with house.signed_in(Role.OPERATOR) as browser:
+        csrf = csrf_token(browser.client.cookies["uplinkd_session"])
+        answer = await browser.client.post("/import", data={"csrf": csrf}, files={"file": ("fleet.csv", fleet)})
+        assert answer.status_code == 303, answer.text
+        for _ in range(200):
+            page = (await browser.get(answer.headers["Location"])).text
+            if 'data-state="running"' not in page:
+                break
+            await asyncio.sleep(0.02)
+        assert 'data-state="done"' in page
+        refused = await browser.client.post("/import", data={"csrf": csrf}, files={"file": ("x.csv", b"a,b\n")})
+        assert (refused.status_code, "ProductKey is missing" in refused.text) == (400, True)
+    assert house.registry.device("pk", "lamp-2").secret == "s3cret"
+
+
+async def test_an_engine_that_is_away_leaves_the_console_standing(house: House) -> None:
+    """Pages say so, within a moment; what needs no message goes on."""
+    from uplinkd.core.errors import Unavailable
+
+    async def away() -> None:
+        raise Unavailable("the engine does not answer: it is away")
+
+    house.office.open_reader = away  # type: ignore[assignment]
+    pk = product_with_device(house)
+    async with house.signed_in() as browser:
+        begun = time.monotonic()
+        assert "does not answer" in (await browser.get("/")).text
+        assert "it is away" in (await browser.get(f"/products/{pk}/devices/lamp-0001")).text
+        assert "it is away" in (await browser.get("/messages")).text
+        assert (await browser.get("/messages/1937430198214918145")).status_code == 503
+        ready = await browser.get("/readyz")
+        assert (ready.status_code, "it is away" in ready.text) == (503, True)
+        assert (await browser.get("/healthz")).status_code == 200
+        assert time.monotonic() - begun < 8
