@@ -1,7 +1,7 @@
 """The supervisor: prepares the data folder, starts the engine and the workers, restarts what dies, stops in order.
 
 It forks its workers and so stays without threads and without an event loop. Everything that workers share (sockets, the TLS
-context with its ticket keys, the flow control table) is made here, before the first fork, and outlives any of them.
+context with its ticket keys, the flow control table, the metrics) is made here, before the first fork, and outlives any of them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.engine.embedded import Access, EmbeddedServer
 from uplinkd.flow import Flow
 from uplinkd.listener import Port
+from uplinkd.metrics import Metrics
 from uplinkd.ports import patiently, probe
 from uplinkd.registry import open_registry
 from uplinkd.settings import Settings, address, reachable
@@ -109,12 +110,11 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
             access = engine.access
         flow = Flow(settings, shared=count > 1)
         stack.callback(flow.close)
+        metrics = Metrics(count)
+        stack.callback(metrics.close)
 
         doors = _Doors([(tls, context), (plain, None)], [(mqtt, context), (mqtt_plain, None)], count)
-        supervisor = _Supervisor(settings, doors, certificates, flow, access, engine, console)
-        from uplinkd.metrics import Metrics
-
-        supervisor.metrics = Metrics(count)
+        supervisor = _Supervisor(settings, doors, certificates, flow, metrics, access, engine, console)
         with supervisor.signals():
             supervisor.start()
             authority = None if settings.tls_cert else settings.data / "tls" / "ca.pem"
@@ -187,6 +187,7 @@ class _Supervisor:
     doors: _Doors = field(repr=False)
     certificates: list[CertificateFiles]
     flow: Flow
+    metrics: Metrics
     access: Access
     engine: EmbeddedServer | None
     console: socket.socket | None
@@ -194,7 +195,6 @@ class _Supervisor:
     pauses: dict[int, tuple[float, int]] = field(default_factory=dict)
     lifeline: tuple[int, int] = (-1, -1)
     stopping: int = 0
-    metrics: object = None
 
     def start(self) -> None:
         self.lifeline = os.pipe()
@@ -268,7 +268,8 @@ class _Supervisor:
         if self.console:
             self.console.close()
         https, mqtt = self.doors.of(slot)
-        run(Task(slot, self.settings, https, mqtt, self.certificates, self.flow, self.access, ready, self.lifeline[0]))
+        meter, files = self.metrics.meter(slot), self.certificates
+        run(Task(slot, self.settings, https, mqtt, files, self.flow, self.access, meter, ready, self.lifeline[0]))
 
     def _console(self, slot: int, ready: multiprocessing.connection.Connection) -> None:
         """In the new process: look after operators. What it needs is imported here; no worker pays for it."""
@@ -302,6 +303,8 @@ class _Supervisor:
                 log.error("%s %s; it is started again", worker.process.name, _end(how))
                 worker.ready.close()
                 self.flow.heal()
+                if slot < self.doors.workers:
+                    self.metrics.worker_died(slot)
                 self.workers[slot] = None
                 self.pauses[slot] = (now + pause, deaths)
             if self.workers[slot] is None and now >= self.pauses[slot][0]:
@@ -316,6 +319,7 @@ class _Supervisor:
             log.error("nats-server could not be started: %s", fault)  # noqa: TRY400 - the line says all
             time.sleep(1)
         else:
+            self.metrics.engine_restarted()
             log.warning("nats-server is back")
 
 

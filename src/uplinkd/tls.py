@@ -22,12 +22,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from uplinkd.core.errors import Rejected
 from uplinkd.files import FileState, file_state
+from uplinkd.metrics import Meter
 from uplinkd.settings import Settings, address
 
 __all__ = [
     "CIPHERS",
     "CertificateFiles",
     "Renewal",
+    "count_handshakes",
     "ensure_material",
     "operator_context",
     "reissue",
@@ -105,6 +107,72 @@ def operator_context(files: Sequence[CertificateFiles]) -> ssl.SSLContext:
     for pair in files:
         context.load_cert_chain(pair.certificate, pair.key, _no_password)
     return context
+
+
+def count_handshakes(context: ssl.SSLContext, meter: Meter) -> None:
+    """Have the handshakes of connections that are made with `context` from now on counted by `meter`."""
+
+    class Counted(_Counted):
+        pass
+
+    Counted.meter = meter
+    context.sslobject_class = Counted
+
+
+class _Counted(ssl.SSLObject):
+    """Counts how its handshake ended. Of one that never ends, since the peer goes or says nothing, nobody tells it anything but
+    that it is of no use any more."""
+
+    meter: Meter
+    _decided = False
+
+    def do_handshake(self) -> None:
+        try:
+            super().do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except OSError as error:
+            if not self._decided:
+                self._decided = True
+                self.meter.handshake_failed(_why(error))
+            raise
+        if not self._decided:
+            self._decided = True
+            version = self.version() or ""
+            static = version != "TLSv1.3" and not (self.cipher() or ("",))[0].startswith("ECDHE")
+            self.meter.shook_hands(version, "rsa" if static else "ecdhe")
+
+    def __del__(self) -> None:
+        if not self._decided:
+            self.meter.handshake_failed("timeout_or_closed")
+
+
+# OpenSSL's words for what goes wrong while a device says hello; a peer's alert tells what it did not like about us.
+_FAILURES = {
+    "NO_SHARED_CIPHER": "no_shared_cipher",
+    "UNSUPPORTED_PROTOCOL": "unsupported_version",
+    "TLSV1_ALERT_PROTOCOL_VERSION": "unsupported_version",
+    "TLSV1_ALERT_UNKNOWN_CA": "unknown_ca",
+    "SSLV3_ALERT_BAD_CERTIFICATE": "bad_certificate",
+    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": "bad_certificate",
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "bad_certificate",
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "bad_certificate",
+    "HTTP_REQUEST": "http_request",
+    "HTTPS_PROXY_REQUEST": "http_request",
+    "WRONG_VERSION_NUMBER": "not_tls",
+    "UNKNOWN_PROTOCOL": "not_tls",
+    "PACKET_LENGTH_TOO_LONG": "not_tls",
+    "UNEXPECTED_MESSAGE": "not_tls",
+    "BAD_RECORD_TYPE": "not_tls",
+}
+
+
+def _why(error: OSError) -> str:
+    """One of metrics.HANDSHAKE_FAILURES."""
+    if not isinstance(error, ssl.SSLError) or isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        return "timeout_or_closed"
+    reason = error.reason or ""
+    return _FAILURES.get(reason) or ("alert" if "_ALERT_" in reason else "other")
 
 
 class Renewal:

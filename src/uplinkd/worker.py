@@ -31,6 +31,7 @@ from uplinkd.http.protocol import Connection as HttpConnection
 from uplinkd.http.protocol import Door as HttpDoor
 from uplinkd.journal import Journal, Refusal
 from uplinkd.listener import Listener, Port
+from uplinkd.metrics import Meter
 from uplinkd.mqtt.session import Connection as MqttConnection
 from uplinkd.mqtt.session import Door as MqttDoor
 from uplinkd.mqtt.websocket import WebSocket
@@ -41,13 +42,14 @@ from uplinkd.roster import Roster
 from uplinkd.sending import Sending
 from uplinkd.settings import Settings
 from uplinkd.tasks import end_tasks
-from uplinkd.tls import CertificateFiles, renew
+from uplinkd.tls import CertificateFiles, count_handshakes, renew
 
 __all__ = ["DRAIN_SECONDS", "Task", "run"]
 
 log = logging.getLogger("uplinkd")
 
 DRAIN_SECONDS = 4.0
+_MEASURE_SECONDS = 0.25
 _CLOSING_SECONDS = 4.0
 
 
@@ -63,6 +65,7 @@ class Task:
     certificates: list[CertificateFiles]
     flow: Flow
     access: Access
+    meter: Meter = field(repr=False)
     ready: Connection = field(repr=False)
     lifeline: int
 
@@ -86,7 +89,7 @@ async def _serve(task: Task) -> None:
     settings, name = task.settings, str(task.slot)
     registry = open_registry(settings)
     cache = DeviceCache(registry)
-    engine = open_publisher(settings, task.access)
+    engine = open_publisher(settings, task.access, task.meter)
     bus = NatsBus(task.access, f"uplinkd worker {name}")
     downlink = JetStreamDownlink(settings, bus)
     roster = Roster(bus, name)
@@ -107,6 +110,7 @@ async def _serve(task: Task) -> None:
     mqtt = MqttDoor(gateway, roster, downlink, bus, cache, record, _Apps(registry), sending, time.monotonic)
     mqtt.take_limits(settings)
     https = HttpDoor(gateway, Limits.of(settings), record, time.monotonic, settings.access_log)
+    mqtt.meter = https.meter = task.meter
     https.websocket = lambda: WebSocket(lambda: MqttConnection(mqtt))
     doors = [
         Listener(https, lambda: HttpConnection(https), task.https),
@@ -117,7 +121,15 @@ async def _serve(task: Task) -> None:
     await presence.start()
     duties = [
         asyncio.create_task(duty)
-        for duty in (bus.run(), cache.run(), journal.run(), presence.run(), downlink.run(), *map(Listener.run, doors))
+        for duty in (
+            bus.run(),
+            cache.run(),
+            journal.run(),
+            presence.run(),
+            downlink.run(),
+            *map(Listener.run, doors),
+            _measure(task.meter, https, mqtt),
+        )
     ]
     if task.access.file and settings.nats_listen:
         callout = Callout(registry, task.access, account_key(task.access.file.parent))
@@ -125,6 +137,7 @@ async def _serve(task: Task) -> None:
         duties.append(asyncio.create_task(callout.run()))
     if context := next((context for _, context in [*task.https, *task.mqtt] if context), None):
         duties.append(asyncio.create_task(renew(context, task.certificates)))
+        count_handshakes(context, task.meter)
     for door in doors:
         await door.start()
     task.ready.send_bytes(b"ready")
@@ -142,11 +155,23 @@ async def _serve(task: Task) -> None:
     await engine.stop()
     failed = [duty for duty in duties if duty.done() and not duty.cancelled()]
     await end_tasks(stopped, *duties)
+    task.meter.flush()
+    task.meter.rest()
     await journal.close()
     await cache.close()
     registry.close()
     for duty in failed:
         duty.result()
+
+
+async def _measure(meter: Meter, https: HttpDoor, mqtt: MqttDoor) -> None:
+    """Keep the meter up to date; in between the hot path only takes notes."""
+    while True:
+        meter.connected("https", len(https.connections))
+        meter.connected("mqtt", len(mqtt.connections))
+        meter.stand(mqtt.sessions)
+        meter.flush()
+        await asyncio.sleep(_MEASURE_SECONDS)
 
 
 class _Apps:

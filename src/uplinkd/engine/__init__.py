@@ -11,6 +11,7 @@ from uplinkd.core.model import Message, Origin
 
 if TYPE_CHECKING:
     from uplinkd.engine.embedded import Access
+    from uplinkd.metrics import Meter
     from uplinkd.settings import Settings
 
 __all__ = [
@@ -197,11 +198,11 @@ class Downlink(Protocol):
     async def forget_session(self, device_id: int) -> None: ...
 
 
-def open_publisher(settings: Settings, access: Access) -> Publisher:
+def open_publisher(settings: Settings, access: Access, meter: Meter | None = None) -> Publisher:
     """A publisher for one worker, not started yet."""
     from uplinkd.engine.jetstream import JetStreamPublisher
 
-    return JetStreamPublisher(settings, access)
+    return JetStreamPublisher(settings, access, meter)
 
 
 async def open_reader(access: Access) -> Reader:

@@ -22,6 +22,7 @@ from uplinkd.engine import ORIGIN_HEADER, Done
 from uplinkd.engine.embedded import Access
 from uplinkd.engine.stream import DELETED, STREAM, base_of, changed, new_base, wanted
 from uplinkd.engine.wire import Reader, Received, ack_of
+from uplinkd.metrics import Meter, spare
 from uplinkd.observe import Occasionally
 from uplinkd.settings import Settings
 from uplinkd.tasks import end_tasks
@@ -61,13 +62,21 @@ _HEADERS = {
 class JetStreamPublisher:
     """One worker's connection to the engine. While it is away, publishes wait for it until their time is up."""
 
-    def __init__(self, settings: Settings, access: Access, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        access: Access,
+        meter: Meter | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._settings = settings
         self._access = access
         self._clock = clock
+        self._meter = meter or spare()
         self._patience = settings.publish_timeout
         self._wire: _Wire | None = None  # set while publishes may be sent
-        self._pending: dict[int, tuple[Done, float]] = {}  # oldest first
+        self._pending: dict[int, tuple[Done, float, int]] = {}  # until when, and how many bytes; oldest first
         self._held: deque[_Publish] = deque()
         self._held_bytes = 0
         self._free: list[int] = []  # numbers that are not under way: see _take_number
@@ -106,9 +115,10 @@ class JetStreamPublisher:
 
     def publish(self, subject: bytes, payload: bytes, done: Done, origin: Origin = Origin.HTTPS) -> None:
         wire = self._wire
-        item = (subject, payload, done, self._loop.time() + self._patience, _HEADERS[origin])
+        # Not the loop's clock: uvloop's counts whole milliseconds, and from the beginning of the turn.
+        item = (subject, payload, done, time.monotonic() + self._patience, _HEADERS[origin])
         if self._stopping:
-            _finish(done, 0, "uplinkd is stopping")
+            self._fail(done, "uplinkd is stopping")
         elif wire is None or wire.buffered > _HELD_BYTES:
             self._hold(item)
         else:
@@ -118,12 +128,12 @@ class JetStreamPublisher:
         subject, payload, done, deadline, header = item
         if len(header) + len(payload) > wire.max_payload:
             # The server would end the connection, and with it what others have under way.
-            _finish(
-                done, 0, f"it has {len(payload)} bytes and the NATS server takes {wire.max_payload} (its max_payload)"
+            self._fail(
+                done, f"it has {len(payload)} bytes and the NATS server takes {wire.max_payload} (its max_payload)"
             )
             return
         number = self._take_number()
-        self._pending[number] = (done, deadline)
+        self._pending[number] = (done, deadline, len(payload))
         wire.publish(subject, number, payload, header)
 
     def _take_number(self) -> int:
@@ -137,7 +147,7 @@ class JetStreamPublisher:
     def _hold(self, item: _Publish) -> None:
         size = len(item[1])
         if self._held_bytes + size > _HELD_BYTES or len(self._held) >= _HELD_COUNT:
-            _finish(item[2], 0, f"the engine is away and too much waits for it already: {self._away}")
+            self._fail(item[2], f"the engine is away and too much waits for it already: {self._away}")
             return
         self._held_bytes += size
         self._held.append(item)
@@ -151,50 +161,65 @@ class JetStreamPublisher:
 
     def _give_up(self, item: _Publish, reason: str) -> None:
         self._held_bytes -= len(item[1])
-        _finish(item[2], 0, reason)
+        self._fail(item[2], reason)
 
     def _sweep(self) -> None:
         """Refuse what has waited too long. Both queues are in order of time, apart from what was held before it was sent."""
-        now = self._loop.time()
+        now = time.monotonic()
         self._sweeper = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
         while self._held and self._held[0][3] <= now:
             self._give_up(self._held.popleft(), f"the engine is away: {self._away}")
         late = []
-        for number, (_, deadline) in self._pending.items():
+        for number, (_, deadline, _) in self._pending.items():
             if deadline > now:
                 break
             late.append(number)
         for number in late:
-            done, _ = self._pending.pop(number)
-            _finish(done, 0, f"the engine did not acknowledge within {self._patience:g} s")
+            done, _, _ = self._pending.pop(number)
+            self._fail(done, f"the engine did not acknowledge within {self._patience:g} s")
         self._release()
         if self._wire:
             self._wire.write_off(len(late))
+        self._tell(now)
+
+    def _tell(self, now: float) -> None:
+        """Say what waits for the engine, and how long already."""
+        oldest = [next(iter(self._pending.values()))[1]] if self._pending else []
+        if self._held:
+            oldest.append(self._held[0][3])
+        lag = now - (min(oldest) - self._patience) if oldest else 0.0
+        self._meter.engine(len(self._pending) + len(self._held), max(0.0, lag))
+
+    def _fail(self, done: Done, reason: str) -> None:
+        self._meter.not_stored()
+        _finish(done, 0, reason)
 
     def _fail_pending(self, reason: str) -> None:
         pending, self._pending = self._pending, {}
-        for done, _ in pending.values():
-            _finish(done, 0, reason)
+        for done, _, _ in pending.values():
+            self._fail(done, reason)
 
     # -- the wire's calls
 
-    def acknowledged(self, number: int, sequence: int) -> None:
+    def acknowledged(self, number: int, sequence: int, now: float) -> None:
         entry = self._pending.pop(number, None)
         if not entry:
             return
         self._free.append(number)
         if sequence <= self._sequence:  # sequences of one stream rise: this is another stream, though nobody told us
-            _finish(entry[0], 0, f"the stream {STREAM} was made again")
+            self._fail(entry[0], f"the stream {STREAM} was made again")
             self.unsettled("the stream was made again")
             return
         self._sequence = sequence
+        self._meter.acks.append(now - entry[1] + self._patience)
+        self._meter.sizes.append(entry[2])
         _finish(entry[0], self._base + sequence, "")
 
     def refused(self, number: int, reason: str) -> None:
         entry = self._pending.pop(number, None)
         if entry:
             self._free.append(number)
-            _finish(entry[0], 0, reason)
+            self._fail(entry[0], reason)
 
     def unsettled(self, reason: str) -> None:
         """The stream is gone, or may be: hold publishes until it was looked at anew.
@@ -368,13 +393,14 @@ class _Wire(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
+        now = time.monotonic()
         self.heard = self._loop.time()
         reader, acknowledged = self._reader, self._owner.acknowledged
         reader.feed(data)
         try:
             while True:
                 for number, sequence in reader.acks():
-                    acknowledged(number, sequence)
+                    acknowledged(number, sequence, now)
                     self._answered += 1
                 received = reader.next()
                 if received is None:
@@ -428,7 +454,7 @@ class _Wire(asyncio.Protocol):
                     self._owner.unsettled(reason)
                 self._owner.refused(received.number, reason)
             else:
-                self._owner.acknowledged(received.number, sequence)
+                self._owner.acknowledged(received.number, sequence, time.monotonic())
         elif received.sid == 2:
             future = self._requests.pop(received.number, None)
             if future and not future.done():

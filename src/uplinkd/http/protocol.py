@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from email.utils import formatdate
+from time import monotonic
 from typing import Any, NamedTuple, cast
 
 import httptools
@@ -23,6 +24,7 @@ from uplinkd.core import wire
 from uplinkd.core.errors import MESSAGES, Code, Refused, Unavailable
 from uplinkd.gateway import Gateway, Outcome, Request, Wait
 from uplinkd.http.limits import Limits
+from uplinkd.metrics import Meter, spare
 from uplinkd.tasks import spawn
 
 __all__ = ["Connection", "Door"]
@@ -82,6 +84,7 @@ class Door:
     refused: Callable[[Outcome], None]
     clock: Callable[[], float]
     access_log: bool = False
+    meter: Meter = field(default_factory=spare)
     now: float = 0.0
     draining: bool = False
     websocket: Callable[[], asyncio.Protocol] | None = None  # speaks MQTT over WebSocket, at /mqtt
@@ -143,6 +146,7 @@ class Connection(asyncio.Protocol):
 
         self._request: Request | None = None
         self._endpoint = ""
+        self._began = 0.0  # when the request under way was complete, and those before it answered
         self._path = b""
         self._keep_alive = True
         self._answer_old = False
@@ -173,6 +177,7 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
             return
         door.connections.add(self)
+        door.meter.accepted("https")
         peer = transport.get_extra_info("peername")
         self._address = peer[0] if peer else ""
         self._parser = httptools.HttpRequestParser(self)
@@ -428,6 +433,7 @@ class Connection(asyncio.Protocol):
             self._refuse(405, f"the method is {parsed.method.decode()}; only POST is known")
             return
         self._answering = True
+        self._began = monotonic()
         self.deadline = _NEVER
         topic = path[_TOPIC_PREFIX:]
         self._request = Request(self._address, parsed.content_type, parsed.body, parsed.password, topic, bool(mark))
@@ -525,14 +531,19 @@ class Connection(asyncio.Protocol):
 
     def _answer(self, body: bytes, code: Code = Code.SUCCESS) -> None:
         request, self._request = self._request, None
+        door, seconds = self._door, monotonic() - self._began
+        if code:
+            door.meter.count(self._endpoint, code, seconds)
+        else:
+            door.meter.answered[self._endpoint].append(seconds)
         if self._transport is None:  # the device has gone; what it sent is stored all the same
             return
-        if self._door.access_log and request:
+        if door.access_log and request:
             log.info("%s POST /%s%s %d %s", self._address, self._endpoint, request.topic, code, MESSAGES[code])
-        if self._keep_alive and not self._answer_old and not self._door.draining:
-            self._transport.write(b"%b%d\r\n\r\n%b" % (self._door.ok, len(body), body))
+        if self._keep_alive and not self._answer_old and not door.draining:
+            self._transport.write(b"%b%d\r\n\r\n%b" % (door.ok, len(body), body))
         else:
-            self._transport.write(b"%b%d\r\n%b\r\n%b" % (self._door.ok, len(body), self._connection_header(), body))
+            self._transport.write(b"%b%d\r\n%b\r\n%b" % (door.ok, len(body), self._connection_header(), body))
         self._answered()
 
     def _refuse(self, status: int, reason: str) -> None:
@@ -541,6 +552,7 @@ class Connection(asyncio.Protocol):
         path = self._path.partition(b"?")[0][:300].decode(errors="backslashreplace")
         outcome = Outcome(secrets.token_hex(8), "http", status, Code.PARAM_ERROR, reason, self._address, topic=path)
         self._door.refused(outcome)
+        self._door.meter.count("http", Code.PARAM_ERROR)
         body = wire.refusal(Code.PARAM_ERROR, "" if status in (404, 405) else outcome.request_id)
         head = (
             b"HTTP/1.1 %d %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\nX-Request-Id: %b\r\n%b%b\r\n"

@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any, Protocol, cast
 
 from uplinkd.core import topics, wire
@@ -21,6 +22,7 @@ from uplinkd.core.model import App
 from uplinkd.core.subjects import from_subject, subjects_of_filter
 from uplinkd.engine import Bus, Downlink, SessionRecord, Told
 from uplinkd.gateway import MAX_MQTT_PAYLOAD_BYTES, Gateway, Outcome, Request, Wait
+from uplinkd.metrics import Meter, spare
 from uplinkd.mqtt import packets
 from uplinkd.observe import Occasionally
 from uplinkd.registry import Change
@@ -87,6 +89,7 @@ class Door:
     connect_timeout: float = 10.0
     write_timeout: float = 30.0
     most: int = 20_000
+    meter: Meter = field(default_factory=spare)
     now: float = 0.0
     draining: bool = False
     connections: set[Connection] = field(default_factory=set)
@@ -108,6 +111,11 @@ class Door:
         self.now = self.clock()
         for connection in [each for each in self.connections if each.deadline <= self.now]:
             connection.expire()
+
+    @property
+    def sessions(self) -> int:
+        """How many stand, of devices and of applications."""
+        return sum(map(len, self.products.values())) + sum(map(len, self.apps.values()))
 
     def drain(self) -> None:
         """Close every session; what was published and is not stored yet still gets its PUBACK."""
@@ -256,6 +264,7 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
             return
         door.connections.add(self)
+        door.meter.accepted("mqtt")
         peer = transport.get_extra_info("peername")
         self.address = peer[0] if peer else ""
         self.deadline = door.now + door.connect_timeout
@@ -488,6 +497,7 @@ class Connection(asyncio.Protocol):
         door.roster.opened(device.id, self)
         self._heard_of(door.now)
         self._rest()
+        door.meter.count("mqtt_connect")
         self._write(packets.connack(ACCEPTED, session_present=present))
         for topic_filter in self.subscriptions:
             self._hear_own(topic_filter)
@@ -524,6 +534,7 @@ class Connection(asyncio.Protocol):
         self._stage = _STANDING
         self._parser.limit = _PACKET_BYTES
         self._rest()
+        self._door.meter.count("mqtt_connect")
         self._write(packets.connack(ACCEPTED))
         self._go_on()
 
@@ -531,11 +542,13 @@ class Connection(asyncio.Protocol):
 
     def _publish(self, packet: packets.Publish) -> None:
         if packet.qos == 2:
-            self._end(Code.PARAM_ERROR, "a message came at QoS 2; the platform has QoS 0 and 1", packet.topic)
+            self._end(
+                Code.PARAM_ERROR, "a message came at QoS 2; the platform has QoS 0 and 1", packet.topic, "mqtt_publish"
+            )
             return
         if len(packet.payload) > MAX_MQTT_PAYLOAD_BYTES:
             reason = f"the payload has {len(packet.payload)} bytes; at most {MAX_MQTT_PAYLOAD_BYTES} are allowed"
-            self._end(Code.PARAM_ERROR, reason, packet.topic)
+            self._end(Code.PARAM_ERROR, reason, packet.topic, "mqtt_publish")
             return
         if packet.retain:
             self._note(
@@ -551,20 +564,22 @@ class Connection(asyncio.Protocol):
         assert self._entry
         product_key, device_name = self._who
         request = Request(self.address, None, packet.payload, None, b"", False, product_key, device_name, packet.topic)
+        done = functools.partial(self._stored, packet, monotonic())
         try:
-            self._door.gateway.report(request, self._entry, functools.partial(self._stored, packet))
+            self._door.gateway.report(request, self._entry, done)
         except Refused as refused:
             if refused.code is Code.REQUEST_TOO_MANY:
                 self._slow_down(packet, refused)
             else:
-                self._end(refused.code, refused.reason, packet.topic)
+                self._end(refused.code, refused.reason, packet.topic, "mqtt_publish")
             return
         self._unstored += 1
         self._full = self._full or self._unstored >= _UNSTORED
 
     def _slow_down(self, packet: packets.Publish, refused: Refused) -> None:
         """Over its rate nothing is lost: the socket is read on once the message may pass."""
-        self._note(f"{refused.reason}; it is slowed down to its rate, nothing is dropped", packet.topic, refused.code)
+        reason = f"{refused.reason}; it is slowed down to its rate, nothing is dropped"
+        self._note(reason, packet.topic, refused.code, "mqtt_publish")
         self._held = packet
         asyncio.get_running_loop().call_later(_THROTTLE_SECONDS, self._try_again)
 
@@ -574,14 +589,20 @@ class Connection(asyncio.Protocol):
             self._report(packet)
             self._pump()
 
-    def _stored(self, packet: packets.Publish, message_id: int, fault: str) -> None:
-        """The engine's word on a publish."""
+    def _stored(self, packet: packets.Publish, began: float, message_id: int, fault: str) -> None:
+        """The engine's word on a publish that came at `began`."""
         self._unstored -= 1
+        seconds = monotonic() - began
+        if fault:
+            # Counted here: of a session's many that fail at once, one alone ends it and is recorded.
+            self._door.meter.count("mqtt_publish", Code.PUBLISH_MESSAGE_ERROR, seconds)
+        else:
+            self._door.meter.answered["mqtt_publish"].append(seconds)
         if fault and packet.qos:  # it sends the message again when it is back
-            self._end(Code.PUBLISH_MESSAGE_ERROR, fault, packet.topic)
+            self._end(Code.PUBLISH_MESSAGE_ERROR, fault, packet.topic, "")
             return
         if fault:
-            self._record(Code.PUBLISH_MESSAGE_ERROR, fault, packet.topic)
+            self._record(Code.PUBLISH_MESSAGE_ERROR, fault, packet.topic, endpoint="")
         elif packet.qos:
             self._write(packets.puback(packet.packet_id))
         if self._door.draining and not self._unstored:
@@ -600,8 +621,9 @@ class Connection(asyncio.Protocol):
             except (Rejected, Unavailable) as error:
                 fault = str(error)
         if fault:
-            self._end(Code.PUBLISH_MESSAGE_ERROR, fault, topic)
+            self._end(Code.PUBLISH_MESSAGE_ERROR, fault, topic, "mqtt_send")
             return
+        self._door.meter.count("mqtt_send")
         if packet.qos:
             self._write(packets.puback(packet.packet_id))
         self._go_on()
@@ -615,10 +637,11 @@ class Connection(asyncio.Protocol):
             try:
                 self._check_subscription(topic_filter, len(self.subscriptions | granted))
             except Refused as refused:
-                self._record(refused.code, refused.reason, topic_filter[:300])
+                self._record(refused.code, refused.reason, topic_filter[:300], endpoint="mqtt_subscribe")
                 codes.append(_REFUSED)
             else:
                 granted[topic_filter] = min(qos, 1)
+                self._door.meter.count("mqtt_subscribe")
                 codes.append(min(qos, 1))
         self.subscriptions |= granted
         self._settle(packets.suback(packet.packet_id, codes), granted)
@@ -871,10 +894,12 @@ class Connection(asyncio.Protocol):
             self._rest()  # what it has sent since lies unread: it is slowed down, not silent
             return
         if self._stage == _WAITING:
-            self._record(Code.PARAM_ERROR, f"no CONNECT came within {self._door.connect_timeout:g} s")
+            self._record(
+                Code.PARAM_ERROR, f"no CONNECT came within {self._door.connect_timeout:g} s", endpoint="mqtt_connect"
+            )
         elif self._stage == _JOINING:
             reason = f"the login could not be decided within {self._door.connect_timeout:g} s"
-            self._record(Code.UPDATE_SESSION_ERROR, reason)
+            self._record(Code.UPDATE_SESSION_ERROR, reason, endpoint="mqtt_connect")
         elif self._blocked:
             self._record(
                 Code.SUCCESS, f"the client has not read for {self._door.write_timeout:g} s; the session is closed"
@@ -902,14 +927,14 @@ class Connection(asyncio.Protocol):
 
     def _reject(self, number: int, reason: str, code: Code = Code.PARAM_ERROR) -> None:
         """Answer a CONNECT with no."""
-        self._record(code, reason, status=number)
+        self._record(code, reason, status=number, endpoint="mqtt_connect")
         self._write(packets.connack(number))
         self._close()
 
-    def _end(self, code: Code, reason: str, topic: str = "") -> None:
+    def _end(self, code: Code, reason: str, topic: str = "", endpoint: str = "mqtt") -> None:
         """Close, with the reason in the record."""
         if self._stage != _OVER:
-            self._record(code, reason, topic[:300])
+            self._record(code, reason, topic[:300], endpoint=endpoint)
             self._close()
 
     def _close(self) -> None:
@@ -919,14 +944,17 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
-    def _note(self, reason: str, topic: str = "", code: Code = Code.SUCCESS) -> None:
+    def _note(self, reason: str, topic: str = "", code: Code = Code.SUCCESS, endpoint: str = "mqtt") -> None:
         """Record what is ignored or slowed down, once a session each."""
         kind = reason[:20]
         if kind not in self._noted:
             self._noted.add(kind)
-            self._record(code, reason, topic[:300])
+            self._record(code, reason, topic[:300], endpoint=endpoint)
 
-    def _record(self, code: Code, reason: str, topic: str = "", status: int = 0) -> None:
+    def _record(self, code: Code, reason: str, topic: str = "", status: int = 0, *, endpoint: str = "mqtt") -> None:
+        """Record what was refused or noted; a refusal is counted under `endpoint`, where that is not empty."""
+        if code and endpoint:
+            self._door.meter.count(endpoint, code)
         product_key, device_name = self._who
         self._door.record(
             Outcome(secrets.token_hex(8), "mqtt", status, code, reason, self.address, product_key, device_name, topic)
