@@ -82,7 +82,9 @@ _STORED, _NOT_STORED, _BYTES, _WORKER_RESTARTS, _ENGINE_RESTARTS = (next(_free) 
 # From here on what is now, rather than what was so far.
 _CONNECTIONS = {door: next(_free) for door in DOORS}
 _GAUGES = min(_CONNECTIONS.values())
-_SESSIONS, _WAITING, _LAG, _BEAT = (next(_free) for _ in range(4))  # the lag in ns, and when the row was last written to
+_SESSIONS, _WAITING, _LAG, _BEAT = (
+    next(_free) for _ in range(4)
+)  # the lag in ns, and when the row was last written to
 _ROW = next(_free)
 
 
@@ -285,7 +287,9 @@ class Metrics:
             engine_lag=max(row[_LAG] for row in rows) / _NS,
             sessions=cells[_SESSIONS],
             bytes_in=cells[_BYTES],
-            workers_alive=sum(time.monotonic_ns() - row[_BEAT] < _ALIVE_SECONDS * _NS for row in rows[:-1] if row[_BEAT]),
+            workers_alive=sum(
+                time.monotonic_ns() - row[_BEAT] < _ALIVE_SECONDS * _NS for row in rows[:-1] if row[_BEAT]
+            ),
             worker_restarts=cells[_WORKER_RESTARTS],
             engine_restarts=cells[_ENGINE_RESTARTS],
             started=self._started,

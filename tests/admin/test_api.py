@@ -53,7 +53,16 @@ async def test_no_list_and_no_audit_holds_a_secret(house: House) -> None:
     product = house.registry.create_product("my lamps")
     device = house.registry.create_device(product.key, "lamp-0001")
     async with house.key() as api, house.key(Scope.READ) as reader:
-        lists = [f"/products/{product.key}/devices", "/products", "/apps", "/keys", "/users", "/settings", "/jobs", "/logs"]
+        lists = [
+            f"/products/{product.key}/devices",
+            "/products",
+            "/apps",
+            "/keys",
+            "/users",
+            "/settings",
+            "/jobs",
+            "/logs",
+        ]
         app = (await api.post(f"{V1}/apps", json={"name": "billing", "products": [product.key]})).json()
         shown = await api.get(f"{V1}/products/{product.key}/devices/lamp-0001/secret")
         assert shown.json() == {"secret": device.secret}
@@ -78,7 +87,9 @@ async def test_no_list_and_no_audit_holds_a_secret(house: House) -> None:
         ({"Cookie": "uplinkd_session=guess"}, 401),
     ],
 )
-async def test_whoever_shows_nothing_that_holds_gets_nothing(house: House, headers: dict[str, str], status: int) -> None:
+async def test_whoever_shows_nothing_that_holds_gets_nothing(
+    house: House, headers: dict[str, str], status: int
+) -> None:
     """401 with how to be let in."""
     async with house.client(**headers) as nobody:
         answer = await nobody.get(f"{V1}/products")
@@ -141,7 +152,9 @@ async def test_devices_are_paged_by_cursor_prefix_and_state(house: House) -> Non
     async with house.key(Scope.READ) as api:
         url, cursor, names = f"{V1}/products/{product.key}/devices", None, []
         while True:
-            page = (await api.get(url, params={"prefix": "lamp-", "limit": 10, **({"cursor": cursor} if cursor else {})})).json()
+            page = (
+                await api.get(url, params={"prefix": "lamp-", "limit": 10, **({"cursor": cursor} if cursor else {})})
+            ).json()
             names += [item["deviceName"] for item in page["items"]]
             if not (cursor := page["next"]):
                 break
@@ -190,7 +203,9 @@ async def test_a_file_that_is_no_fleet_is_refused_at_once_and_bad_rows_by_line(h
         wrong_kind = await api.post(f"{V1}/imports", content=b"x", headers={"Content-Type": "text/plain"})
         assert wrong_kind.status_code == 400
         fleet = b"ProductKey,DeviceName,DeviceSecret\npk,good,\npk,bad name,\n"
-        result = (await finished(api, (await api.post(f"{V1}/imports", content=fleet, headers=headers)).json()))["result"]
+        result = (await finished(api, (await api.post(f"{V1}/imports", content=fleet, headers=headers)).json()))[
+            "result"
+        ]
         assert (result["stored"], result["bad"][0]["line"]) == (False, 3)  # type: ignore[index]
         kept = await api.post(f"{V1}/imports", content=fleet, headers=headers, params={"skipBad": "true"})
         assert (await finished(api, kept.json()))["result"]["created"] == 1  # type: ignore[index]
@@ -228,14 +243,18 @@ async def test_messages_are_searched_paged_and_shown_by_id(house: House) -> None
     async with house.key(Scope.READ) as api:
         cursor, seen = None, []
         while True:
-            params = {"product": "pk", "device": "lamp-1", "limit": 5, **({"cursor": cursor} if cursor else {})}
+            params: dict[str, str | int] = {"product": "pk", "device": "lamp-1", "limit": 5, **({"cursor": cursor} if cursor else {})}
             page = (await api.get(f"{V1}/messages", params=params)).json()
             seen += [int(item["messageId"]) for item in page["items"]]
             if not (cursor := page["next"]):
                 break
         assert seen == [number for place, number in enumerate(ids) if place % 2][::-1]
         shown = (await api.get(f"{V1}/messages/{binary}")).json()
-        assert (shown["messageId"], shown["text"], base64.b64decode(shown["payload"])) == (str(binary), None, b"\xff\x00")
+        assert (shown["messageId"], shown["text"], base64.b64decode(shown["payload"])) == (
+            str(binary),
+            None,
+            b"\xff\x00",
+        )
         assert (await api.get(f"{V1}/messages/{binary + 1}")).status_code == 404
         assert (await api.get(f"{V1}/messages/abc")).status_code == 400
         assert (await api.get(f"{V1}/messages", params={"device": "a*"})).status_code == 400
@@ -255,7 +274,9 @@ async def test_a_message_goes_down_and_the_audit_has_it_without_its_payload(hous
         everybody = f"/broadcast/{product.key}/all"
         assert (await api.post(f"{url}/broadcasts", json={"topic": everybody, "payload": raw})).json()["sessions"] == 3
         assert house.sent[1][1] == b"\x00\xff"
-        other = await api.post(f"{url}/devices/lamp-0001/messages", json={"topic": f"/{product.key}/lamp-0002/user/get"})
+        other = await api.post(
+            f"{url}/devices/lamp-0001/messages", json={"topic": f"/{product.key}/lamp-0002/user/get"}
+        )
         assert other.status_code == 400
         both = await api.post(f"{url}/broadcasts", json={"topic": everybody, "payload": raw, "text": "x"})
         assert both.status_code == 422
@@ -267,7 +288,9 @@ async def test_a_message_goes_down_and_the_audit_has_it_without_its_payload(hous
 async def test_refusals_are_searched_by_all_that_a_person_knows(house: House) -> None:
     """requestId, device, code, time, address; with what the code means, in the reader's language."""
     for number in range(12):
-        await house.refused(request_id=f"{number:016x}", device_name=f"lamp-{number % 3}", code=20000 if number % 2 else 30001)
+        await house.refused(
+            request_id=f"{number:016x}", device_name=f"lamp-{number % 3}", code=20000 if number % 2 else 30001
+        )
     async with house.key(Scope.READ) as api:
         one = (await api.get(f"{V1}/logs", params={"requestId": f"{7:016x}"})).json()["items"]
         assert [(item["deviceName"], item["message"]) for item in one] == [("lamp-1", "auth check error")]
@@ -311,7 +334,9 @@ async def test_nobody_can_lock_everybody_out(house: House) -> None:
         ("GET", "/products/%00/devices", b"", 404),
     ],
 )
-async def test_bad_input_is_a_problem_document(house: House, method: str, path: str, content: bytes, status: int) -> None:
+async def test_bad_input_is_a_problem_document(
+    house: House, method: str, path: str, content: bytes, status: int
+) -> None:
     """With what was wrong; never a traceback."""
     async with house.key() as api:
         answer = await api.request(method, V1 + path, content=content, headers={"Content-Type": "application/json"})

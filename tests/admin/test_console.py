@@ -138,7 +138,9 @@ async def test_a_form_of_another_site_does_nothing(house: House) -> None:
     """No CSRF token, another session's, or a browser that says where the request comes from."""
     async with house.signed_in() as browser, house.signed_in() as other:
         for csrf in ("", "0" * 64):
-            assert (await browser.client.post("/products", data={"name": "more lamps", "csrf": csrf})).status_code == 403
+            assert (
+                await browser.client.post("/products", data={"name": "more lamps", "csrf": csrf})
+            ).status_code == 403
         from uplinkd.admin.access import csrf_token
 
         foreign = csrf_token(other.client.cookies["uplinkd_session"])
@@ -176,7 +178,9 @@ async def test_pages_load_nothing_from_elsewhere(house: House) -> None:
     pk = product_with_device(house)
     async with house.signed_in() as browser:
         texts = [(await browser.get(path.format(pk=pk))).text for path in [*PAGES, "/api/v1/docs"]]
-        texts += [(await browser.get(f"/static/{name}")).text for name in ("console.css", "console.js", "chart.js", "live.js")]
+        texts += [
+            (await browser.get(f"/static/{name}")).text for name in ("console.css", "console.js", "chart.js", "live.js")
+        ]
     for text in texts:
         for url in re.findall(r"""(?:src|href|action)=["']([^"']+)|url\(([^)]+)\)|from "([^"]+)\"""", text):
             assert re.match(r"/|#|\./|\?|data:", "".join(url)), url
@@ -190,7 +194,14 @@ async def test_what_devices_and_people_write_stays_text(house: House) -> None:
     number = await house.stored(f"/{pk}/lamp-0001/user/update", evil.encode())
     await house.refused(reason=evil, product_key=pk, device_name=evil, topic=f'/{pk}/"onload=x')
     async with house.signed_in() as browser:
-        for path in ("/", "/messages", f"/messages/{number}", "/logs", f"/products/{pk}", f"/products/{pk}/devices/lamp-0001"):
+        for path in (
+            "/",
+            "/messages",
+            f"/messages/{number}",
+            "/logs",
+            f"/products/{pk}",
+            f"/products/{pk}/devices/lamp-0001",
+        ):
             text = (await browser.get(path)).text
             assert evil not in text, path
             assert "<b>&quot;" not in text
@@ -207,7 +218,7 @@ async def test_the_acts_on_a_device(house: House) -> None:
         assert (await browser.post(f"{device}/disable", version=before.version)).status_code == 303
         assert not registry.device(pk, "lamp-0001").enabled
         stale = await browser.post(f"{device}/enable", version=before.version)
-        assert (stale.status_code, "changed meanwhile" in stale.text) == (400, True)
+        assert (stale.status_code, "changed meanwhile" in stale.text) == (412, True)
         assert (await browser.post(f"{device}/enable")).status_code == 303
         shown = await browser.post(f"{device}/secret")
         assert before.secret in shown.text
@@ -242,7 +253,7 @@ async def test_products_topics_and_apps_by_forms(house: House) -> None:
         made = await browser.post("/products", name="my lamps")
         pk = made.headers["Location"].split("/")[2].split("?")[0]
         again = await browser.post("/products", name="my lamps")
-        assert (again.status_code, "there is a product named" in again.text) == (400, True)
+        assert (again.status_code, "there is a product named" in again.text) == (409, True)
         assert (await browser.post(f"/products/{pk}/topics", levels="user/report", right="publish")).status_code == 303
         bad = await browser.post(f"/products/{pk}/topics", levels="a b", right="publish")
         assert (bad.status_code, "letters, digits and underscores" in bad.text) == (400, True)
@@ -251,7 +262,7 @@ async def test_products_topics_and_apps_by_forms(house: House) -> None:
         version = house.registry.product(pk).version
         assert (await browser.post(f"/products/{pk}/settings", name="our lamps", version=version)).status_code == 303
         stale = await browser.post(f"/products/{pk}/settings", name="their lamps", version=version)
-        assert stale.status_code == 400
+        assert stale.status_code == 412
         app = await browser.post("/access/apps", name="billing", products=pk, sends="1")
         assert re.search(r"shown this once", app.text)
         version = house.registry.app("billing").version

@@ -64,7 +64,8 @@ def test_the_browsers_language_holds_until_one_is_chosen(cookie: str, header: st
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(None, "–"), (0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (200 * 2**20, "200 MiB"), (2**41, "2.0 TiB")]
+    ("count", "text"),
+    [(None, "–"), (0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (200 * 2**20, "200 MiB"), (2**41, "2.0 TiB")],
 )
 def test_sizes_are_written_as_people_do(count: int | None, text: str) -> None:
     assert size(count) == text

@@ -39,7 +39,12 @@ def _allowed(app: FastAPI, path: str) -> list[str]:
     """The methods of all routes of this path: Starlette names those of the first alone."""
     known = app.openapi()["paths"].items()
     return sorted(
-        {method.upper() for known_path, methods in known if compile_path(known_path)[0].match(path) for method in methods}
+        {
+            method.upper()
+            for known_path, methods in known
+            if compile_path(known_path)[0].match(path)
+            for method in methods
+        }
     )
 
 
