@@ -12,6 +12,7 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Callable
+from time import monotonic
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -74,9 +75,10 @@ class JetStreamPublisher:
         self._access = access
         self._clock = clock
         self._meter = meter or spare()
+        self._took, self._weighed = self._meter.acks.append, self._meter.sizes.append
         self._patience = settings.publish_timeout
         self._wire: _Wire | None = None  # set while publishes may be sent
-        self._pending: dict[int, tuple[Done, float, int]] = {}  # until when, and how many bytes; oldest first
+        self._pending: dict[int, tuple[Done, float, int]] = {}  # since when, and how many bytes; oldest first
         self._held: deque[_Publish] = deque()
         self._held_bytes = 0
         self._free: list[int] = []  # numbers that are not under way: see _take_number
@@ -116,7 +118,7 @@ class JetStreamPublisher:
     def publish(self, subject: bytes, payload: bytes, done: Done, origin: Origin = Origin.HTTPS) -> None:
         wire = self._wire
         # Not the loop's clock: uvloop's counts whole milliseconds, and from the beginning of the turn.
-        item = (subject, payload, done, time.monotonic() + self._patience, _HEADERS[origin])
+        item = (subject, payload, done, monotonic(), _HEADERS[origin])
         if self._stopping:
             self._fail(done, "uplinkd is stopping")
         elif wire is None or wire.buffered > _HELD_BYTES:
@@ -125,7 +127,7 @@ class JetStreamPublisher:
             self._send(wire, item)
 
     def _send(self, wire: _Wire, item: _Publish) -> None:
-        subject, payload, done, deadline, header = item
+        subject, payload, done, began, header = item
         if len(header) + len(payload) > wire.max_payload:
             # The server would end the connection, and with it what others have under way.
             self._fail(
@@ -133,7 +135,7 @@ class JetStreamPublisher:
             )
             return
         number = self._take_number()
-        self._pending[number] = (done, deadline, len(payload))
+        self._pending[number] = (done, began, len(payload))
         wire.publish(subject, number, payload, header)
 
     def _take_number(self) -> int:
@@ -165,13 +167,14 @@ class JetStreamPublisher:
 
     def _sweep(self) -> None:
         """Refuse what has waited too long. Both queues are in order of time, apart from what was held before it was sent."""
-        now = time.monotonic()
+        now = monotonic()
+        too_old = now - self._patience
         self._sweeper = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
-        while self._held and self._held[0][3] <= now:
+        while self._held and self._held[0][3] <= too_old:
             self._give_up(self._held.popleft(), f"the engine is away: {self._away}")
         late = []
-        for number, (_, deadline, _) in self._pending.items():
-            if deadline > now:
+        for number, (_, began, _) in self._pending.items():
+            if began > too_old:
                 break
             late.append(number)
         for number in late:
@@ -187,8 +190,7 @@ class JetStreamPublisher:
         oldest = [next(iter(self._pending.values()))[1]] if self._pending else []
         if self._held:
             oldest.append(self._held[0][3])
-        lag = now - (min(oldest) - self._patience) if oldest else 0.0
-        self._meter.engine(len(self._pending) + len(self._held), max(0.0, lag))
+        self._meter.engine(len(self._pending) + len(self._held), now - min(oldest) if oldest else 0.0)
 
     def _fail(self, done: Done, reason: str) -> None:
         self._meter.not_stored()
@@ -211,8 +213,8 @@ class JetStreamPublisher:
             self.unsettled("the stream was made again")
             return
         self._sequence = sequence
-        self._meter.acks.append(now - entry[1] + self._patience)
-        self._meter.sizes.append(entry[2])
+        self._took(now - entry[1])
+        self._weighed(entry[2])
         _finish(entry[0], self._base + sequence, "")
 
     def refused(self, number: int, reason: str) -> None:
@@ -393,7 +395,7 @@ class _Wire(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        now = time.monotonic()
+        now = monotonic()
         self.heard = self._loop.time()
         reader, acknowledged = self._reader, self._owner.acknowledged
         reader.feed(data)
@@ -454,7 +456,7 @@ class _Wire(asyncio.Protocol):
                     self._owner.unsettled(reason)
                 self._owner.refused(received.number, reason)
             else:
-                self._owner.acknowledged(received.number, sequence, time.monotonic())
+                self._owner.acknowledged(received.number, sequence, monotonic())
         elif received.sid == 2:
             future = self._requests.pop(received.number, None)
             if future and not future.done():

@@ -531,11 +531,11 @@ class Connection(asyncio.Protocol):
 
     def _answer(self, body: bytes, code: Code = Code.SUCCESS) -> None:
         request, self._request = self._request, None
-        door, seconds = self._door, monotonic() - self._began
+        door = self._door
         if code:
-            door.meter.count(self._endpoint, code, seconds)
+            door.meter.count(self._endpoint, code, monotonic() - self._began)
         else:
-            door.meter.answered[self._endpoint].append(seconds)
+            door.meter.answered[self._endpoint].append(monotonic() - self._began)
         if self._transport is None:  # the device has gone; what it sent is stored all the same
             return
         if door.access_log and request:
