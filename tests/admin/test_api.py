@@ -243,7 +243,12 @@ async def test_messages_are_searched_paged_and_shown_by_id(house: House) -> None
     async with house.key(Scope.READ) as api:
         cursor, seen = None, []
         while True:
-            params: dict[str, str | int] = {"product": "pk", "device": "lamp-1", "limit": 5, **({"cursor": cursor} if cursor else {})}
+            params: dict[str, str | int] = {
+                "product": "pk",
+                "device": "lamp-1",
+                "limit": 5,
+                **({"cursor": cursor} if cursor else {}),
+            }
             page = (await api.get(f"{V1}/messages", params=params)).json()
             seen += [int(item["messageId"]) for item in page["items"]]
             if not (cursor := page["next"]):

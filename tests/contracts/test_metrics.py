@@ -59,8 +59,8 @@ def shaking_hands(settings: Settings, metrics: Metrics, act: Act, *, patience: f
 
 def counted(reading: Reading) -> dict[object, int]:
     """The handshakes that there were, completed or not."""
-    every: dict[object, int] = {**reading.handshakes, **reading.handshake_failures}
-    return {kind: n for kind, n in every.items() if n}
+    every = [*reading.handshakes.items(), *reading.handshake_failures.items()]
+    return {kind: n for kind, n in every if n}
 
 
 async def s_client(port: int, *arguments: str) -> None:

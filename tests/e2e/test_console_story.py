@@ -66,8 +66,7 @@ def test_a_newcomer_finds_their_way_by_the_console_alone(tmp_path: Path) -> None
 
             broken = json.loads(login_body(product, "lamp-0001", "not the secret"))
             answer = subprocess.run(
-                ["curl", "-s", "--cacert", str(server.ca), f"{server.url}/auth", "-H", "Content-Type: application/json"]
-                + ["-d", json.dumps(broken)],
+                ["curl", "-s", "--cacert", server.ca, f"{server.url}/auth", "--json", json.dumps(broken)],
                 capture_output=True,
                 timeout=10,
                 check=True,
