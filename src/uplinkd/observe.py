@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import json as jsonlib
 import logging
 import sys
 import time
 
-__all__ = ["Occasionally", "set_up_logging"]
+__all__ = ["JsonFormatter", "Occasionally", "set_up_logging"]
 
 
-def set_up_logging() -> None:
-    """One line a record on standard error: time, level, process, text."""
+def set_up_logging(*, json: bool = False) -> None:
+    """One line a record on standard error: time, level, process, text; or a JSON object (see JsonFormatter)."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s uplinkd[%(process)d] %(message)s"))
+    text = logging.Formatter("%(asctime)s %(levelname)s uplinkd[%(process)d] %(message)s")
+    handler.setFormatter(JsonFormatter() if json else text)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("uplinkd").setLevel(logging.INFO)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: `time` (ISO 8601, UTC, ms), `level`, `logger`, `pid`, `message`, and `exception`, the traceback,
+    where there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = dt.datetime.fromtimestamp(record.created, dt.UTC).isoformat(timespec="milliseconds")
+        line: dict[str, object] = {
+            "time": at.replace("+00:00", "Z"),
+            "level": record.levelname,
+            "logger": record.name,
+            "pid": record.process,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return jsonlib.dumps(line)
 
 
 class Occasionally:

@@ -15,7 +15,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
@@ -254,6 +254,9 @@ class Settings(BaseModel):
     idle_timeout: Seconds = Field(600.0, gt=0, description="an idle connection is closed after this time")
     max_connections: int = Field(20_000, ge=1, description="connections of one worker; further ones are closed at once")
     access_log: Switch = Field(False, description="log successes too, one line a request")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="how the log on standard error is written: text, or json with one object a line"
+    )
 
     @property
     def database(self) -> str:

@@ -32,7 +32,7 @@ def serve(settings: Settings, demo: bool) -> None:
     from uplinkd import app
     from uplinkd.observe import set_up_logging
 
-    set_up_logging()
+    set_up_logging(json=settings.log_format == "json")
 
     def prepare(settings: Settings) -> None:
         if demo:
