@@ -114,7 +114,8 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
         stack.callback(metrics.close)
 
         doors = _Doors([(tls, context), (plain, None)], [(mqtt, context), (mqtt_plain, None)], count)
-        supervisor = _Supervisor(settings, doors, certificates, flow, metrics, access, engine, console)
+        places = tls[0].getsockname()[:2], _where(mqtt)
+        supervisor = _Supervisor(settings, doors, certificates, flow, metrics, access, engine, console, places)
         with supervisor.signals():
             supervisor.start()
             authority = None if settings.tls_cert else settings.data / "tls" / "ca.pem"
@@ -122,9 +123,9 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
                 Started(
                     settings,
                     count,
-                    tls[0].getsockname()[:2],
+                    places[0],
                     _where(plain),
-                    _where(mqtt),
+                    places[1],
                     _where(mqtt_plain),
                     authority,
                     "NATS JetStream, looked after by uplinkd" if engine else "your NATS servers",
@@ -191,6 +192,8 @@ class _Supervisor:
     access: Access
     engine: EmbeddedServer | None
     console: socket.socket | None
+    places: tuple[tuple[str, int], tuple[str, int] | None]
+    """Where devices reach the HTTPS and the MQTT door."""
     workers: list[_Worker | None] = field(default_factory=list)
     pauses: dict[int, tuple[float, int]] = field(default_factory=dict)
     lifeline: tuple[int, int] = (-1, -1)
@@ -288,6 +291,7 @@ class _Supervisor:
                 self.certificates,
                 self.access,
                 self.metrics,
+                *self.places,
                 ready,
                 self.lifeline[0],
             )

@@ -117,7 +117,15 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
     async def reader() -> MemoryEngine:
         return engine
 
-    office = Office(settings=settings, registry=registry, bus=bus, figures=Figures(metrics.read), open_reader=reader)
+    office = Office(
+        settings=settings,
+        registry=registry,
+        bus=bus,
+        figures=Figures(metrics.read),
+        open_reader=reader,
+        https=("127.0.0.1", 8443),
+        mqtt=("127.0.0.1", 8883),
+    )
     journal = Journal(settings)
     transport = httpx.ASGITransport(application(office), raise_app_exceptions=False, client=("192.0.2.9", 1234))
     made = House(office, engine, bus, journal, transport)

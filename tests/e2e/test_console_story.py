@@ -29,18 +29,18 @@ def test_a_newcomer_finds_their_way_by_the_console_alone(tmp_path: Path) -> None
 
             page.click("nav >> text=Products")
             page.fill("[name=name]", "my lamps")
-            page.click("text=Make >> nth=-1")
+            page.click("form[action='/products'] button")
             page.wait_for_url(re.compile(r"/products/a1\w{9}\?"))
             product = page.url.split("/")[-1].split("?")[0]
 
             page.click("nav.tabs >> text=Topic classes")
-            page.fill("[name=levels]", "user/report")
-            page.click("section >> text=Add >> nth=-1")
-            page.wait_for_selector(f"text=/{product}/${{deviceName}}/user/report")
+            page.fill("label [name=levels]", "user/report")
+            page.click("section form button.primary")
+            page.wait_for_selector("td:has-text('/user/report')")
 
             page.click("nav.tabs >> text=Devices")
-            page.fill("[name=name]", "lamp-0001")
-            page.click("details[open] button.primary")
+            page.fill("label [name=name]", "lamp-0001")
+            page.click(f"form[action='/products/{product}/devices'] button")
             page.wait_for_selector("h1:has-text('lamp-0001')")
             assert "never activated" in page.inner_text("h1")
             page.click("dl button.copy[data-fetch]")

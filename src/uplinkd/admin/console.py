@@ -42,7 +42,7 @@ from uplinkd.core.model import Device, Right, State
 from uplinkd.core.names import DEFAULT_CLASSES
 from uplinkd.core.operators import Actor, Role, Scope, acting
 from uplinkd.engine import Query as Wanted
-from uplinkd.settings import address, reachable
+from uplinkd.settings import reachable
 
 __all__ = ["error_page", "mount"]
 
@@ -124,8 +124,7 @@ def page(request: Request, template: str, status: int = 200, **facts: Any) -> HT
             language=language,
             theme=theme if theme in THEMES else "auto",
             here=here,
-            done=request.query_params.get("done", ""),
-            **{"fault": "", **facts},
+            **{"fault": "", "done": request.query_params.get("done", ""), **facts},
         )
     )
     return HTMLResponse(html, status)
@@ -140,7 +139,7 @@ async def error_page(request: Request, status: int, detail: str) -> Response:
         return RedirectResponse(f"/sign-in?{urlencode({'back': _back(request)})}", 303)
     if principal and principal.user and principal.user.one_time and request.method == "GET":
         return RedirectResponse("/password", 303)
-    return page(request, "error.html", status, number=status, detail=detail)
+    return page(request, "error.html", status, number=status, detail=detail, done="")
 
 
 def _back(request: Request) -> str:
@@ -542,8 +541,11 @@ async def _device_page(
         device=device,
         document=doc.DeviceDocument.of(device, now=now(), timeout=office.timeout),
         snippets={
-            language: _snippet(request, office, device, language, topic, "<DeviceSecret>") for language in _LANGUAGES
+            language: _snippet(request, office, device, language, topic, "<DeviceSecret>")
+            for language in _LANGUAGES
+            if language != "mosquitto" or office.mqtt
         },
+        languages={language: label for language, (label, _) in _LANGUAGES.items()},
         classes=classes,
         hears=[f"/{product_key}/{name}/{levels}" for levels in heard] or [f"/{product_key}/{name}/user/get"],
         messages=messages,
@@ -558,7 +560,7 @@ _LANGUAGES: dict[str, tuple[str, Callable[..., str]]] = {
     "curl": ("curl", snippets.curl),
     "python": ("Python", snippets.python),
     "c": ("C", snippets.c),
-    "mosquitto": ("mosquitto", snippets.mosquitto),
+    "mosquitto": ("MQTT", snippets.mosquitto),
 }
 
 
@@ -570,9 +572,9 @@ def _snippet(request: Request, office: Office, device: Device, language: str, to
 def _place(request: Request, office: Office) -> snippets.Place:
     """Where devices reach this server: by the name in the browser's address line, unless a door is of this machine alone."""
     settings = office.settings
-    host, port = address(settings.listen)
+    host, port = office.https
     name = _public_name(request, host)
-    mqtt_host, mqtt_port = address(settings.mqtt_listen) if settings.mqtt_listen else ("", 0)
+    mqtt_host, mqtt_port = office.mqtt or ("", 0)
     ca = "" if settings.tls_cert else str((settings.data / "tls" / "ca.pem").absolute())
     return snippets.Place(f"https://{name}:{port}", _public_name(request, mqtt_host), mqtt_port, ca)
 

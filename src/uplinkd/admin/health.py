@@ -93,4 +93,6 @@ async def _facts(office: Office) -> Facts:
         messages, size, connected = stored.messages, stored.bytes, True
     except (Unavailable, TimeoutError):
         pass
-    return Facts(devices=devices, messages=messages, messages_bytes=size, engine_connected=connected, version=__version__)
+    return Facts(
+        devices=devices, messages=messages, messages_bytes=size, engine_connected=connected, version=__version__
+    )

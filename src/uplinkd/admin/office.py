@@ -30,6 +30,9 @@ class Office:
     bus: Bus
     figures: Figures
     open_reader: Callable[[], Awaitable[Reader]]
+    https: tuple[str, int]
+    """Host and port of the HTTPS door; `mqtt` those of the MQTT door, None where there is none."""
+    mqtt: tuple[str, int] | None
     jobs: Jobs = field(default_factory=Jobs)
     attempts: Attempts = field(default_factory=Attempts)
     stopping: asyncio.Event = field(default_factory=asyncio.Event)

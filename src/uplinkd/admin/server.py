@@ -56,6 +56,8 @@ class ConsoleTask:
     certificates: list[CertificateFiles]
     access: Access
     metrics: Metrics
+    https: tuple[str, int]
+    mqtt: tuple[str, int] | None
     ready: Connection = field(repr=False)
     lifeline: int
 
@@ -82,6 +84,8 @@ async def _serve(task: ConsoleTask) -> None:
         registry=registry,
         bus=bus,
         figures=figures,
+        https=task.https,
+        mqtt=task.mqtt,
         open_reader=functools.partial(open_reader, task.access),
     )
     server = _server(application(office), task.context)
