@@ -73,6 +73,12 @@ def test_version_sign_and_signmethod_are_not_signed(
     assert content_of({**submitted, "other": "1"}) != content_of(submitted)
 
 
+@given(st.text(st.characters(categories=["Cs", "Nd"]), min_size=1))
+def test_a_sign_that_is_no_text_is_a_wrong_sign(text: str) -> None:
+    """JSON's \\ud800 is half a character; it is compared like any other."""
+    assert not matches("secret", "content", "hmacsha1", text)
+
+
 @given(texts)
 def test_a_sign_that_is_not_ascii_is_a_wrong_sign(text: str) -> None:
     """A device may send any text as its sign; comparing it raises nothing."""

@@ -26,6 +26,7 @@ COMMANDS = {
     "logs": ("uplinkd.cli.logs", "logs"),
     "publish": ("uplinkd.cli.simulate", "publish"),
     "sign": ("uplinkd.cli.simulate", "sign"),
+    "examine": ("uplinkd.cli.examine", "examine"),
 }
 
 

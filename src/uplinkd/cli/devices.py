@@ -9,16 +9,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
 import click
 
 from uplinkd.cli.common import interactive, json_option, local_time, print_json, print_table, settings_options, warn
 from uplinkd.cli.products import opened
+from uplinkd.core import snippets
 from uplinkd.core.errors import Rejected
 from uplinkd.core.model import Device
 from uplinkd.registry import ImportReport, Registry
 from uplinkd.registry.fleet import read_fleet, write_fleet
-from uplinkd.settings import Settings
+from uplinkd.settings import Settings, address, reachable
 
 __all__ = ["device"]
 
@@ -120,6 +122,41 @@ def delete(settings: Settings, pk: str, name: str, as_json: bool) -> None:
         print_json({"productKey": pk, "deviceName": name, "deleted": True})
     else:
         click.echo(f"device {name} of {pk} is deleted")
+
+
+@device.command()
+@click.argument("pk")
+@click.argument("name")
+@click.option("--language", type=click.Choice(list(snippets.LANGUAGES)), required=True, help="Of the program.")
+@click.option("--url", help="The server, as the device reaches it  [default: where the settings say that it listens].")
+@click.option("--topic", help="Topic to report to  [default: the first that the device may publish to].")
+@settings_options("listen", "mqtt_listen", "tls_cert", "database_url", "secret_key")
+def snippet(settings: Settings, pk: str, name: str, language: str, url: str | None, topic: str | None) -> None:
+    """Print a program that acts as the device: it signs in and reports. It holds the device's secret."""
+    with opened(settings) as registry:
+        found = registry.device(pk, name)
+        classes = registry.topic_classes(pk)
+    levels = next((each.levels for each in classes if each.right.publishes), "user/update")
+    topic = topic or f"/{found.product_key}/{found.name}/{levels}"
+    if not topic.startswith("/"):
+        raise Rejected(f"topic {topic!r}: it begins with a slash, such as /{pk}/{name}/user/update")
+    write = snippets.LANGUAGES[language]
+    now = round(time.time() * 1000)
+    text = write(found.product_key, found.name, found.secret, _place(settings, url), topic=topic, now=now)
+    click.echo(text, nl=False)
+
+
+def _place(settings: Settings, url: str | None) -> snippets.Place:
+    """Where a device of this installation finds its server."""
+    host, port = address(settings.listen)
+    url = url or f"https://{reachable(host)}:{port}"
+    parts = urlsplit(url)
+    if parts.scheme not in ("https", "http") or not parts.hostname:
+        raise Rejected(f"{url!r} is not a URL such as https://127.0.0.1:8443")
+    authority = settings.data / "tls" / "ca.pem"
+    own = parts.scheme == "https" and not settings.tls_cert and authority.exists()
+    mqtt_port = address(settings.mqtt_listen)[1] if settings.mqtt_listen else 0
+    return snippets.Place(url, parts.hostname, mqtt_port, str(authority.resolve()) if own else "")
 
 
 @device.command("import")
