@@ -18,6 +18,7 @@ from fastapi import APIRouter, Depends, FastAPI, Form, Query, Request, Response,
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, StreamingResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 from starlette.staticfiles import StaticFiles
 
 from uplinkd import __version__, journal
@@ -88,7 +89,7 @@ def _environment(language: str) -> Environment:
     say = functools.partial(translated, language)
     install: Any = environment
     install.install_gettext_callables(say, lambda one, many, count: say(one if count == 1 else many), newstyle=True)
-    environment.filters.update(moment=moment, size=size, number=lambda value: f"{value:,}", path=_path)
+    environment.filters.update(ticks=_ticks, moment=moment, size=size, number=lambda value: f"{value:,}", path=_path)
     environment.globals.update(
         LANGUAGES=LANGUAGES,
         THEMES=THEMES,
@@ -101,6 +102,11 @@ def _environment(language: str) -> Environment:
         DEFAULT_LEVELS=[levels for levels, _ in DEFAULT_CLASSES],
     )
     return environment
+
+
+def _ticks(text: str) -> Markup:
+    """What stands between backticks as code; all else is text."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped before
 
 
 def _path(text: str) -> str:

@@ -1,6 +1,7 @@
 // A line chart over time in SVG: axes, areas, a hair line that reads values off. No library: four series at most, a few hundred points.
 
 const NS = "http://www.w3.org/2000/svg";
+const SHORTEST = 120_000;
 const MARGIN = { left: 44, right: 8, top: 8, bottom: 20 };
 
 function element(name, attributes, parent) {
@@ -49,9 +50,12 @@ export class Chart {
     if (!width) return;
     const lines = this.series(this.samples);
     const end = this.samples.length ? this.samples.at(-1).at : Date.now();
-    const begin = end - this.span;
+    // A server that was just started has little to show: the axis begins with it.
+    const known = this.samples.length ? end - this.samples[0].at : 0;
+    const span = Math.min(this.span, Math.max(known, SHORTEST));
+    const begin = end - span;
     const top = ceiling(Math.max(0, ...lines.flatMap(([, values]) => values.filter((value) => value !== null))));
-    const x = (at) => MARGIN.left + ((at - begin) / this.span) * (width - MARGIN.left - MARGIN.right);
+    const x = (at) => MARGIN.left + ((at - begin) / span) * (width - MARGIN.left - MARGIN.right);
     const y = (value) => height - MARGIN.bottom - (value / top) * (height - MARGIN.top - MARGIN.bottom);
     const svg = element("svg", { role: "img", "aria-label": this.describe(lines), viewBox: `0 0 ${width} ${height}` });
     for (let step = 0; step <= 4; step += 1) {
@@ -61,7 +65,7 @@ export class Chart {
     }
     const clock = new Intl.DateTimeFormat(document.documentElement.lang, { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
     for (let part = 0; part <= 3; part += 1) {
-      const at = begin + (this.span * part) / 3;
+      const at = begin + (span * part) / 3;
       const anchor = ["start", "middle", "middle", "end"][part];
       element("text", { x: x(at), y: height - 4, "text-anchor": anchor }, svg).textContent = clock.format(at);
     }
@@ -85,7 +89,7 @@ export class Chart {
     });
     let chosen = this.samples.length - 1;
     if (this.at !== null && this.at !== undefined && this.samples.length) {
-      const wanted = begin + ((this.at - MARGIN.left) / (width - MARGIN.left - MARGIN.right)) * this.span;
+      const wanted = begin + ((this.at - MARGIN.left) / (width - MARGIN.left - MARGIN.right)) * span;
       chosen = this.samples.reduce((best, sample, place) => (Math.abs(sample.at - wanted) < Math.abs(this.samples[best].at - wanted) ? place : best), 0);
       const hair = x(this.samples[chosen].at);
       element("line", { class: "hair", x1: hair, x2: hair, y1: MARGIN.top, y2: height - MARGIN.bottom }, svg);

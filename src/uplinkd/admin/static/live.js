@@ -11,6 +11,8 @@ function node(name, attributes = {}, ...children) {
   return made;
 }
 
+// What stands between backticks is code.
+const ticks = (text) => text.split("`").map((part, place) => (place % 2 ? node("code", {}, part) : part));
 const at = (time) => node("time", { "data-ms": time });
 const deviceLink = (product, device) => (product && device
   ? node("a", { href: `/products/${encodeURIComponent(product)}/devices/${encodeURIComponent(device)}` }, device)
@@ -33,8 +35,8 @@ function refusalBox(each) {
   const facts = node("span", { class: "muted" }, at(each.time), ` · ${each.endpoint}${each.address ? ` · ${each.address}` : ""}`);
   box.append(
     node("header", {}, node("span", { class: "code" }, String(each.code || feed.dataset.note)), node("strong", {}, each.message), facts),
-    node("p", { class: "reason" }, each.reason));
-  if (each.means) box.append(node("p", { class: "muted" }, `${each.means} `, node("b", {}, each.advice)));
+    node("p", { class: "reason" }, ...ticks(each.reason)));
+  if (each.means) box.append(node("p", { class: "muted" }, ...ticks(each.means), " ", node("b", {}, ...ticks(each.advice))));
   box.append(node("footer", { class: "muted" }, deviceLink(each.productKey, each.deviceName), each.topic ? ` · ${each.topic}` : "", each.requestId ? ` · requestId ${each.requestId}` : ""));
   return box;
 }

@@ -1,0 +1,214 @@
+"""Every page in both languages, both themes, on a desk and on a phone: looked at by a machine, and kept as pictures for people."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+
+from tests.browser import PASSWORD, Visit, choose_password, chromium, one_time_password, sign_in, visit
+from tests.house import Device, Server, cli, cli_json, login_body
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("console")]
+
+PICTURES = Path(os.environ.get("UPLINKD_TEST_PICTURES") or Path(__file__).parent.parent.parent / "artefacts")
+LOOKS = {
+    "desk": {"viewport": {"width": 1280, "height": 860}},
+    "phone": {
+        "viewport": {"width": 390, "height": 844},
+        "device_scale_factor": 2,
+        "is_mobile": True,
+        "has_touch": True,
+    },
+}
+# Swagger UI is not ours to mend: neither its contrasts nor its width.
+FOREIGN = "/api/v1/docs"
+
+
+@dataclass
+class Fleet:
+    server: Server
+    product: str
+    message: int
+
+    @property
+    def pages(self) -> dict[str, str]:
+        product = f"/products/{self.product}"
+        return {
+            "overview": "/",
+            "products": "/products",
+            "product-devices": product,
+            "product-topics": f"{product}/topics",
+            "product-keys": f"{product}/keys",
+            "product-settings": f"{product}/settings",
+            "device": f"{product}/devices/lamp-0001",
+            "live": "/live",
+            "messages": "/messages",
+            "message": f"/messages/{self.message}",
+            "logs": "/logs",
+            "codes": "/codes",
+            "workbench": "/workbench",
+            "jobs": "/jobs",
+            "access": "/access",
+            "users": "/users",
+            "audit": "/audit",
+            "settings": "/settings",
+            "password": "/password",
+            "not-found": "/nothing",
+            "api": FOREIGN,
+        }
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A server with something of everything on it."""
+    data = tmp_path_factory.mktemp("console") / "data"
+    server = Server(data, console_port=0).start()
+    try:
+        product = cli_json("product", "create", "street lamps", data=data)["productKey"]
+        rows = "".join(f"{product},lamp-{number:04},s3cret{number:04}\n" for number in range(1, 121))
+        (data.parent / "fleet.csv").write_text("ProductKey,DeviceName,DeviceSecret\n" + rows)
+        cli("device", "import", str(data.parent / "fleet.csv"), data=data)
+        cli("device", "disable", product, "lamp-0007", data=data)
+        cli("topic", "add", product, "rooms/+/state", "--right", "subscribe", data=data)
+        cli("app", "create", "billing", "--product", product, data=data)
+        cli("apikey", "create", "ci", "--scope", "read", data=data)
+        cli("user", "create", "eve", "--role", "viewer", data=data)
+        message = asyncio.run(report(server, product))
+        yield Fleet(server, product, message)
+    finally:
+        server.stop()
+
+
+async def report(server: Server, product: str) -> int:
+    """Some seconds of traffic, refusals among it."""
+    devices = [
+        Device(server, product, f"lamp-{number:04}", f"s3cret{number:04}") for number in range(1, 9) if number != 7
+    ]
+    last = 0
+    for device in devices:
+        assert await device.login() == 0
+    for turn in range(12):
+        for place, device in enumerate(devices):
+            payload = f'{{"on":{str(bool(turn % 2)).lower()},"temperature":{20 + place + turn / 10:.1f}}}'
+            _, last = await device.publish(payload.encode())
+        await devices[0].publish(b"x", "user/nope")
+        await asyncio.sleep(0.3)
+    await devices[0].post("/auth", login_body(product, "lamp-0002", "wrong"), "Content-Type: application/json")
+    for device in devices:
+        await device.close()
+    return last
+
+
+def see(visitor: Visit, name: str, path: str, look: str) -> None:
+    """Go there, let it settle, take the picture; it must not be wider than the window."""
+    page = visitor.page
+    visitor.go(path)
+    if name in ("overview", "live", "api"):
+        page.wait_for_timeout(1300)
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=PICTURES / f"{name}-{look}.png", full_page=name != "api")
+    if path != FOREIGN:
+        viewport = page.viewport_size
+        assert viewport
+        width = page.evaluate("document.documentElement.scrollWidth")
+        assert width <= viewport["width"], f"{path} is {width} px wide ({look})"
+
+
+def findings(visitor: Visit) -> list[str]:
+    """What axe finds serious or critical."""
+    violations = Axe().run(visitor.page).response["violations"]
+    return [
+        f"{visitor.page.url}: {each['id']}: {each['help']}: {[node['html'][:150] for node in each['nodes'][:3]]}"
+        for each in violations
+        if each["impact"] in ("serious", "critical")
+    ]
+
+
+@pytest.mark.parametrize("where", LOOKS)
+def test_every_page_in_both_languages_and_themes(fleet: Fleet, where: str) -> None:
+    """No script fails, nothing is forbidden by the policy, no page is wider than its window, axe finds nothing serious; a
+    picture of each is kept."""
+    found: list[str] = []
+    with chromium() as browser, visit(browser, fleet.server, **LOOKS[where]) as visitor:
+        look = f"{where}-sign-in"
+        for language in ("en", "zh"):
+            visitor.go(f"/prefer?language={language}&back=/sign-in")
+            see(visitor, "sign-in", "/sign-in", f"{where}-{language}-light")
+            found += findings(visitor)
+        try:
+            sign_in(visitor, PASSWORD) if where == "phone" else first_sign_in(visitor, fleet.server)
+        except Exception as error:
+            raise AssertionError(f"nobody gets in ({look})") from error
+        for theme in ("light", "dark"):
+            for language in ("en", "zh"):
+                visitor.go(f"/prefer?language={language}&theme={theme}&back=/codes")
+                for name, path in fleet.pages.items():
+                    see(visitor, name, path, f"{where}-{language}-{theme}")
+                    if language == "en" and path != FOREIGN:
+                        found += findings(visitor)
+                examined(visitor, fleet, f"{where}-{language}-{theme}")
+        assert visitor.faults == []
+    assert found == []
+
+
+def first_sign_in(visitor: Visit, server: Server) -> None:
+    sign_in(visitor, one_time_password(server))
+    choose_password(visitor, one_time_password(server))
+    sign_in(visitor)
+
+
+def examined(visitor: Visit, fleet: Fleet, look: str) -> None:
+    """The workbench with a result."""
+    visitor.go("/workbench")
+    visitor.page.fill("[name=text]", login_body(fleet.product, "lamp-0001", "s3cret0001\n").decode())
+    visitor.page.click("main button.primary")
+    visitor.page.wait_for_selector("#result")
+    visitor.page.screenshot(path=PICTURES / f"workbench-result-{look}.png", full_page=True)
+
+
+def test_the_menu_of_a_phone_opens_and_leads_on(fleet: Fleet) -> None:
+    """What is a column on a desk is behind one touch there."""
+    with chromium() as browser, visit(browser, fleet.server, **LOOKS["phone"]) as visitor:
+        sign_in(visitor, PASSWORD)
+        assert not visitor.page.is_visible("nav.side")
+        visitor.page.tap(".drawer summary")
+        visitor.page.tap("nav.side >> text=Products")
+        visitor.page.wait_for_url(re.compile("/products$"))
+
+
+def test_live_messages_can_be_paused_and_filtered(fleet: Fleet) -> None:
+    """Paused, the page stands still and counts; going on, it shows what came."""
+
+    def one(payload: str) -> None:
+        topic, who = f"/{fleet.product}/lamp-0003/user/update", ("--product", fleet.product, "--device", "lamp-0003")
+        cli("publish", topic, payload, "--url", fleet.server.url, *who, data=fleet.server.data)
+
+    with chromium() as browser, visit(browser, fleet.server) as visitor:
+        page = visitor.page
+        sign_in(visitor, PASSWORD)
+        visitor.go(f"/live?product={fleet.product}&device=lamp-0003")
+        page.wait_for_selector("#feed:has-text('live')")
+        time.sleep(0.5)
+        one("first")
+        page.wait_for_selector("#rows tr:has-text('first')")
+        page.click("#pause")
+        one("second")
+        page.wait_for_selector("#feed:has-text('1 more')")
+        assert page.query_selector("#rows tr:has-text('second')") is None
+        page.click("#pause")
+        page.wait_for_selector("#rows tr:has-text('second')")
+        other = visitor.context.new_page()
+        other.goto(f"{visitor.url}/live?product={fleet.product}&device=lamp-0004")
+        other.wait_for_selector("#feed:has-text('live')")
+        one("third")
+        page.wait_for_selector("#rows tr:has-text('third')")
+        assert other.query_selector("#rows tr") is None
+        assert visitor.faults == []
