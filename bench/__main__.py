@@ -16,16 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import mqtt, report
+from bench import console, mqtt, report
 from bench.load import Measured, auth_load, idle_memory, publish_load, raise_file_limit
 from bench.peers import Peer, fastapi, nginx, start_uplinkd, uplinkd
 from uplinkd.engine.embedded import access_for
 from uplinkd.engine.reader import JetStreamReader
 from uplinkd.settings import Settings
 
-NEEDED = {"wrk": "wrk", "nginx": "nginx-light", "taskset": "util-linux", "setpriv": "util-linux"}
+NEEDED = {"wrk": "wrk", "nginx": "nginx-light", "taskset": "util-linux", "curl": "curl", "setpriv": "util-linux"}
 SERVERS = ("nginx", "fastapi", "uplinkd")
-PARTS = ("https", "mqtt")
+PARTS = ("https", "mqtt", "console")
 PAYLOAD = 200
 Load = Callable[[Peer, float], Measured]
 
@@ -85,6 +85,8 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     if "mqtt" in options.part:
         with uplinkd(folder / "off", count) as without:
             facts |= mqtt.measure(folder / "mqtt", without, options, say)
+    if "console" in options.part:
+        facts |= console.measure(folder / "console", options, say)
     return facts
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
 import resource
+import statistics
 import subprocess
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.peers import PIN, PRODUCT, SECRET, Peer, context, cpu_seconds, login, pss
 from uplinkd.client import login_body
 
-__all__ = ["LOAD_CORE", "Measured", "auth_load", "idle_memory", "parse", "publish_load", "raise_file_limit"]
+__all__ = ["LOAD_CORE", "Measured", "auth_load", "idle_memory", "in_turn", "parse", "publish_load", "raise_file_limit"]
 
 LOAD_CORE = "1"
 _SCRIPTS = Path(__file__).parent
@@ -59,6 +63,30 @@ def parse(output: str, *, server_cpu: float = 0.0, load_cpu: float = 0.0, busy: 
         load_cpu=round(load_cpu, 2),
         other_cpu=round(max(0.0, busy - server_cpu - load_cpu), 2),
     )
+
+
+def in_turn(
+    folder: Path,
+    without: Peer,
+    peer: Peer,
+    options: argparse.Namespace,
+    say: Callable[[int], None],
+    beside: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> dict[str, float]:
+    """Reports over HTTPS to the one and the other in turn, after a warm-up, to the other while `beside` stands: the median rates,
+    and of the ratios in each round."""
+    rates: dict[str, list[float]] = {"without": [], "with": []}
+    for number in range(options.rounds + 1):
+        say(number)
+        for name, one, meanwhile in (("without", without, nullcontext), ("with", peer, beside)):
+            with meanwhile():
+                found = publish_load(one, folder, connections=options.connections, seconds=options.seconds)
+            if found.bad or found.errors:
+                raise SystemExit(f"publish {name}: {found.bad + found.errors} answers were not right; {found.sample}")
+            if number:
+                rates[name].append(found.rate)
+    ratio = statistics.median(one / other for one, other in zip(rates["with"], rates["without"], strict=True))
+    return {"without": statistics.median(rates["without"]), "with": statistics.median(rates["with"]), "ratio": ratio}
 
 
 def _wrk(peer: Peer, script: str, connections: int, seconds: float, **variables: str) -> Measured:

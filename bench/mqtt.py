@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import uvloop
 
-from bench.load import LOAD_CORE, publish_load
+from bench.load import LOAD_CORE, in_turn
 from bench.peers import PRODUCT, SECRET, Peer, context, cpu_seconds, free_port, login, pss, uplinkd
 
 __all__ = ["measure"]
@@ -310,18 +310,8 @@ def _beside(
     say: Callable[[str], None],
 ) -> dict[str, float]:
     """Reports over HTTPS, in turn without the MQTT door and with it and as many idle sessions as `names`."""
-    rates: dict[str, list[float]] = {"without": [], "with": []}
     with _holding(peer, port, names):
-        for number in range(-1, options.rounds):
-            say(f"MQTT: HTTPS beside it, round {number + 1} of {options.rounds} …")
-            for name, one in (("without", without), ("with", peer)):
-                found = publish_load(one, folder, connections=options.connections, seconds=options.seconds)
-                if found.bad or found.errors:
-                    raise SystemExit(f"publish {name} MQTT: {found.bad + found.errors} answers were not right")
-                if number >= 0:
-                    rates[name].append(found.rate)
-    ratio = statistics.median(one / other for one, other in zip(rates["with"], rates["without"], strict=True))
-    return {"without": statistics.median(rates["without"]), "with": statistics.median(rates["with"]), "ratio": ratio}
+        return in_turn(folder, without, peer, options, lambda number: say(f"MQTT: HTTPS beside it, round {number} …"))
 
 
 @contextlib.contextmanager

@@ -208,7 +208,7 @@ def start_uplinkd(folder: Path, data: Path, *options: str) -> Iterator[Peer]:
     port = free_port()
     arguments = [sys.executable, "-m", "uplinkd", "serve", "--data", str(data), "--listen", f"127.0.0.1:{port}"]
     arguments += ["--workers", "1", "--device-rate", "0", "--device-bytes", "0", "--auth-rate", "0"]
-    arguments += ["--mqtt-listen", "", "--nats-listen", "", *options]
+    arguments += ["--mqtt-listen", "", "--nats-listen", "", "--console-listen", "", *options]
     log = folder / "uplinkd.log"
     ca = data / "tls" / "ca.pem"
     with _running(arguments, log) as process:

@@ -103,6 +103,9 @@ def goals(facts: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
         )
     if figures := facts.get("mqtt"):
         found += _mqtt_goals(figures)
+    if beside := facts.get("console"):
+        ratio = beside["ratio"]
+        found.append(("HTTPS publish, console open and tailing", f"{ratio:.3f} ×", "≥ 0.95 ×", ratio >= 0.95))
     return found
 
 
@@ -174,6 +177,12 @@ def render(facts: Mapping[str, Any]) -> str:
         lines += ["", table((LOADS[load], *headings), [_cells(each, peers) for each in peers.values()])]
     if figures := facts.get("mqtt"):
         lines += ["", table(("MQTT", "", "server CPU"), _mqtt_rows(figures, settings["sessions"]))]
+    if beside := facts.get("console"):
+        figures_of_console = [
+            ("HTTPS publish, console closed / open and tailing", f"{beside['without']:,.0f} / {beside['with']:,.0f}"),
+            ("events that the windows got meanwhile", f"{beside['events']:,}"),
+        ]
+        lines += ["", table(("console", ""), figures_of_console)]
     if reached := goals(facts):
         cells = [(name, measured, wanted, "reached" if good else "MISSED") for name, measured, wanted, good in reached]
         lines += ["", table(("goal", "measured", "wanted", ""), cells)]

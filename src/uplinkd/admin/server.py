@@ -65,7 +65,7 @@ class ConsoleTask:
 def run(task: ConsoleTask) -> None:
     """Serve until SIGTERM or the supervisor's end; the process then exits. A SIGINT is the supervisor's to act on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(5)  # devices come first
+    os.nice(10)  # devices come first
     gc.freeze()
     # What it would say of each fault, problems.py says with the path.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)

@@ -97,8 +97,8 @@ class Reader(Protocol):
         """Messages that match as they are stored, for ever; from `query.since` where given, else from now."""
 
     def tail(self, query: Query, *, most: int = 50, pause: float = 0.25) -> AsyncGenerator[Glimpse]:
-        """The same for people who watch: at most `most` messages in `pause` seconds, however many are stored. At least every
-        few seconds one comes, be it empty."""
+        """The same for people who watch: at most `most` messages in `pause` seconds (in a flood less often), however many are
+        stored. At least every few seconds one comes, be it empty."""
 
     async def by_id(self, message_id: int) -> Message | None:
         """The message, None when it is not stored (any more)."""
