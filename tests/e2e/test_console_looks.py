@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -19,7 +20,7 @@ from tests.house import Device, Server, cli, cli_json, login_body
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("console")]
 
 PICTURES = Path(os.environ.get("UPLINKD_TEST_PICTURES") or Path(__file__).parent.parent.parent / "artefacts")
-LOOKS = {
+LOOKS: dict[str, dict[str, Any]] = {
     "desk": {"viewport": {"width": 1280, "height": 860}},
     "phone": {
         "viewport": {"width": 390, "height": 844},

@@ -6,7 +6,16 @@ from __future__ import annotations
 import base64
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic.alias_generators import to_camel
 
 from uplinkd.admin.jobs import Job, JobState
@@ -52,7 +61,20 @@ __all__ = [
 
 T = TypeVar("T")
 
-Text = Annotated[str, StringConstraints(max_length=1024)]
+
+def _shape(pattern: str) -> WithJsonSchema:
+    """What the description says of a text; the registry keeps the rule, since its words are for people."""
+    return WithJsonSchema({"type": "string", "pattern": pattern})
+
+
+_Short = StringConstraints(max_length=1024)
+Text = Annotated[str, _Short]
+ProductName = Annotated[str, _Short, _shape(r"^[A-Za-z0-9][A-Za-z0-9 ]{2,28}[A-Za-z0-9]$")]
+ProductKeyText = Annotated[str, _Short, _shape(r"^[A-Za-z0-9]{1,30}$")]
+DeviceNameText = Annotated[str, _Short, _shape(r"^[A-Za-z0-9_@.:-]{4,32}$")]
+SecretText = Annotated[str, _Short, _shape(r"^[A-Za-z0-9]{1,64}$")]
+NameText = Annotated[str, _Short, _shape(r"^[A-Za-z0-9_.-]{1,64}$")]
+Levels = Annotated[str, _Short, _shape(r"^[A-Za-z0-9_]+(/[A-Za-z0-9_]+){0,4}$")]
 
 
 class _Document(BaseModel):
@@ -106,13 +128,13 @@ class ProductWithSecret(ProductDocument):
 
 
 class NewProduct(_Given):
-    name: Text = Field(description="4 to 30 printable characters", examples=["my lamps"])
-    product_key: Text | None = Field(None, description="1 to 30 letters and digits; made when left out")
-    product_secret: Text | None = Field(None, description="made when left out")
+    name: ProductName = Field(description="4 to 30 printable characters", examples=["my lamps"])
+    product_key: ProductKeyText | None = Field(None, description="1 to 30 letters and digits; made when left out")
+    product_secret: SecretText | None = Field(None, description="1 to 64 printable characters; made when left out")
 
 
 class ProductChange(_Given):
-    name: Text
+    name: ProductName = Field(description="4 to 30 printable characters")
 
 
 class CensusDocument(_Document):
@@ -170,19 +192,21 @@ def _device(device: Device, now: int, timeout: int) -> dict[str, Any]:
 
 
 class NewDevice(_Given):
-    device_name: Text | None = Field(None, description="4 to 32 letters, digits and - _ @ . : ; made when left out")
-    device_secret: Text | None = Field(None, description="1 to 64 printable characters; made when left out")
+    device_name: DeviceNameText | None = Field(
+        None, description="4 to 32 letters, digits and - _ @ . : ; made when left out"
+    )
+    device_secret: SecretText | None = Field(None, description="1 to 64 printable characters; made when left out")
 
 
 class DeviceChange(_Given):
-    enabled: bool
+    enabled: StrictBool
 
 
 class BulkCreation(_Given):
-    product_key: Text
+    product_key: ProductKeyText
     prefix: Text = Field(description="what the names begin with", examples=["lamp-"])
-    count: int = Field(ge=1, le=100_000)
-    start: int = Field(1, ge=0, le=10**9, description="the first number")
+    count: StrictInt = Field(ge=1, le=100_000)
+    start: StrictInt = Field(1, ge=0, le=10**9, description="the first number")
 
 
 class SecretDocument(_Document):
@@ -201,7 +225,7 @@ class TopicClassDocument(_Document):
 
 
 class NewTopicClass(_Given):
-    levels: Text = Field(description="what follows /${productKey}/${deviceName}/", examples=["user/update"])
+    levels: Levels = Field(description="what follows /${productKey}/${deviceName}/", examples=["user/update"])
     right: Right
 
 
@@ -323,13 +347,13 @@ class AppWithSecret(AppDocument):
 
 
 class NewApp(_Given):
-    name: Text
-    products: list[Text] = Field(default_factory=list, max_length=1000)
-    sends: bool = True
+    name: NameText = Field(description="1 to 64 letters, digits and - _ .")
+    products: list[ProductKeyText] = Field(default_factory=list, max_length=1000)
+    sends: StrictBool = True
 
 
 class AppChange(_Given):
-    products: list[Text] = Field(max_length=1000)
+    products: list[ProductKeyText] = Field(max_length=1000)
 
 
 class KeyDocument(_Document):
@@ -349,7 +373,7 @@ class KeyWithSecret(KeyDocument):
 
 
 class NewKey(_Given):
-    name: Text
+    name: NameText = Field(description="1 to 64 letters, digits and - _ .")
     scope: Scope
 
 
@@ -376,7 +400,7 @@ class UserWithPassword(UserDocument):
 
 
 class NewUser(_Given):
-    name: Text
+    name: NameText = Field(description="1 to 64 letters, digits and - _ .")
     role: Role
 
 
