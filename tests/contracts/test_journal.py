@@ -267,6 +267,41 @@ async def test_following_can_begin_in_the_past(settings: Settings) -> None:
     ]
 
 
+async def test_refusals_are_paged_backwards_and_bounded_in_time(settings: Settings) -> None:
+    """Each once, by the id of the last one of the page before; `until` and `address` hold."""
+    await write(settings, *(refusal(number, address=f"192.0.2.{number % 2}") for number in range(25)))
+    seen: list[str] = []
+    before = None
+    while page := read(settings, Wanted(address="192.0.2.1", before=before), 5):
+        seen += [each.request_id for each in reversed(page)]
+        before = page[0].id
+    assert seen == [f"request{number}" for number in range(23, 0, -2)]
+    assert [each.request_id for each in read(settings, Wanted(since=NOW + 3, until=NOW + 5), 9)] == [
+        "request3",
+        "request4",
+        "request5",
+    ]
+
+
+async def test_refusals_are_counted_by_code(settings: Settings) -> None:
+    """Since a time, without notes."""
+    await write(settings, refusal(1), refusal(2, code=30001), refusal(3), refusal(4, code=0))
+    assert journal.counts(settings, 0) == {20000: 2, 30001: 1}
+    assert journal.counts(settings, NOW + 3) == {20000: 1}
+
+
+async def test_one_look_gives_what_came_since_the_one_before(settings: Settings) -> None:
+    """From the end at first; what does not match is passed over for good."""
+    assert journal.after(settings, Wanted(), None) == (0, [], False)
+    await write(settings, refusal(1))
+    cursor, found, more = journal.after(settings, Wanted(code=30001), None)
+    assert (found, more) == ([], False)
+    await write(settings, refusal(2), refusal(3, code=30001))
+    cursor, found, more = journal.after(settings, Wanted(code=30001), cursor)
+    assert [each.request_id for each in found] == ["request3"]
+    assert journal.after(settings, Wanted(code=30001), cursor) == (cursor, [], False)
+
+
 @pytest.mark.slow
 async def test_a_full_journal_is_searched_in_an_instant(settings: Settings) -> None:
     """100,000 entries: by requestId, device and time in under 100 ms."""
@@ -281,6 +316,10 @@ async def test_a_full_journal_is_searched_in_an_instant(settings: Settings) -> N
         (Wanted(device="device77"), 50),
         (Wanted(since=NOW + 99_990), 10),
         (Wanted(device="nobody"), 0),
+        (Wanted(code=40000), 0),
+        (Wanted(address="192.0.2.8"), 0),
+        (Wanted(before=50), 49),
+        (Wanted(since=NOW + 50_000, until=NOW + 50_009), 10),
     ):
         started = time.monotonic()
         assert len(read(settings, wanted, 50)) == count

@@ -62,7 +62,7 @@ class StreamState:
 
 @dataclass(frozen=True, slots=True)
 class Glimpse:
-    """What has been stored since the one before: the newest `messages`, oldest of them first, and how many older ones were
+    """What has been stored since the one before: the newest `messages`, oldest of them first, and about how many older ones were
     skipped for them."""
 
     messages: list[Message]

@@ -212,9 +212,11 @@ class JetStreamReader:
                 stream = await self._stream()
                 if stream is None:
                     return
-                await self._forget(consumer)
-                consumer, left = await self._newest(filters, most, start, stream["state"]["last_seq"] + 1, None)
-                skipped, behind = max(0, behind - left), left
+                old, end_now = consumer, stream["state"]["last_seq"] + 1
+                consumer, _ = await self._newest(filters, most, start, end_now, None)
+                behind, left = await asyncio.gather(self._behind(old), self._behind(consumer))
+                skipped = max(0, behind - left)
+                await self._forget(old)
             found: list[Message] = []
             for batch, wait in ((1, True), (most, False)):  # the first is waited for, the others are there or not
                 async with contextlib.aclosing(self._pull(consumer, base, batch, wait=wait)) as messages:
