@@ -74,6 +74,7 @@ async def test_a_killed_console_comes_back_and_no_device_notices(server: Server)
     assert server.stop() == 0
 
 
+@pytest.mark.slow
 async def test_metrics_and_readiness_tell_what_happens(server: Server) -> None:
     """Prometheus' counters rise with what devices do; without its engine the server is not ready, and with it again it is."""
     (device,) = make_devices(server, 1)
@@ -109,6 +110,7 @@ async def test_metrics_and_readiness_tell_what_happens(server: Server) -> None:
     assert server.stop() == 0
 
 
+@pytest.mark.slow
 async def test_an_open_stream_does_not_hold_up_the_end(server: Server) -> None:
     """A browser that watches is let go; the whole stops within a few seconds, with no orphan."""
     key = cli_json("apikey", "create", "watcher", "--scope", "read", data=server.data)["key"]
@@ -123,6 +125,7 @@ async def test_an_open_stream_does_not_hold_up_the_end(server: Server) -> None:
         watcher.terminate()
 
 
+@pytest.mark.slow
 def test_the_console_speaks_https_where_it_is_asked_to(tmp_path: Path) -> None:
     """With the certificate of the devices' door; its cookie is for HTTPS alone, and browsers are told to stay."""
     server = Server(tmp_path / "data", console_port=0, options=("--console-tls", "true", "--workers", "1")).start()
