@@ -25,6 +25,7 @@ __all__ = [
     "CensusDocument",
     "DeviceDocument",
     "DeviceWithSecret",
+    "DoorsDocument",
     "JobDocument",
     "KeyDocument",
     "KeyWithSecret",
@@ -326,6 +327,14 @@ class NewApp(_Given):
     name: Text
     products: list[Text] = Field(default_factory=list, max_length=1000)
     sends: bool = True
+
+
+class DoorsDocument(_Document):
+    nats: str = Field(description="URL of NATS for applications, empty: they have none")
+    mqtt: str = Field(description="URL of MQTT, empty: there is none")
+    own_nats: bool = Field(
+        description="NATS is the owner's, where their own accounts hold and these credentials do not"
+    )
 
 
 class AppChange(_Given):
