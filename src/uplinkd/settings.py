@@ -36,6 +36,8 @@ __all__ = [
 
 ENVIRONMENT_PREFIX = "UPLINKD_"
 DEFAULT_FILE = Path("uplinkd.toml")
+# The file of settings, and the server elsewhere to which the command line goes.
+_NO_SETTINGS = frozenset({"UPLINKD_CONFIG", "UPLINKD_URL", "UPLINKD_KEY", "UPLINKD_CA"})
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZES = {"": 1, "B": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
@@ -316,7 +318,7 @@ def load(
         for name, value in _read(path).items():
             take(name, value, str(path))
     for variable, text in environment.items():
-        if variable.startswith(ENVIRONMENT_PREFIX) and variable != "UPLINKD_CONFIG":
+        if variable.startswith(ENVIRONMENT_PREFIX) and variable not in _NO_SETTINGS:
             take(variable.removeprefix(ENVIRONMENT_PREFIX).lower(), text, variable)
     for name, value in (flags or {}).items():
         if value is not None and value != ():

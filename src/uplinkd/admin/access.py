@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 from limits import RateLimitItem, RateLimitItemPerHour, RateLimitItemPerMinute
 from limits.storage import MemoryStorage
@@ -19,6 +18,7 @@ from uplinkd.core.errors import Rejected
 from uplinkd.core.names import make_password
 from uplinkd.core.operators import Actor, Role, Scope, User
 from uplinkd.registry import Operators
+from uplinkd.registry.passwords import hash_password, hasher
 
 __all__ = [
     "Attempts",
@@ -39,9 +39,8 @@ FIRST_USER = "admin"
 MINIMUM_LENGTH = 10
 _LONGEST = 1024
 
-_hasher = PasswordHasher()  # argon2id, the library's defaults: 64 MiB, 3 passes (RFC 9106, the second recommendation)
 # So that an unknown user costs as much as a wrong password.
-_NOBODY = _hasher.hash(secrets.token_hex(16))
+_NOBODY = hash_password(secrets.token_hex(16))
 
 
 class Denied(Rejected):
@@ -91,16 +90,12 @@ class Attempts:
         yield self._address, (address,)
 
 
-def hash_password(password: str) -> str:
-    return _hasher.hash(password)
-
-
 def check_password(user: User | None, password: str) -> bool:
     """Whether it is the user's; False for None, after the same work."""
     if len(password) > _LONGEST:
         return False
     try:
-        _hasher.verify(user.password_hash if user else _NOBODY, password)
+        hasher.verify(user.password_hash if user else _NOBODY, password)
     except (VerificationError, InvalidHashError):
         return False
     return user is not None

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import csv
-import io
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Annotated, Any, BinaryIO, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
@@ -19,7 +17,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from uplinkd import __version__, journal
 from uplinkd.admin import documents as doc
 from uplinkd.admin import fleetwork
-from uplinkd.admin.access import Principal, hash_password
+from uplinkd.admin.access import Principal
 from uplinkd.admin.doorkeeper import needs, office_of
 from uplinkd.admin.figures import Sample
 from uplinkd.admin.office import Office, now
@@ -29,11 +27,11 @@ from uplinkd.asking import PATIENCE_SECONDS, check_down_topic, send_down
 from uplinkd.core import workbench
 from uplinkd.core.errors import NotFound, Rejected, Unavailable
 from uplinkd.core.model import App, Device, Product, Right, State
-from uplinkd.core.names import make_password
 from uplinkd.core.operators import Role, Scope
 from uplinkd.engine import Query as Wanted
+from uplinkd.engine.doors import doors
 from uplinkd.registry import Registry
-from uplinkd.registry.fleet import COLUMNS
+from uplinkd.registry.fleet import written_fleet
 from uplinkd.settings import Settings, shown
 
 __all__ = ["PREFIX", "live_messages", "live_refusals", "live_stats", "router", "stats", "uploaded"]
@@ -275,21 +273,7 @@ def exported(office: Office, product_key: str, prefix: str = "") -> StreamingRes
     devices = office.registry.devices(product_key, prefix=prefix)
     office.registry.operators.note("device.export", f"{product_key}/{prefix}")
     headers = {"Content-Disposition": f'attachment; filename="{product_key}.csv"', "Cache-Control": "no-store"}
-    return StreamingResponse(_csv(devices), media_type="text/csv; charset=utf-8", headers=headers)
-
-
-def _csv(devices: Iterable[Device]) -> Iterator[str]:
-    """In parts of some 500 rows, so that a large fleet costs neither memory nor many small writes."""
-    part = io.StringIO(newline="")
-    writer = csv.writer(part)
-    writer.writerow(COLUMNS)
-    for number, device in enumerate(devices, 1):
-        writer.writerow((device.product_key, device.name, device.secret))
-        if number % 500 == 0:
-            yield part.getvalue()
-            part.seek(0)
-            part.truncate()
-    yield part.getvalue()
+    return StreamingResponse(written_fleet(devices), media_type="text/csv; charset=utf-8", headers=headers)
 
 
 # -- long work
@@ -676,8 +660,7 @@ def create_user(
 
 
 def new_user(office: Office, name: str, role: Role) -> doc.UserWithPassword:
-    password = make_password()
-    user = office.registry.operators.create_user(name, role, hash_password(password), one_time=True)
+    user, password = office.registry.operators.invite(name, role)
     return doc.UserWithPassword(**doc.UserDocument.of(user).model_dump(), password=password)
 
 
@@ -695,8 +678,7 @@ def renew_password(
 
 
 def one_time_password(office: Office, name: str) -> doc.UserWithPassword:
-    password = make_password()
-    user = office.registry.operators.set_password(name, hash_password(password), one_time=True)
+    user, password = office.registry.operators.renew_password(name)
     return doc.UserWithPassword(**doc.UserDocument.of(user).model_dump(), password=password)
 
 
@@ -777,6 +759,13 @@ async def live_stats(office: Office) -> AsyncGenerator[ServerSentEvent]:
         if office.stopping.is_set():
             return
         yield ServerSentEvent(event="stats", data=each.document)
+
+
+@router.get("/doors", tags=["apps"])
+def show_doors(office: In, who: Reads, request: Request) -> doc.DoorsDocument:
+    """Where applications connect, with the credentials that `POST /apps` gives."""
+    found = doors(office.settings, host=request.url.hostname or "")
+    return doc.DoorsDocument(nats=found.nats, mqtt=found.mqtt, own_nats=found.own_nats)
 
 
 @router.get("/settings", tags=["stats"])

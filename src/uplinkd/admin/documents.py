@@ -34,6 +34,7 @@ __all__ = [
     "CensusDocument",
     "DeviceDocument",
     "DeviceWithSecret",
+    "DoorsDocument",
     "JobDocument",
     "KeyDocument",
     "KeyWithSecret",
@@ -350,6 +351,14 @@ class NewApp(_Given):
     name: NameText = Field(description="1 to 64 letters, digits and - _ .")
     products: list[ProductKeyText] = Field(default_factory=list, max_length=1000)
     sends: StrictBool = True
+
+
+class DoorsDocument(_Document):
+    nats: str = Field(description="URL of NATS for applications, empty: they have none")
+    mqtt: str = Field(description="URL of MQTT, empty: there is none")
+    own_nats: bool = Field(
+        description="NATS is the owner's, where their own accounts hold and these credentials do not"
+    )
 
 
 class AppChange(_Given):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import click
 
-from uplinkd.admin.access import hash_password
 from uplinkd.cli.common import json_option, local_time, print_json, print_table
 from uplinkd.cli.products import opened, registry_options
-from uplinkd.core.names import make_password
 from uplinkd.core.operators import ApiKey, Role, Scope, User
 from uplinkd.settings import Settings
 
@@ -77,9 +75,8 @@ def user() -> None:
 @registry_options
 def create_user(settings: Settings, name: str, role: str, as_json: bool) -> None:
     """Make a user called NAME with a one-time password, which they replace at their first sign-in."""
-    password = make_password()
     with opened(settings) as registry:
-        made = registry.operators.create_user(name, Role(role), hash_password(password), one_time=True)
+        made, password = registry.operators.invite(name, Role(role))
     _show(made, password, as_json)
 
 
@@ -103,9 +100,8 @@ def list_users(settings: Settings, as_json: bool) -> None:
 @registry_options
 def renew_password(settings: Settings, name: str, as_json: bool) -> None:
     """Give a user a new one-time password, as when it is forgotten; their sessions end."""
-    password = make_password()
     with opened(settings) as registry:
-        changed = registry.operators.set_password(name, hash_password(password), one_time=True)
+        changed, password = registry.operators.renew_password(name)
     _show(changed, password, as_json)
 
 

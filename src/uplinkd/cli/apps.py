@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import click
 
-from uplinkd.cli.common import json_option, local_time, print_json, print_table, settings_options, warn
+from uplinkd.cli.common import (
+    KEY_FLAGS,
+    json_option,
+    local_time,
+    print_json,
+    print_table,
+    server_elsewhere,
+    settings_options,
+    warn,
+)
 from uplinkd.cli.products import opened
 from uplinkd.core.apps import inbox_of
-from uplinkd.core.errors import Unavailable
 from uplinkd.core.model import App
-from uplinkd.engine.embedded import announced
+from uplinkd.engine.doors import Doors, doors
 from uplinkd.engine.stream import STREAM
-from uplinkd.settings import Settings, address, reachable
+from uplinkd.settings import Settings
 
 __all__ = ["app"]
 
-_options = settings_options("database_url", "secret_key", "mqtt_listen", "nats_listen", "nats_url")
+_options = settings_options("database_url", "secret_key", "mqtt_listen", "nats_listen", "nats_url", remote=KEY_FLAGS)
 
 
 @click.group()
@@ -51,7 +57,8 @@ def list_apps(settings: Settings, as_json: bool) -> None:
     with opened(settings) as registry:
         found = registry.apps()
     if as_json:
-        print_json([_document(settings, each) for each in found])
+        ways = _doors(settings)
+        print_json([_document(ways, each) for each in found])
     else:
         rows = [(each.name, each.key, _may(each), local_time(each.created)) for each in found]
         print_table(("NAME", "KEY", "MAY", "MADE"), rows)
@@ -109,28 +116,17 @@ def _may(app: App) -> str:
     return f"read {'and send to' if app.sends else 'only'} {', '.join(app.products)}"
 
 
-def _url(settings: Settings) -> str:
-    """Where the NATS port is, by the server that runs or else by the settings; empty where applications have none."""
-    if settings.nats_url or not settings.nats_listen:
-        return ""
-    with contextlib.suppress(Unavailable):
-        return announced(settings).urls[0]
-    return _at("nats", settings.nats_listen)
+def _doors(settings: Settings) -> Doors:
+    """Where applications connect, by the server that runs or else by the settings."""
+    if server := server_elsewhere():
+        from uplinkd.remote import RemoteRegistry
+
+        return RemoteRegistry(server).doors()
+    return doors(settings)
 
 
-def _mqtt_url(settings: Settings) -> str:
-    """Where the MQTT door is by the settings; empty where there is none."""
-    return _at("mqtts", settings.mqtt_listen) if settings.mqtt_listen else ""
-
-
-def _at(scheme: str, listen: str) -> str:
-    host, port = address(listen)
-    return f"{scheme}://{reachable(host)}:{port}"
-
-
-def _document(settings: Settings, app: App, secret: str = "") -> dict[str, object]:
-    url, mqtt_url = _url(settings), _mqtt_url(settings)
-    nats = {"url": url, "user": app.key, "stream": STREAM, "consumer": app.key, "inboxPrefix": inbox_of(app)}
+def _document(ways: Doors, app: App, secret: str = "") -> dict[str, object]:
+    nats = {"url": ways.nats, "user": app.key, "stream": STREAM, "consumer": app.key, "inboxPrefix": inbox_of(app)}
     return {
         "name": app.name,
         "key": app.key,
@@ -138,37 +134,38 @@ def _document(settings: Settings, app: App, secret: str = "") -> dict[str, objec
         "products": list(app.products),
         "sends": app.sends,
         "createTime": app.created,
-        "nats": nats if url else None,
-        "mqtt": {"url": mqtt_url, "username": app.key} if mqtt_url else None,
+        "nats": nats if ways.nats else None,
+        "mqtt": {"url": ways.mqtt, "username": app.key} if ways.mqtt else None,
     }
 
 
 def _show(settings: Settings, app: App, as_json: bool, secret: str = "") -> None:
+    ways = _doors(settings)
     if as_json:
-        print_json(_document(settings, app, secret))
+        print_json(_document(ways, app, secret))
         return
     lines = [("name", app.name), ("key", app.key)]
     if secret:
         lines.append(("secret", f"{secret}   (shown this once)"))
     lines.append(("may", _may(app)))
-    if url := _url(settings):
+    if ways.nats:
         lines += [
-            ("NATS", url),
+            ("NATS", ways.nats),
             ("", "user: the key; password: the secret"),
             ("", f"stream {STREAM}, durable consumer {app.key}, inbox prefix {inbox_of(app)}"),
         ]
-    elif settings.nats_url:
+    elif ways.own_nats:
         lines.append(("NATS", "on your own servers your own accounts hold; these credentials are not known there"))
     else:
         lines.append(("NATS", "not open to applications (nats_listen is empty)"))
-    if mqtt_url := _mqtt_url(settings):
-        lines += [("MQTT", mqtt_url), ("", "user name: the key; password: the secret; any clientId")]
+    if ways.mqtt:
+        lines += [("MQTT", ways.mqtt), ("", "user name: the key; password: the secret; any clientId")]
     for label, text in lines:
         click.echo(f"{label:<8}{text}")
 
 
 def _changed(settings: Settings, app: App, as_json: bool) -> None:
     if as_json:
-        print_json(_document(settings, app))
+        print_json(_document(_doors(settings), app))
     else:
         click.echo(f"application {app.name} may {_may(app)}")

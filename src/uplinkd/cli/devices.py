@@ -6,25 +6,32 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
 import click
 
-from uplinkd.cli.common import interactive, json_option, local_time, print_json, print_table, settings_options, warn
-from uplinkd.cli.products import opened
+from uplinkd.cli.common import (
+    KEY_FLAGS,
+    interactive,
+    json_option,
+    local_time,
+    print_json,
+    print_table,
+    settings_options,
+    warn,
+)
+from uplinkd.cli.products import UNSEEN, opened
 from uplinkd.core import snippets
 from uplinkd.core.errors import Rejected
 from uplinkd.core.model import Device
-from uplinkd.registry import ImportReport, Registry
-from uplinkd.registry.fleet import read_fleet, write_fleet
+from uplinkd.registry import ImportProgress, ImportReport, Management
 from uplinkd.settings import Settings, address, reachable
 
 __all__ = ["device"]
 
-_options = settings_options("database_url", "secret_key", "online_timeout")
+_options = settings_options("database_url", "secret_key", "online_timeout", remote=KEY_FLAGS)
 _BAD_ROWS_SHOWN = 20
 
 
@@ -181,6 +188,7 @@ def import_fleet(settings: Settings, file: BinaryIO, skip_bad: bool, as_json: bo
                 "unchanged": report.unchanged,
                 "secretsMade": report.secrets_made if report.stored else 0,
                 "productsCreated": report.products_created if report.stored else [],
+                "badRows": len(report.bad) + report.more_bad,
                 "bad": [{"line": line, "reason": reason} for line, reason in report.bad],
             }
         )
@@ -202,9 +210,10 @@ def import_fleet(settings: Settings, file: BinaryIO, skip_bad: bool, as_json: bo
 def export(settings: Settings, pk: str, output: Path | None) -> None:
     """Write the devices of the product PK as CSV, with their secrets."""
     with opened(settings) as registry:
-        registry.product(pk)
+        parts = registry.export_fleet(pk)
         if output is None:
-            write_fleet(registry.devices(pk), sys.stdout)
+            for part in parts:
+                click.echo(part, nl=False)
             return
         try:
             descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -212,41 +221,52 @@ def export(settings: Settings, pk: str, output: Path | None) -> None:
         except OSError as error:
             raise Rejected(f"{output} cannot be written: {error.strerror}") from error
         with os.fdopen(descriptor, "w", newline="", encoding="utf-8") as stream:
-            count = write_fleet(registry.devices(pk), stream)
-    warn(f"{count} devices written to {output}")
+            lines = 0
+            for part in parts:
+                lines += part.count("\n")
+                stream.write(part)
+    warn(f"{lines - 1} devices written to {output}")  # the first line names the columns
 
 
-def _import(registry: Registry, file: BinaryIO, *, skip_bad: bool) -> ImportReport:
+def _import(registry: Management, file: BinaryIO, *, skip_bad: bool) -> ImportReport:
     if not interactive():
-        return registry.import_devices(read_fleet(file), skip_bad=skip_bad)
+        return registry.import_fleet(file, skip_bad=skip_bad)
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     columns = (
-        TextColumn("importing"),
+        TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
-        TextColumn("{task.fields[rows]} rows"),
+        TextColumn("{task.fields[rows]}"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        size = os.fstat(file.fileno()).st_size if file.seekable() else None
-        bar = progress.add_task("", total=size or None, rows=0)
-        told = _teller(lambda rows: progress.update(bar, completed=file.tell() if size else 0, rows=rows))
-        report = registry.import_devices(read_fleet(file), skip_bad=skip_bad, progress=told)
-        progress.update(bar, completed=size or 1, total=size or 1, rows=report.read)
+        bar = progress.add_task("importing", total=None, rows="")
+
+        def draw(doing: str, share: float | None, rows: int | None) -> None:
+            progress.update(
+                bar,
+                description=doing,
+                total=None if share is None else 1,
+                completed=share or 0,
+                rows="" if rows is None else f"{rows} rows",
+            )
+
+        report = registry.import_fleet(file, skip_bad=skip_bad, progress=_teller(draw))
+        progress.update(bar, completed=1, total=1, rows=f"{report.read} rows")
     return report
 
 
-def _teller(tell: Callable[[int], None]) -> Callable[[int], None]:
-    """Tells at most ten times a second, and always the first and last."""
+def _teller(tell: ImportProgress) -> ImportProgress:
+    """Tells at most ten times a second, and always the first."""
     due = 0.0
 
-    def maybe(rows: int) -> None:
+    def maybe(doing: str, share: float | None, rows: int | None) -> None:
         nonlocal due
         if (now := time.monotonic()) >= due:
             due = now + 0.1
-            tell(rows)
+            tell(doing, share, rows)
 
     return maybe
 
@@ -254,11 +274,13 @@ def _teller(tell: Callable[[int], None]) -> Callable[[int], None]:
 def _tell(report: ImportReport) -> None:
     for line, reason in report.bad[:_BAD_ROWS_SHOWN]:
         warn(f"line {line}: {reason}")
-    if len(report.bad) > _BAD_ROWS_SHOWN:
-        warn(f"… and {len(report.bad) - _BAD_ROWS_SHOWN} more bad rows; --json lists all")
+    bad = len(report.bad) + report.more_bad
+    if bad > _BAD_ROWS_SHOWN:
+        listed = f"the first {len(report.bad)}" if report.more_bad else "all"
+        warn(f"… and {bad - min(len(report.bad), _BAD_ROWS_SHOWN)} more bad rows; --json lists {listed}")
     if not report.stored:
         warn(
-            f"{len(report.bad)} of {report.read} rows are bad, so none was imported; correct them, or leave them out with --skip-bad"
+            f"{bad} of {report.read} rows are bad, so none was imported; correct them, or leave them out with --skip-bad"
         )
         return
     parts = [f"{report.created} devices imported"]
@@ -268,8 +290,8 @@ def _tell(report: ImportReport) -> None:
         parts.append(f"{report.secrets_made} got a new secret")
     if report.products_created:
         parts.append(f"products made: {', '.join(report.products_created)}")
-    if report.bad:
-        parts.append(f"{len(report.bad)} bad rows left out")
+    if bad:
+        parts.append(f"{bad} bad rows left out")
     click.echo("; ".join(parts))
 
 
@@ -277,7 +299,7 @@ def _document(settings: Settings, found: Device, *, secret: bool = True) -> dict
     return {
         "productKey": found.product_key,
         "deviceName": found.name,
-        **({"deviceSecret": found.secret} if secret else {}),
+        **({"deviceSecret": found.secret} if secret and found.secret else {}),
         "state": _state(settings, found),
         "connection": _connection(settings, found),
         "lastSeen": found.last_seen,
@@ -290,11 +312,13 @@ def _document(settings: Settings, found: Device, *, secret: bool = True) -> dict
 def _show(settings: Settings, found: Device, as_json: bool) -> None:
     if as_json:
         print_json(_document(settings, found))
+        if not found.secret:
+            warn(f"deviceSecret is {UNSEEN}")
         return
     click.echo(
         f"productKey    {found.product_key}\n"
         f"deviceName    {found.name}\n"
-        f"deviceSecret  {found.secret}\n"
+        f"deviceSecret  {found.secret or UNSEEN}\n"
         f"state         {_state(settings, found)}{f', by {by}' if (by := _connection(settings, found)) else ''}\n"
         f"last seen     {local_time(found.last_seen)}{f', from {found.address}' if found.address else ''}"
     )

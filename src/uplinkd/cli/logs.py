@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
+from collections.abc import AsyncIterator
 
 import click
 
 from uplinkd import journal
-from uplinkd.cli.common import duration, json_option, local_time, print_json, printable, settings_options
+from uplinkd.cli.common import (
+    KEY_FLAGS,
+    duration,
+    json_option,
+    local_time,
+    print_json,
+    printable,
+    server_elsewhere,
+    settings_options,
+)
 from uplinkd.core.errors import MESSAGES, Code
 from uplinkd.journal import Refusal, Wanted
 from uplinkd.settings import Settings
@@ -28,7 +39,7 @@ __all__ = ["logs"]
 )
 @click.option("--follow", "-f", is_flag=True, help="Go on with what is refused from now on, until Ctrl-C.")
 @json_option
-@settings_options()
+@settings_options(remote=KEY_FLAGS)
 def logs(
     settings: Settings,
     request_id: str | None,
@@ -50,14 +61,14 @@ def logs(
         raise click.UsageError(f"two requests are asked for: {request_id} and {request}")
     wanted = Wanted(request_id or request, product, device, code, oldest)
     if follow:
-        with contextlib.suppress(KeyboardInterrupt):
-            for refusal in journal.follow(settings, wanted):
-                if as_json:
-                    print_json(_document(refusal), one_line=True)
-                else:
-                    _show(refusal)
+        _follow(settings, wanted, as_json)
         return
-    found = journal.read(settings, wanted, limit)
+    if server := server_elsewhere():
+        from uplinkd.remote import RemoteJournal
+
+        found = RemoteJournal(server).read(wanted, limit)
+    else:
+        found = journal.read(settings, wanted, limit)
     if as_json:
         print_json([_document(refusal) for refusal in found])
         return
@@ -65,6 +76,27 @@ def logs(
         _show(refusal)
     if not found:
         click.echo("nothing was refused" + (" that matches" if wanted != Wanted() else ""), err=True)
+
+
+def _follow(settings: Settings, wanted: Wanted, as_json: bool) -> None:
+    def show(refusal: Refusal) -> None:
+        if as_json:
+            print_json(_document(refusal), one_line=True)
+        else:
+            _show(refusal)
+
+    async def show_each(refusals: AsyncIterator[Refusal]) -> None:
+        async for refusal in refusals:
+            show(refusal)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        if server := server_elsewhere():
+            from uplinkd.remote import RemoteJournal
+
+            asyncio.run(show_each(RemoteJournal(server).follow(wanted)))
+        else:
+            for refusal in journal.follow(settings, wanted):
+                show(refusal)
 
 
 def _document(refusal: Refusal) -> dict[str, object]:

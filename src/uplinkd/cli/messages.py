@@ -6,14 +6,25 @@ import asyncio
 import base64
 import contextlib
 import time
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 import click
 
-from uplinkd.cli.common import duration, json_option, local_time, print_json, printable, settings_options, warn
+from uplinkd.cli.common import (
+    KEY_FLAGS,
+    duration,
+    json_option,
+    local_time,
+    print_json,
+    printable,
+    server_elsewhere,
+    settings_options,
+    warn,
+)
+from uplinkd.core.errors import NotFound
 from uplinkd.core.model import Message
-from uplinkd.engine import Query, open_reader
+from uplinkd.engine import Query, Reader, open_reader
 from uplinkd.engine.embedded import access_for
 from uplinkd.engine.reader import check
 from uplinkd.settings import Settings
@@ -21,6 +32,9 @@ from uplinkd.settings import Settings
 __all__ = ["messages"]
 
 MOST = 10_000
+
+T = TypeVar("T")
+_options = settings_options("nats_url", "nats_server", remote=KEY_FLAGS)
 
 
 @click.group()
@@ -52,7 +66,7 @@ def _query_options(command: Any) -> Any:
     "--limit", type=click.IntRange(1, MOST), default=20, show_default=True, help="At most this many, the newest."
 )
 @json_option
-@settings_options("nats_url", "nats_server")
+@_options
 def list_messages(
     settings: Settings,
     product: str | None,
@@ -65,7 +79,9 @@ def list_messages(
     """The newest messages, the latest last. Works whether a server runs or not."""
     query = Query(product, device, topic, since)
     check(query)
-    found = _stored(settings, query, limit)
+    found: list[Message] = []
+    if _may_be_there(settings):
+        found = _looked(settings, lambda reader: reader.latest(query, limit))
     if as_json:
         print_json([_document(message) for message in found])
     else:
@@ -78,42 +94,67 @@ def list_messages(
 @messages.command("tail")
 @_query_options
 @json_option
-@settings_options("nats_url", "nats_server")
+@_options
 def tail_messages(
     settings: Settings, product: str | None, device: str | None, topic: str | None, since: int | None, as_json: bool
 ) -> None:
     """Messages as they are stored, until Ctrl-C; with --since, first those since then."""
     query = Query(product, device, topic, since)
     check(query)
-    with access_for(settings, start=False) as access:
 
-        async def follow() -> None:
-            reader = await open_reader(access)
-            try:
-                async for message in reader.follow(query):
-                    if as_json:
-                        print_json(_document(message), one_line=True)
-                    else:
-                        _show(message)
-            finally:
-                await reader.close()
+    async def follow(reader: Reader) -> None:
+        async for message in reader.follow(query):
+            if as_json:
+                print_json(_document(message), one_line=True)
+            else:
+                _show(message)
 
-        until_interrupted(follow())
+    with contextlib.suppress(KeyboardInterrupt):
+        _looked(settings, follow, start=False)
 
 
-def _stored(settings: Settings, query: Query, limit: int) -> list[Message]:
-    if not settings.nats_url and not (settings.data / "nats").is_dir():
-        return []  # nothing was ever stored here, and a look should not make a store
-    with access_for(settings) as access:
+@messages.command("show")
+@click.argument("message_id", type=click.IntRange(0, 2**63 - 1))
+@json_option
+@_options
+def show_message(settings: Settings, message_id: int, as_json: bool) -> None:
+    """The stored message with the MESSAGE_ID that its device was given."""
+    found = None
+    if _may_be_there(settings):
+        found = _looked(settings, lambda reader: reader.by_id(message_id))
+    if found is None:
+        raise NotFound(f"no message {message_id} is stored; it may have been dropped for its age or for room")
+    if as_json:
+        print_json(_document(found))
+    else:
+        _show(found)
 
-        async def fetch() -> list[Message]:
-            reader = await open_reader(access)
-            try:
-                return await reader.latest(query, limit)
-            finally:
-                await reader.close()
 
-        return asyncio.run(fetch())
+def _may_be_there(settings: Settings) -> bool:
+    """False where nothing was ever stored: a look should not make a store."""
+    return bool(server_elsewhere() or settings.nats_url or (settings.data / "nats").is_dir())
+
+
+def _looked(settings: Settings, look: Callable[[Reader], Awaitable[T]], *, start: bool = True) -> T:
+    """What `look` finds at the server elsewhere, or in the engine of this machine, which is started for it with `start`."""
+
+    async def run(opening: Awaitable[Reader]) -> T:
+        reader = await opening
+        try:
+            return await look(reader)
+        finally:
+            await reader.close()
+
+    async def elsewhere() -> Reader:
+        from uplinkd.remote import RemoteReader
+
+        assert server
+        return RemoteReader(server)
+
+    if server := server_elsewhere():
+        return asyncio.run(run(elsewhere()))
+    with access_for(settings, start=start) as access:
+        return asyncio.run(run(open_reader(access)))
 
 
 def until_interrupted(following: Coroutine[Any, Any, None]) -> None:

@@ -9,20 +9,38 @@ from collections.abc import Iterator
 
 import click
 
-from uplinkd.cli.common import json_option, local_time, print_json, print_table, settings_options
+from uplinkd.cli.common import (
+    KEY_FLAGS,
+    json_option,
+    local_time,
+    print_json,
+    print_table,
+    server_elsewhere,
+    settings_options,
+    warn,
+)
 from uplinkd.core.model import Product
 from uplinkd.core.operators import Actor, acting
-from uplinkd.registry import Registry, open_registry
+from uplinkd.registry import Management, open_registry
 from uplinkd.settings import Settings
 
-__all__ = ["opened", "product", "registry_options"]
+__all__ = ["UNSEEN", "opened", "product", "registry_options"]
 
-registry_options = settings_options("database_url", "secret_key")
+registry_options = settings_options("database_url", "secret_key", remote=KEY_FLAGS)
+# --key is the ProductKey there.
+_create_options = settings_options("database_url", "secret_key", remote=("--api-key",))
+UNSEEN = "left out: this API key may not see it; the scope operate may"
 
 
 @contextlib.contextmanager
-def opened(settings: Settings) -> Iterator[Registry]:
-    """The registry for one command; a running server sees what it changes within a second."""
+def opened(settings: Settings) -> Iterator[Management]:
+    """The registry for one command, or the server elsewhere that it works on; a running server sees what it changes within a
+    second."""
+    if server := server_elsewhere():
+        from uplinkd.remote import RemoteRegistry
+
+        yield RemoteRegistry(server)
+        return
     registry = open_registry(settings)
     acting.set(Actor(_me(), "cli"))
     try:
@@ -48,7 +66,7 @@ def product() -> None:
 @click.option("--key", metavar="PK", help="ProductKey to bring along; made when left out.")
 @click.option("--secret", metavar="S", help="ProductSecret to bring along; made when left out.")
 @json_option
-@registry_options
+@_create_options
 def create(settings: Settings, name: str, key: str | None, secret: str | None, as_json: bool) -> None:
     """Make a product called NAME, with the platform's default topic classes."""
     with opened(settings) as registry:
@@ -97,8 +115,9 @@ def delete(settings: Settings, pk: str, with_devices: bool, as_json: bool) -> No
 
 def _show(found: Product, as_json: bool) -> None:
     if as_json:
-        print_json(
-            {"productKey": found.key, "productSecret": found.secret, "name": found.name, "createTime": found.created}
-        )
+        secret = {"productSecret": found.secret} if found.secret else {}
+        print_json({"productKey": found.key, **secret, "name": found.name, "createTime": found.created})
+        if not found.secret:
+            warn(f"productSecret is {UNSEEN}")
     else:
-        click.echo(f"productKey     {found.key}\nproductSecret  {found.secret}\nname           {found.name}")
+        click.echo(f"productKey     {found.key}\nproductSecret  {found.secret or UNSEEN}\nname           {found.name}")

@@ -10,7 +10,7 @@ import click
 import nats.errors
 
 from uplinkd.asking import PATIENCE_SECONDS, check_down_topic, send_down
-from uplinkd.cli.common import json_option, print_json, printable, settings_options
+from uplinkd.cli.common import KEY_FLAGS, json_option, print_json, printable, server_elsewhere, settings_options
 from uplinkd.core.errors import Unavailable
 from uplinkd.engine.api import connect, words
 from uplinkd.engine.embedded import Access, access_for
@@ -24,7 +24,7 @@ __all__ = ["send"]
 @click.argument("target", nargs=-1, required=True, metavar="DN TOPIC [PAYLOAD]")
 @click.option("--all", "everybody", is_flag=True, help="To all devices of PK that listen: TOPIC is /broadcast/PK/NAME.")
 @json_option
-@settings_options("nats_url")
+@settings_options("nats_url", remote=KEY_FLAGS)
 def send(settings: Settings, pk: str, target: tuple[str, ...], everybody: bool, as_json: bool) -> None:
     """Send PAYLOAD to the device DN of the product PK, on a TOPIC that it may subscribe to; with --all, DN is left out.
 
@@ -39,8 +39,13 @@ def send(settings: Settings, pk: str, target: tuple[str, ...], everybody: bool, 
     topic, text = target[most - 2], target[most - 1] if len(target) == most else ""
     check_down_topic(topic, pk, None if everybody else target[0])
     payload = sys.stdin.buffer.read() if text == "-" else text.encode(errors="surrogateescape")
-    with access_for(settings, start=False) as access:
-        answer = asyncio.run(_send(access, topic, payload))
+    if server := server_elsewhere():
+        from uplinkd.remote import RemoteReader
+
+        answer = RemoteReader(server).send(topic, pk, None if everybody else target[0], payload)
+    else:
+        with access_for(settings, start=False) as access:
+            answer = asyncio.run(_send(access, topic, payload))
     if as_json:
         print_json({"topic": topic, **answer})
     elif everybody:

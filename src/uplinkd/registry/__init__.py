@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from uplinkd.core.model import (
     App,
@@ -25,7 +25,19 @@ if TYPE_CHECKING:
 
     from uplinkd.settings import Settings
 
-__all__ = ["Answer", "Change", "ImportReport", "ImportRow", "Operators", "Registry", "Sighting", "open_registry"]
+__all__ = [
+    "AccessManagement",
+    "Answer",
+    "Change",
+    "ImportProgress",
+    "ImportReport",
+    "ImportRow",
+    "Management",
+    "Operators",
+    "Registry",
+    "Sighting",
+    "open_registry",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +67,10 @@ class ImportRow:
 
 @dataclass(slots=True)
 class ImportReport:
-    """What an import did, or (bad rows and not skip_bad) would have done: then `stored` is False and nothing changed."""
+    """What an import did, or (bad rows and not skip_bad) would have done: then `stored` is False and nothing changed.
+
+    `bad` has the line and the fault of each bad row; `more_bad` counts those that are not in it, which a server elsewhere keeps back.
+    """
 
     read: int = 0
     created: int = 0
@@ -64,6 +79,7 @@ class ImportReport:
     products_created: list[str] = field(default_factory=list)
     bad: list[tuple[int, str]] = field(default_factory=list)
     stored: bool = False
+    more_bad: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +103,37 @@ class Answer:
     body: bytes | None
 
 
-class Operators(Protocol):
-    """Who looks after uplinkd, and what they did. It raises as Registry does; what changes here is in the audit, too."""
+class AccessManagement(Protocol):
+    """Who may use the console and the management API: what admins do, here or at a server elsewhere. It raises as Registry does;
+    what changes is in the audit."""
 
     def users(self) -> list[User]: ...
-    def find_user(self, name: str) -> User | None: ...
-    def create_user(self, name: str, role: Role, password_hash: str, *, one_time: bool) -> User: ...
+    def invite(self, name: str, role: Role) -> tuple[User, str]:
+        """A new user and, in clear, a one-time password, which is replaced at the first sign-in."""
+
+    def renew_password(self, name: str) -> tuple[User, str]:
+        """The user and a new one-time password in clear; the user's sessions end with it."""
+
     def set_role(self, name: str, role: Role) -> User:
         """Conflict when no admin would be left."""
 
-    def set_password(self, name: str, password_hash: str, *, one_time: bool) -> User:
-        """The user's sessions end with it."""
-
     def delete_user(self, name: str) -> None:
         """Conflict when no admin would be left."""
+
+    def create_key(self, name: str, scope: Scope) -> tuple[ApiKey, str]:
+        """A new API key and, in clear, what its owner shows; that is kept nowhere."""
+
+    def api_keys(self) -> list[ApiKey]: ...
+    def delete_key(self, name: str) -> None: ...
+
+
+class Operators(AccessManagement, Protocol):
+    """The same and what the operator's door needs: who signs in, sessions, the audit, answers to creations."""
+
+    def find_user(self, name: str) -> User | None: ...
+    def create_user(self, name: str, role: Role, password_hash: str, *, one_time: bool) -> User: ...
+    def set_password(self, name: str, password_hash: str, *, one_time: bool) -> User:
+        """The user's sessions end with it."""
 
     def open_session(self, user: User, token: str) -> None: ...
     def session(self, token: str, *, idle: int, longest: int) -> User | None:
@@ -108,12 +141,7 @@ class Operators(Protocol):
 
     def close_session(self, token: str) -> None: ...
 
-    def create_key(self, name: str, scope: Scope) -> tuple[ApiKey, str]:
-        """A new API key and, in clear, what its owner shows; that is kept nowhere."""
-
-    def api_keys(self) -> list[ApiKey]: ...
     def find_key(self, key: str) -> ApiKey | None: ...
-    def delete_key(self, name: str) -> None: ...
 
     def note(self, action: str, target: str, detail: str = "") -> None:
         """Record what changes nothing here: a secret was shown, a message sent down."""
@@ -131,27 +159,75 @@ class Operators(Protocol):
     def forget_answer(self, key: str) -> None: ...
 
 
-class Registry(Protocol):
-    """Synchronous and safe to call from any thread. Operators' mistakes raise `core.errors.Rejected` (NotFound,
-    Conflict); a database that is away raises `core.errors.Unavailable`."""
+class ImportProgress(Protocol):
+    """Hears how far an import is: what is done now, such as `importing`; which share of it, 0 to 1; how many rows. None where
+    that is not known."""
+
+    def __call__(self, doing: str, share: float | None, rows: int | None) -> None: ...
+
+
+class Management(Protocol):
+    """What operators do, here or at a server elsewhere; what changes is in the audit. Operators' mistakes raise
+    `core.errors.Rejected` (NotFound, Conflict); a database or server that is away raises `core.errors.Unavailable`.
+
+    A secret is empty where whoever asks may not see it; that of a product or device that is made never is.
+    """
 
     @property
-    def operators(self) -> Operators: ...
+    def operators(self) -> AccessManagement: ...
 
     def close(self) -> None: ...
 
-    # what operators do; what changes is in the audit, on behalf of `core.operators.acting`. A `version` that is not the
-    # current one (of a product, device, application) raises `core.errors.Stale`.
     def create_product(self, name: str, *, key: str | None = None, secret: str | None = None) -> Product: ...
     def products(self) -> list[Product]: ...
     def product(self, key: str) -> Product: ...
-    def rename_product(self, key: str, name: str, *, version: str | None = None) -> Product: ...
-    def delete_product(self, key: str, *, with_devices: bool = False, version: str | None = None) -> int: ...
+    def delete_product(self, key: str, *, with_devices: bool = False) -> int:
+        """How many devices went with it; Conflict for a product that has devices, without `with_devices`."""
+
     def create_device(self, product_key: str, name: str | None = None, *, secret: str | None = None) -> Device: ...
     def device(self, product_key: str, name: str) -> Device: ...
     def devices(self, product_key: str, *, prefix: str = "") -> Iterator[Device]:
         """By name, those whose name begins with `prefix`; read in batches, so a large fleet costs no memory."""
 
+    def set_enabled(self, product_key: str, name: str, enabled: bool) -> Device: ...
+    def reset_secret(self, product_key: str, name: str) -> Device: ...
+    def delete_device(self, product_key: str, name: str) -> None: ...
+    def import_fleet(
+        self, stream: BinaryIO, *, skip_bad: bool = False, progress: ImportProgress | None = None
+    ) -> ImportReport:
+        """Import devices from CSV, see `registry.fleet`; Rejected for a file that cannot be read as a whole."""
+
+    def export_fleet(self, product_key: str) -> Iterator[str]:
+        """The product's devices with their secrets as CSV, in parts; NotFound comes before the first."""
+
+    def topic_classes(self, product_key: str) -> list[TopicClass]: ...
+    def add_topic_class(self, product_key: str, levels: str, right: Right) -> TopicClass: ...
+    def remove_topic_class(self, product_key: str, levels: str) -> None: ...
+
+    def create_app(self, name: str, *, products: Sequence[str] = (), sends: bool = True) -> tuple[App, str]:
+        """A new application and its secret in clear, which is kept nowhere."""
+
+    def apps(self) -> list[App]: ...
+    def app(self, name: str) -> App: ...
+    def grant_app(self, name: str, products: Sequence[str]) -> App:
+        """Let the application reach `products` too; what it has already stays."""
+
+    def withdraw_app(self, name: str, products: Sequence[str]) -> App:
+        """Take `products` from the application; NotFound, and nothing changes, when it does not have one of them."""
+
+    def delete_app(self, name: str) -> None: ...
+
+
+class Registry(Management, Protocol):
+    """The same and what the console and gateways need. Synchronous and safe to call from any thread. What changes is in the audit
+    on behalf of `core.operators.acting`."""
+
+    @property
+    def operators(self) -> Operators: ...
+
+    # A `version` that is not the current one (of a product, device, application) raises `core.errors.Stale`.
+    def rename_product(self, key: str, name: str, *, version: str | None = None) -> Product: ...
+    def delete_product(self, key: str, *, with_devices: bool = False, version: str | None = None) -> int: ...
     def page(
         self,
         product_key: str,
@@ -180,25 +256,8 @@ class Registry(Protocol):
         skip_bad: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> ImportReport: ...
-    def topic_classes(self, product_key: str) -> list[TopicClass]: ...
-    def add_topic_class(self, product_key: str, levels: str, right: Right) -> TopicClass: ...
-    def remove_topic_class(self, product_key: str, levels: str) -> None: ...
-
-    def create_app(self, name: str, *, products: Sequence[str] = (), sends: bool = True) -> tuple[App, str]:
-        """A new application and its secret in clear, which is kept nowhere."""
-
-    def apps(self) -> list[App]: ...
-    def app(self, name: str) -> App: ...
-    def grant_app(self, name: str, products: Sequence[str]) -> App:
-        """Let the application reach `products` too; what it has already stays."""
-
     def set_app(self, name: str, products: Sequence[str], *, version: str | None = None) -> App:
         """Let the application reach exactly `products`."""
-
-    def withdraw_app(self, name: str, products: Sequence[str]) -> App:
-        """Take `products` from the application; NotFound, and nothing changes, when it does not have one of them."""
-
-    def delete_app(self, name: str) -> None: ...
 
     # what gateways need
     def find_app(self, key: str) -> App | None: ...

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 from uplinkd.core.errors import Rejected
 from uplinkd.core.model import Device
 from uplinkd.registry import ImportRow
 
-__all__ = ["COLUMNS", "read_fleet", "write_fleet"]
+__all__ = ["COLUMNS", "read_fleet", "size_of", "written_fleet"]
 
 COLUMNS = ("ProductKey", "DeviceName", "DeviceSecret")
+_PART = 500
 
 
 def read_fleet(stream: BinaryIO) -> Iterator[ImportRow]:
@@ -53,15 +56,26 @@ def read_fleet(stream: BinaryIO) -> Iterator[ImportRow]:
         yield ImportRow(reader.line_num, cells[key].strip(), cells[name].strip(), cells[secret].strip())
 
 
-def write_fleet(devices: Iterable[Device], stream: TextIO) -> int:
-    """Write devices with their secrets; return how many."""
-    writer = csv.writer(stream)
+def written_fleet(devices: Iterable[Device]) -> Iterator[str]:
+    """Devices with their secrets as CSV, in parts of 500 rows, so that a large fleet costs neither memory nor many small writes."""
+    part = io.StringIO(newline="")
+    writer = csv.writer(part)
     writer.writerow(COLUMNS)
-    count = 0
-    for device in devices:
+    for number, device in enumerate(devices, 1):
         writer.writerow((device.product_key, device.name, device.secret))
-        count += 1
-    return count
+        if number % _PART == 0:
+            yield part.getvalue()
+            part.seek(0)
+            part.truncate()
+    yield part.getvalue()
+
+
+def size_of(stream: BinaryIO) -> int | None:
+    """How many bytes a file has; None for a pipe, or what is no file."""
+    try:
+        return (os.fstat(stream.fileno()).st_size or None) if stream.seekable() else None
+    except OSError:
+        return None
 
 
 def _lines(stream: BinaryIO) -> Iterator[str]:

@@ -61,6 +61,14 @@ class SqlOperators:
             audit.note(connection, "user.create", name, f"role {role}")
             return _user_named(connection, name)
 
+    def invite(self, name: str, role: Role) -> tuple[User, str]:
+        password = names.make_password()
+        return self.create_user(name, role, _hash_password(password), one_time=True), password
+
+    def renew_password(self, name: str) -> tuple[User, str]:
+        password = names.make_password()
+        return self.set_password(name, _hash_password(password), one_time=True), password
+
     def set_role(self, name: str, role: Role) -> User:
         with self._writing() as connection:
             user = _user_named(connection, name)
@@ -223,3 +231,9 @@ def _user_named(connection: Connection, name: str) -> User:
 def _keep_an_admin(connection: Connection) -> None:
     if not connection.execute(_ADMINS).scalar_one():
         raise Conflict("nobody would be left who may manage access; make another user an admin first")
+
+
+def _hash_password(password: str) -> str:
+    from uplinkd.registry.passwords import hash_password  # argon2 is not for the processes of gateways
+
+    return hash_password(password)

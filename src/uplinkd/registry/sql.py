@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, BinaryIO, Self, TypeVar
 
 from sqlalchemy import (
     ColumnElement,
@@ -52,7 +52,8 @@ from uplinkd.core.model import (
     StatusChange,
     TopicClass,
 )
-from uplinkd.registry import Change, ImportReport, ImportRow, Sighting, audit
+from uplinkd.registry import Change, ImportProgress, ImportReport, ImportRow, Sighting, audit
+from uplinkd.registry.fleet import read_fleet, size_of, written_fleet
 from uplinkd.registry.operators import SqlOperators
 from uplinkd.registry.schema import (
     REVISIONS,
@@ -429,6 +430,20 @@ class SqlRegistry:
         return following
 
     # a fleet
+
+    def import_fleet(
+        self, stream: BinaryIO, *, skip_bad: bool = False, progress: ImportProgress | None = None
+    ) -> ImportReport:
+        size = size_of(stream)
+
+        def tell(rows: int) -> None:
+            if progress:
+                progress("importing", stream.tell() / size if size else None, rows)
+
+        return self.import_devices(read_fleet(stream), skip_bad=skip_bad, progress=tell if progress else None)
+
+    def export_fleet(self, product_key: str) -> Iterator[str]:
+        return written_fleet(self.devices(product_key))
 
     def import_devices(
         self,
