@@ -343,3 +343,16 @@ async def test_an_engine_that_is_away_leaves_the_console_standing(house: House) 
         assert (ready.status_code, "it is away" in ready.text) == (503, True)
         assert (await browser.get("/healthz")).status_code == 200
         assert time.monotonic() - begun < 8
+
+
+async def test_a_flood_of_sign_ins_does_not_eat_the_machine(house: House) -> None:
+    """Two passwords are checked at a time, each takes 64 MiB; of very many the rest is asked to come again."""
+    house.registry.operators.create_user("alice", Role.VIEWER, hash_password(PASSWORD), one_time=False)
+    async with house.client() as client:
+        data = {"name": "alice", "password": "wrong password"}
+        codes = [
+            answer.status_code
+            for answer in await asyncio.gather(*(client.post("/sign-in", data=data) for _ in range(60)))
+        ]
+    assert set(codes) == {401, 429}
+    assert codes.count(401) <= 22

@@ -157,7 +157,16 @@ def test_what_cannot_be_served_is_said_in_one_line(tmp_path: Path, options: tupl
         given = [option.format(taken=other.getsockname()[1]) for option in options]
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "uplinkd", "serve", "--data", str(tmp_path / "data"), "--listen", "127.0.0.1:0"),
+                *(
+                    sys.executable,
+                    "-m",
+                    "uplinkd",
+                    "serve",
+                    "--data",
+                    str(tmp_path / "data"),
+                    "--listen",
+                    "127.0.0.1:0",
+                ),
                 *("--mqtt-listen", "", "--nats-listen", "", *given),
             ],
             capture_output=True,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 from argon2.exceptions import InvalidHashError, VerificationError
@@ -38,6 +40,7 @@ __all__ = [
 FIRST_USER = "admin"
 MINIMUM_LENGTH = 10
 _LONGEST = 1024
+_AT_ONCE, _MOST_WAITING = 2, 20
 
 # So that an unknown user costs as much as a wrong password.
 _NOBODY = hash_password(secrets.token_hex(16))
@@ -72,6 +75,8 @@ class Attempts:
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
         self._pair = (RateLimitItemPerMinute(10), RateLimitItemPerHour(60))
         self._address = RateLimitItemPerMinute(60)
+        self._turns = asyncio.Semaphore(_AT_ONCE)
+        self._waiting = 0
 
     def check(self, user: str, address: str) -> None:
         """Raise TooOften when the next attempt would be one too many."""
@@ -79,6 +84,18 @@ class Attempts:
             if not self._limiter.test(item, *who):
                 reset = self._limiter.get_window_stats(item, *who).reset_time
                 raise TooOften(max(1, round(reset - time.time())))
+
+    @contextlib.asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Checking a password takes 64 MiB and a core for a moment: two at a time, a few wait, and others come again."""
+        if self._waiting >= _MOST_WAITING:
+            raise TooOften(1)
+        self._waiting += 1
+        try:
+            async with self._turns:
+                yield
+        finally:
+            self._waiting -= 1
 
     def failed(self, user: str, address: str) -> None:
         for item, who in self._counted(user, address):

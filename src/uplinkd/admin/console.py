@@ -209,7 +209,8 @@ async def begin_session(
         return page(request, "sign_in.html", fault=fault, back=_own(back), name=name)
 
     try:
-        found = await run_in_threadpool(sign_in, operators, office.attempts, name, password, address)
+        async with office.attempts.turn():
+            found = await run_in_threadpool(sign_in, operators, office.attempts, name, password, address)
     except (Denied, TooOften, Unavailable) as fault:
         response = await again(str(fault))
         response.status_code = status_of(fault)
@@ -553,6 +554,7 @@ async def _device_page(
         },
         languages={language: label for language, (label, _) in _LANGUAGES.items()},
         classes=classes,
+        levels=published[0],
         hears=[f"/{product_key}/{name}/{levels}" for levels in heard] or [f"/{product_key}/{name}/user/get"],
         messages=messages,
         away=away,
