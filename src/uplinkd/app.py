@@ -24,14 +24,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
-from uplinkd.admin.access import first_password
 from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.engine.embedded import Access, EmbeddedServer
 from uplinkd.flow import Flow
 from uplinkd.listener import Port
 from uplinkd.metrics import Metrics
 from uplinkd.ports import patiently, probe
-from uplinkd.registry import open_registry
+from uplinkd.registry import Operators, open_registry
 from uplinkd.settings import Settings, address, reachable
 from uplinkd.tls import CertificateFiles, ensure_material, operator_context, reissue, server_context
 from uplinkd.worker import DRAIN_SECONDS, Task, run
@@ -83,7 +82,7 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
         registry = open_registry(settings)
         # Nobody serves yet: whatever session a registry tells of has died with its worker.
         registry.abandoned(None, now=round(time.time() * 1000), timeout=round(settings.online_timeout * 1000))
-        password = first_password(registry.operators) if settings.console_listen else None
+        password = _first_password(registry.operators) if settings.console_listen else None
         registry.close()
         prepare(settings)
         certificates = ensure_material(settings)
@@ -139,6 +138,12 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
 
 def _where(sockets: list[socket.socket]) -> tuple[str, int] | None:
     return sockets[0].getsockname()[:2] if sockets else None
+
+
+def _first_password(operators: Operators) -> str | None:
+    from uplinkd.admin.access import first_password  # what checks passwords is not for the processes of gateways
+
+    return first_password(operators)
 
 
 def _console_url(settings: Settings, console: socket.socket | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import hmac
 import secrets
@@ -41,9 +42,6 @@ FIRST_USER = "admin"
 MINIMUM_LENGTH = 10
 _LONGEST = 1024
 _AT_ONCE, _MOST_WAITING = 2, 20
-
-# So that an unknown user costs as much as a wrong password.
-_NOBODY = hash_password(secrets.token_hex(16))
 
 
 class Denied(Rejected):
@@ -112,10 +110,16 @@ def check_password(user: User | None, password: str) -> bool:
     if len(password) > _LONGEST:
         return False
     try:
-        hasher.verify(user.password_hash if user else _NOBODY, password)
+        hasher.verify(user.password_hash if user else _nobody(), password)
     except (VerificationError, InvalidHashError):
         return False
     return user is not None
+
+
+@functools.cache
+def _nobody() -> str:
+    """An unknown user's hash, so that they cost as much as a wrong password."""
+    return hash_password(secrets.token_hex(16))
 
 
 def sign_in(operators: Operators, attempts: Attempts, name: str, password: str, address: str) -> tuple[User, str]:
