@@ -11,6 +11,8 @@ from click.testing import CliRunner, Result
 
 from uplinkd.cli import uplinkd
 from uplinkd.core.errors import Conflict, NotFound, Rejected
+from uplinkd.engine.doors import Doors, doors
+from uplinkd.settings import Settings
 
 LAMPS, DOORS = "a1Lamps", "a1Doors"
 
@@ -119,3 +121,17 @@ def test_a_refusal_names_the_value_and_the_rule(shell: Shell) -> None:
     for arguments in (("show", "x"), ("delete", "x"), ("grant", "x", LAMPS), ("withdraw", "x", LAMPS)):
         assert isinstance(shell.refusal("app", *arguments), NotFound)
     assert [shell("app", act, "billing").exit_code for act in ("grant", "withdraw")] == [2, 2]
+
+
+def test_a_door_that_is_open_at_all_addresses_is_told_by_the_askers_name(tmp_path: Path) -> None:
+    """Who asks from elsewhere reaches this machine by a name that the settings do not have."""
+    everywhere = Settings(data=tmp_path, nats_listen="0.0.0.0:4223", mqtt_listen="[::]:8883")
+    assert doors(everywhere, host="iot.example.com") == Doors(
+        "nats://iot.example.com:4223", "mqtts://iot.example.com:8883", own_nats=False
+    )
+    assert doors(everywhere, host="2001:db8::1").mqtt == "mqtts://[2001:db8::1]:8883"
+    assert doors(everywhere).nats == "nats://127.0.0.1:4223"
+    here = Settings(data=tmp_path, nats_listen="127.0.0.1:4223", mqtt_listen="")
+    assert doors(here, host="iot.example.com") == Doors("nats://127.0.0.1:4223", "", own_nats=False)
+    own = Settings(data=tmp_path, nats_url="nats://nats.example.com")
+    assert doors(own) == Doors("", "mqtts://127.0.0.1:8883", own_nats=True)
