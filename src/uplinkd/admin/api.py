@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
@@ -34,7 +35,7 @@ from uplinkd.registry import Registry
 from uplinkd.registry.fleet import written_fleet
 from uplinkd.settings import Settings, shown
 
-__all__ = ["PREFIX", "live_messages", "live_refusals", "live_stats", "router", "stats", "uploaded"]
+__all__ = ["PREFIX", "live_messages", "live_refusals", "live_stats", "number_in", "router", "stats", "uploaded"]
 
 PREFIX = "/api/v1"
 MAX_UPLOAD = 256 * 1024**2
@@ -83,12 +84,16 @@ def _page(items: list[T], limit: int, cursor: Callable[[T], str]) -> tuple[list[
     return items, cursor(items[-1]) if more else None
 
 
-def _number(cursor: str | None) -> int | None:
-    if cursor is None:
-        return None
-    if not cursor.isascii() or not cursor.isdecimal() or len(cursor) > 19:
-        raise Rejected(f"cursor {cursor[:40]!r} is not one that this list gave")
-    return int(cursor)
+def number_in(text: str) -> int | None:
+    """The number that `text` is, None where it is none that an id can be."""
+    return int(text) if re.fullmatch(r"[0-9]{1,19}", text) and int(text) < 1 << 63 else None
+
+
+def _cursor(text: str | None) -> int | None:
+    number = None if text is None else number_in(text)
+    if number is None and text is not None:
+        raise Rejected(f"cursor {text[:40]!r} is not one that this list gave")
+    return number
 
 
 # -- products
@@ -419,7 +424,7 @@ async def list_messages(
     cursor: Cursor = None,
 ) -> doc.Page[doc.MessageDocument]:
     """Stored messages, the newest first: of a product, a device, one exact topic; stored between two times."""
-    wanted = _wanted(product, device, topic, since, until, _number(cursor))
+    wanted = _wanted(product, device, topic, since, until, _cursor(cursor))
     found = await (await office.reader()).latest(wanted, limit + 1)
     messages, before = _page(list(reversed(found)), limit, lambda message: str(message.id))
     return doc.Page(items=[doc.MessageDocument.of(message) for message in messages], next=before)
@@ -456,9 +461,10 @@ async def show_message(office: In, who: Reads, message_id: Name) -> doc.MessageD
 
 
 def message_number(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or len(text) > 19:
+    number = number_in(text)
+    if number is None:
         raise Rejected(f"messageId {text[:40]!r}: it is a number of up to 19 digits")
-    return int(text)
+    return number
 
 
 @router.post("/products/{product_key}/devices/{device_name}/messages", tags=["messages"], status_code=202)
@@ -517,7 +523,7 @@ def list_refusals(
     cursor: Cursor = None,
 ) -> doc.Page[doc.RefusalDocument]:
     """Why devices were refused, the newest first; in the language of Accept-Language (en, zh)."""
-    wanted = refusals_wanted(request_id, product, device, code, address, endpoint, since, until, _number(cursor))
+    wanted = refusals_wanted(request_id, product, device, code, address, endpoint, since, until, _cursor(cursor))
     found = journal.read(office.settings, wanted, limit + 1)
     found.sort(key=lambda refusal: refusal.id, reverse=True)
     refusals, before = _page(found, limit, lambda refusal: str(refusal.id))
@@ -701,7 +707,7 @@ def list_audit(
 ) -> doc.Page[doc.AuditDocument]:
     """Who changed what, the newest first: by one actor, of actions and targets that begin so."""
     found = office.registry.operators.audit(
-        actor=actor or "", action=action or "", target=target or "", before=_number(cursor), limit=limit + 1
+        actor=actor or "", action=action or "", target=target or "", before=_cursor(cursor), limit=limit + 1
     )
     entries, before = _page(found, limit, lambda entry: str(entry.id))
     return doc.Page(items=[doc.AuditDocument.of(entry) for entry in entries], next=before)

@@ -707,7 +707,7 @@ async def messages_page(request: Request, office: In, who: Views, cursor: Text =
         device_name=query["device"] or None,
         topic=query["topic"] or None,
         since=_since(query["since"]),
-        before=int(cursor) if cursor.isascii() and cursor.isdecimal() and len(cursor) < 20 else None,
+        before=api.number_in(cursor),
     )
     fault = ""
     messages: list[doc.MessageDocument] = []
@@ -736,10 +736,10 @@ async def logs_page(request: Request, office: In, who: Views, cursor: Text = "")
         query["requestId"],
         query["product"],
         query["device"],
-        int(code) if code.isascii() and code.isdecimal() and len(code) < 6 else None,
+        api.number_in(code),
         query["address"],
         since=_since(query["since"]),
-        before=int(cursor) if cursor.isascii() and cursor.isdecimal() and len(cursor) < 19 else None,
+        before=api.number_in(cursor),
     )
     found = await run_in_threadpool(journal.read, office.settings, wanted, _PAGE + 1)
     found.sort(key=lambda refusal: refusal.id, reverse=True)
@@ -929,7 +929,7 @@ async def audit_page(
     target: Text = "",
     cursor: Text = "",
 ) -> Response:
-    before = int(cursor) if cursor.isascii() and cursor.isdecimal() and len(cursor) < 19 else None
+    before = api.number_in(cursor)
     found = await run_in_threadpool(
         lambda: office.registry.operators.audit(
             actor=actor, action=action, target=target, before=before, limit=_PAGE + 1

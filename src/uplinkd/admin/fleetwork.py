@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 from uplinkd.admin.jobs import Progress
 from uplinkd.core import names
 from uplinkd.core.errors import Rejected
-from uplinkd.registry import ImportReport, ImportRow, Registry
+from uplinkd.registry import ImportRow, Registry
 from uplinkd.registry.fleet import read_fleet
 
 __all__ = ["MOST_AT_ONCE", "deletion", "fleet_import", "making"]
@@ -36,7 +36,7 @@ def fleet_import(registry: Registry, stream: BinaryIO, size: int, *, skip_bad: b
             report = registry.import_devices(
                 rows, skip_bad=skip_bad, progress=lambda _: progress(min(stream.tell(), size), size)
             )
-        return _document(report)
+        return report.document(_BAD_ROWS_KEPT)
 
     return act
 
@@ -60,7 +60,7 @@ def making(registry: Registry, product_key: str, prefix: str, count: int, start:
 
     def act(progress: Progress) -> dict[str, Any]:
         report = registry.import_devices(rows(progress), progress=lambda read: progress(read, count))
-        return {"prefix": prefix, **_document(report)}
+        return {"prefix": prefix, **report.document(_BAD_ROWS_KEPT)}
 
     return act
 
@@ -78,16 +78,3 @@ def deletion(registry: Registry, product_key: str) -> Act:
         return {"deleted": deleted}
 
     return act
-
-
-def _document(report: ImportReport) -> dict[str, Any]:
-    return {
-        "stored": report.stored,
-        "read": report.read,
-        "created": report.created if report.stored else 0,
-        "unchanged": report.unchanged,
-        "secretsMade": report.secrets_made if report.stored else 0,
-        "productsCreated": report.products_created if report.stored else [],
-        "badRows": len(report.bad),
-        "bad": [{"line": line, "reason": reason} for line, reason in report.bad[:_BAD_ROWS_KEPT]],
-    }

@@ -180,18 +180,7 @@ def import_fleet(settings: Settings, file: BinaryIO, skip_bad: bool, as_json: bo
     with opened(settings) as registry:
         report = _import(registry, file, skip_bad=skip_bad)
     if as_json:
-        print_json(
-            {
-                "stored": report.stored,
-                "read": report.read,
-                "created": report.created if report.stored else 0,
-                "unchanged": report.unchanged,
-                "secretsMade": report.secrets_made if report.stored else 0,
-                "productsCreated": report.products_created if report.stored else [],
-                "badRows": len(report.bad) + report.more_bad,
-                "bad": [{"line": line, "reason": reason} for line, reason in report.bad],
-            }
-        )
+        print_json(report.document())
     else:
         _tell(report)
     if not report.stored:

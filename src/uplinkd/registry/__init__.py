@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from uplinkd.core.model import (
     App,
@@ -80,6 +80,19 @@ class ImportReport:
     bad: list[tuple[int, str]] = field(default_factory=list)
     stored: bool = False
     more_bad: int = 0
+
+    def document(self, most: int | None = None) -> dict[str, Any]:
+        """As JSON for programs, with the first `most` bad rows."""
+        return {
+            "stored": self.stored,
+            "read": self.read,
+            "created": self.created if self.stored else 0,
+            "unchanged": self.unchanged,
+            "secretsMade": self.secrets_made if self.stored else 0,
+            "productsCreated": self.products_created if self.stored else [],
+            "badRows": len(self.bad) + self.more_bad,
+            "bad": [{"line": line, "reason": reason} for line, reason in self.bad[:most]],
+        }
 
 
 @dataclass(frozen=True, slots=True)
