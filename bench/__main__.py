@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import console, mqtt, report
+from bench import console, mqtt, pages, report
 from bench.load import Measured, auth_load, idle_memory, publish_load, raise_file_limit
 from bench.peers import Peer, fastapi, nginx, start_uplinkd, uplinkd
 from uplinkd.engine.embedded import access_for
@@ -87,6 +87,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             facts |= mqtt.measure(folder / "mqtt", without, options, say)
     if "console" in options.part:
         facts |= console.measure(folder / "console", options, say)
+        facts |= pages.measure(folder / "pages", say)
     return facts
 
 

@@ -106,6 +106,9 @@ def goals(facts: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
     if beside := facts.get("console"):
         ratio = beside["ratio"]
         found.append(("HTTPS publish, console open and tailing", f"{ratio:.3f} ×", "≥ 0.95 ×", ratio >= 0.95))
+    if visited := facts.get("pages"):
+        slowest = max(each["median"] for each in visited.values())
+        found.append(("the slowest page beside a large fleet", f"{slowest:.0f} ms", "< 200 ms", slowest < 200))
     return found
 
 
@@ -183,6 +186,9 @@ def render(facts: Mapping[str, Any]) -> str:
             ("events that the windows got meanwhile", f"{beside['events']:,}"),
         ]
         lines += ["", table(("console", ""), figures_of_console)]
+    if visited := facts.get("pages"):
+        rows = [(path, f"{each['median']:.0f} ms", f"{each['worst']:.0f} ms") for path, each in visited.items()]
+        lines += ["", table(("pages beside a large fleet", "median", "worst"), rows)]
     if reached := goals(facts):
         cells = [(name, measured, wanted, "reached" if good else "MISSED") for name, measured, wanted, good in reached]
         lines += ["", table(("goal", "measured", "wanted", ""), cells)]
