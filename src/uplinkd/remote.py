@@ -38,9 +38,12 @@ __all__ = ["Remote", "RemoteDevice", "RemoteJournal", "RemoteOperators", "Remote
 _PREFIX = "/api/v1"
 _CONNECT_SECONDS = 5.0
 _SECONDS = 30.0
+# Sooner than the server closes an idle connection, or a request might be sent into one that is closing.
+_IDLE_SECONDS = 2.0
 # A job is asked for less and less often; an import of 100,000 rows takes seconds.
 _POLL_SECONDS = (0.05, 1.0)
 _JOB_PATIENCE_SECONDS = 30.0
+_CANCEL_SECONDS = 5.0
 _RETRY_SECONDS = (1.0, 10.0)
 _PAGE = 1000
 _FIRST_PAGE = 100
@@ -82,6 +85,7 @@ class Remote:
                 "User-Agent": f"uplinkd/{__version__}",
             },
             "timeout": httpx.Timeout(_SECONDS, connect=_CONNECT_SECONDS),
+            "limits": httpx.Limits(keepalive_expiry=_IDLE_SECONDS),
             "follow_redirects": False,
             # In clear nothing leaves this machine, not to a proxy either.
             "trust_env": self.url.startswith("https:"),
@@ -550,9 +554,24 @@ class RemoteRegistry:
                     if time.monotonic() - heard > _JOB_PATIENCE_SECONDS:
                         raise Unavailable(f"{fault_now}; what was begun there may go on") from fault_now
         except KeyboardInterrupt:
-            with contextlib.suppress(Rejected, Unavailable):
-                self._remote.delete(path)
+            self._cancel(path)
             raise
+
+    def _cancel(self, path: str) -> None:
+        """Have the job cancelled, and tell what became of it: it may have come to its end first."""
+        state = ""
+        with contextlib.suppress(Rejected, Unavailable):
+            self._remote.delete(path)
+            end = time.monotonic() + _CANCEL_SECONDS
+            while (state := str(self._remote.get(path).get("state"))) == "running" and time.monotonic() < end:
+                time.sleep(_POLL_SECONDS[0])
+        self._remote.tell(
+            {
+                "cancelled": "it was cancelled on the server, too",
+                "done": "the server had done it all before it could be cancelled",
+                "failed": "it had failed on the server",
+            }.get(state, "it could not be cancelled on the server, and may go on there")
+        )
 
     def _product(self, told: Json) -> Product:
         with self._remote.understood():

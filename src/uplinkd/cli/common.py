@@ -97,7 +97,7 @@ def _remote_options(key_flags: Sequence[str]) -> Callable[[Any], Any]:
                 help="API key for --url; - reads it from standard input. Better in UPLINKD_KEY: whoever lists processes sees flags.",
             ),
             click.option(
-                "--url", envvar="UPLINKD_URL",
+                "--url", envvar="UPLINKD_URL", metavar="URL",
                 help="Work on the server whose console is there, such as https://iot.example.com:8080. Also: UPLINKD_URL.",
             ),
         ):  # fmt: skip
