@@ -45,6 +45,21 @@ def alive(pid: int) -> bool:
         return False
 
 
+def freeze(pid: int) -> None:
+    """SIGSTOP, and wait until it has come to each of its threads: on a busy machine one of them may answer meanwhile."""
+    os.kill(pid, signal.SIGSTOP)
+    end = time.monotonic() + 5
+    while not _stopped(pid):
+        assert time.monotonic() < end, f"process {pid} does not stand still"
+        time.sleep(0.001)
+
+
+def _stopped(pid: int) -> bool:
+    return all(
+        file.read_text().rpartition(")")[2].split()[0] == "T" for file in Path(f"/proc/{pid}/task").glob("*/stat")
+    )
+
+
 def cli(*arguments: str, data: Path, check: bool = True, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     """Run one command on the data folder."""
     done = subprocess.run(

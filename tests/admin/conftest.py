@@ -39,6 +39,7 @@ class House:
     engine: MemoryEngine
     bus: MemoryBus
     journal: Journal
+    metrics: Metrics
     transport: httpx.ASGITransport
     sent: list[tuple[str, bytes]] = field(default_factory=list)
 
@@ -128,7 +129,7 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
     )
     journal = Journal(settings)
     transport = httpx.ASGITransport(application(office), raise_app_exceptions=False, client=("192.0.2.9", 1234))
-    made = House(office, engine, bus, journal, transport)
+    made = House(office, engine, bus, journal, metrics, transport)
 
     def answer(told: Told) -> None:
         made.sent.append((told.subject, told.payload))

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from tests.admin.conftest import House
+from uplinkd.core.errors import Unavailable
 from uplinkd.core.operators import Scope
 
 V1 = "/api/v1"
@@ -355,3 +356,23 @@ async def test_bad_input_is_a_problem_document(
         assert set(answer.json()) >= {"type", "title", "status", "detail"}
     if status == 405:
         assert answer.headers["Allow"] == "GET, POST"
+
+
+async def test_a_stream_that_cannot_begin_says_so_with_a_status(house: House) -> None:
+    """A filter that is none, an engine that is away, too many who watch."""
+    async with house.key(Scope.READ) as api:
+        url = f"{V1}/messages/stream"
+        assert (await api.get(url, params={"device": "a*"})).status_code == 400
+        house.office.watching = 100
+        full = await api.get(url)
+        assert (full.status_code, full.headers["Retry-After"]) == (429, "5")
+        house.office.watching = 0
+
+        async def away() -> None:
+            raise Unavailable("the engine does not answer: it is away")
+
+        house.office.open_reader = away  # type: ignore[assignment]
+        house.office._reader = None
+        refused = await api.get(url)
+        assert (refused.status_code, "it is away" in refused.json()["detail"]) == (503, True)
+        assert house.office.watching == 0

@@ -11,6 +11,7 @@ import pytest
 from tests.admin.conftest import PASSWORD, House
 from uplinkd.admin.access import first_password, hash_password
 from uplinkd.core.operators import Role
+from uplinkd.metrics import HANDSHAKE_FAILURES
 
 PAGES = [
     "/",
@@ -55,6 +56,25 @@ async def test_every_page_answers_in_both_languages(house: House, language: str)
             assert f'<html lang="{"zh-CN" if language == "zh" else "en"}"' in page.text
             assert secret not in page.text, path
             assert ("退出登录" in page.text) is (language == "zh")
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+async def test_the_overview_tells_of_handshakes(house: House, language: str) -> None:
+    """Old firmware shows by its static RSA; each reason for which a handshake fails has words of its own."""
+    meter = house.metrics.meter(0)
+    async with house.signed_in(Role.VIEWER) as browser:
+        accept = {"Accept-Language": language}
+        assert "static RSA" not in (await browser.get("/", headers=accept)).text
+        meter.shook_hands("TLSv1.2", "rsa")
+        for reason in HANDSHAKE_FAILURES:
+            meter.handshake_failed(reason)
+        page = (await browser.get("/", headers=accept)).text
+        shown = re.findall(r"<dd>1 × (.+?)</dd>", page)
+        assert len(set(shown)) == len(HANDSHAKE_FAILURES)
+        assert "<dt>TLSv1.2 RSA</dt><dd>1 " in page
+        told = (await browser.get("/api/v1/stats")).json()
+        assert told["handshakes"] == {"TLSv1.2 rsa": 1}
+        assert told["handshakeFailures"] == dict.fromkeys(HANDSHAKE_FAILURES, 1)
 
 
 async def test_roles_decide_what_is_shown_and_done(house: House) -> None:

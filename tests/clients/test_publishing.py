@@ -11,7 +11,7 @@ import pytest
 from tests.clients.conftest import LIMITS, MakeSession
 from tests.clients.fleet import Thing, make_fleet, until
 from tests.clients.session import Session
-from tests.house import serving
+from tests.house import freeze, serving
 
 
 def test_an_acknowledged_message_is_stored_as_it_was(session: MakeSession, thing: Thing) -> None:
@@ -65,7 +65,7 @@ def test_nothing_is_acknowledged_before_it_is_stored(tmp_path: Path) -> None:
         device = Session(server, thing.login()).opened()
         assert device.publish(thing.topic(), b"before")
         (engine,) = server.children("nats-server")
-        os.kill(engine, signal.SIGSTOP)
+        freeze(engine)
         try:
             waiting = device.start_publish(thing.topic(), b"meanwhile")
             assert not device.acknowledged(waiting, within=1)

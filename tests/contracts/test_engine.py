@@ -22,7 +22,7 @@ import pytest
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
-from tests.house import until
+from tests.house import freeze, until
 from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.core.model import Origin
 from uplinkd.core.subjects import to_subject
@@ -104,13 +104,6 @@ def own_server(folder: Path, *lines: str) -> Iterator[str]:
     yield where
     process.kill()
     process.wait()
-
-
-def stopped(pid: int) -> bool:
-    """Whether every thread of a process has come to its stop."""
-    return all(
-        file.read_text().rpartition(")")[2].split()[0] == "T" for file in Path(f"/proc/{pid}/task").glob("*/stat")
-    )
 
 
 async def publish(
@@ -385,9 +378,8 @@ async def test_a_frozen_engine_is_noticed_and_recovered_from(settings: Settings,
     publisher = open_publisher(settings, server.access)
     await publisher.start()
     assert (await publish(publisher, b"before"))[1] == ""
-    os.kill(server.pid, signal.SIGSTOP)
+    freeze(server.pid)
     try:
-        await until(lambda: stopped(server.pid))
         started = time.monotonic()
         number, reason = await publish(publisher, b"frozen")
         assert number == 0

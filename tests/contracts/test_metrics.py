@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from tests.house import until
+from tests.house import freeze, until
 from uplinkd.engine.embedded import EmbeddedServer
 from uplinkd.engine.jetstream import JetStreamPublisher
 from uplinkd.metrics import Metrics, Reading
@@ -166,7 +166,7 @@ async def test_the_engines_answers_are_counted(settings: Settings, metrics: Metr
         assert reading.engine_latency.count == 10
         assert 0 < reading.engine_latency.sum < 10
 
-        os.kill(server.pid, signal.SIGSTOP)
+        freeze(server.pid)
         publisher.publish(b"/.pk.d.user.update", b"frozen", lambda _, reason: answers.append(reason))
         await until(lambda: metrics.read().engine_lag > 0.3)
         assert metrics.read().engine_waiting == 1

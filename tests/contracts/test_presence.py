@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, event
 
-from tests.house import until
+from tests.house import freeze, until
 from uplinkd.core.errors import Unavailable
 from uplinkd.core.model import Device, DeviceName, Message, Origin, ProductKey, State, StatusChange
 from uplinkd.engine import Done, Publisher, Query, open_publisher, open_reader
@@ -708,7 +708,7 @@ async def test_a_frozen_engine_stores_no_change_twice(town: Town) -> None:
     """It may store later what was given up as not acknowledged: whoever tells it again looks first, and not too soon."""
     sweeper, entry = town.presence("0"), await town.entry()
     await sweeper.sweep()
-    os.kill(town.server.pid, signal.SIGSTOP)
+    freeze(town.server.pid)
     try:
         sweeper.saw(entry, town.now, "192.0.2.1")
         await sweeper.flush()

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.house import Server, alive, cli_json, environment, make_devices, until
+from tests.house import Server, alive, cli_json, environment, freeze, make_devices, until
 
 pytestmark = pytest.mark.xdist_group("console")
 
@@ -100,7 +100,7 @@ async def test_metrics_and_readiness_tell_what_happens(server: Server) -> None:
     assert httpx.get(url(server, "/readyz")).json()["status"] == "ok"
 
     (nats,) = server.children("nats-server")
-    os.kill(nats, signal.SIGSTOP)
+    freeze(nats)
     away = httpx.get(url(server, "/readyz"), timeout=10)
     assert (away.status_code, away.json()["checks"]["registry"]) == (503, "ok")
     assert away.json()["checks"]["engine"] != "ok"

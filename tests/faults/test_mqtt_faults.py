@@ -19,7 +19,7 @@ import pytest
 from tests.clients.fleet import Fleet, Login, Thing, make_fleet, until
 from tests.clients.session import TRANSPORTS, Session
 from tests.clients.workers import worker_of
-from tests.house import Server, cli, cli_json, serving, stored
+from tests.house import Server, cli, cli_json, freeze, serving, stored
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]
 
@@ -222,7 +222,7 @@ def kill_everything(server: Server, _: int) -> None:
 
 def freeze_the_engine(server: Server, _: int) -> None:
     (engine,) = server.children("nats-server")
-    os.kill(engine, signal.SIGSTOP)
+    freeze(engine)
     time.sleep(4)
     os.kill(engine, signal.SIGCONT)
 

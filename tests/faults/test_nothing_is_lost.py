@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house import Device, Server, alive, make_devices, serving, stored
+from tests.house import Device, Server, alive, freeze, make_devices, serving, stored
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]
 
@@ -125,7 +125,7 @@ async def test_a_frozen_engine_is_answered_30001_within_two_seconds(tmp_path: Pa
         (engine,) = server.children("nats-server")
 
         def fault() -> None:
-            os.kill(engine, signal.SIGSTOP)
+            freeze(engine)
             time.sleep(4)
             os.kill(engine, signal.SIGCONT)
 

@@ -49,10 +49,10 @@ class Denied(Rejected):
 
 
 class TooOften(Rejected):
-    """Too many attempts; `seconds` until the next may be made."""
+    """Too much at once; `seconds` until it may be tried again."""
 
-    def __init__(self, seconds: int) -> None:
-        super().__init__(f"too many attempts to sign in; try again in {seconds} s")
+    def __init__(self, seconds: int, what: str = "too many attempts to sign in") -> None:
+        super().__init__(f"{what}; try again in {seconds} s")
         self.seconds = seconds
 
 

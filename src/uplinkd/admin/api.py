@@ -18,7 +18,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from uplinkd import __version__, journal
 from uplinkd.admin import documents as doc
 from uplinkd.admin import fleetwork
-from uplinkd.admin.access import Principal
+from uplinkd.admin.access import Principal, TooOften
 from uplinkd.admin.doorkeeper import needs, office_of
 from uplinkd.admin.figures import Sample
 from uplinkd.admin.office import Office, now
@@ -31,6 +31,7 @@ from uplinkd.core.model import App, Device, Product, Right, State
 from uplinkd.core.operators import Role, Scope
 from uplinkd.engine import Query as Wanted
 from uplinkd.engine.doors import doors
+from uplinkd.engine.reader import check as check_query
 from uplinkd.registry import Registry
 from uplinkd.registry.fleet import written_fleet
 from uplinkd.settings import Settings, shown
@@ -41,6 +42,7 @@ PREFIX = "/api/v1"
 MAX_UPLOAD = 256 * 1024**2
 _PING_SECONDS = 10.0
 _LOOK_SECONDS = 0.5
+_MOST_WATCHING = 100
 
 T = TypeVar("T")
 
@@ -430,13 +432,35 @@ async def list_messages(
     return doc.Page(items=[doc.MessageDocument.of(message) for message in messages], next=before)
 
 
+async def _watching(office: In) -> AsyncGenerator[None]:
+    """A place among those who watch a stream; raise TooOften when there is none left."""
+    if office.watching >= _MOST_WATCHING:
+        raise TooOften(5, f"{_MOST_WATCHING} streams are watched already")
+    office.watching += 1
+    try:
+        yield
+    finally:
+        office.watching -= 1
+
+
+async def _tailed(office: In, product: Filter = None, device: Filter = None, topic: Filter = None) -> Wanted:
+    """What to watch; raise Rejected or Unavailable while that can still be said with a status."""
+    wanted = _wanted(product, device, topic, None, None)
+    check_query(wanted)
+    await (await office.reader()).state()
+    return wanted
+
+
+Watches = Annotated[None, Depends(_watching)]
+
+
 @router.get("/messages/stream", tags=["messages"], response_class=EventSourceResponse)
 async def stream_messages(
-    office: In, who: Reads, product: Filter = None, device: Filter = None, topic: Filter = None
+    office: In, who: Reads, wanted: Annotated[Wanted, Depends(_tailed)], watches: Watches
 ) -> AsyncGenerator[ServerSentEvent]:
     """Messages as they are stored, as server-sent events: `messages` with a list of them and how many were skipped, for a
     view by people. It never slows devices down: of very many the newest are shown."""
-    async for event in live_messages(office, _wanted(product, device, topic, None, None)):
+    async for event in live_messages(office, wanted):
         yield event
 
 
@@ -563,6 +587,7 @@ def _language(request: Request) -> str:
 async def stream_refusals(
     office: In,
     who: Reads,
+    watches: Watches,
     request: Request,
     product: Filter = None,
     device: Filter = None,
@@ -741,6 +766,8 @@ async def stats(office: Office) -> doc.StatsDocument:
         engine=messages is not None,
         worker_restarts=reading.worker_restarts,
         engine_restarts=reading.engine_restarts,
+        handshakes={f"{version} {kind}": count for (version, kind), count in reading.handshakes.items() if count},
+        handshake_failures={reason: count for reason, count in reading.handshake_failures.items() if count},
     )
 
 
@@ -754,7 +781,7 @@ async def show_history(
 
 
 @router.get("/stats/stream", tags=["stats"], response_class=EventSourceResponse)
-async def stream_stats(office: In, who: Reads) -> AsyncGenerator[ServerSentEvent]:
+async def stream_stats(office: In, who: Reads, watches: Watches) -> AsyncGenerator[ServerSentEvent]:
     """Each second what happened in it, as server-sent events `stats`."""
     async for event in live_stats(office):
         yield event

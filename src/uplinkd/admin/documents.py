@@ -491,6 +491,10 @@ class StatsDocument(_Document):
     engine: bool
     worker_restarts: int
     engine_restarts: int
+    handshakes: dict[str, int] = Field(
+        description="TLS handshakes completed since the start, by version and key exchange"
+    )
+    handshake_failures: dict[str, int] = Field(description="TLS handshakes that failed since the start, by reason")
 
 
 class ToExamine(_Given):

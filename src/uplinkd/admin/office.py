@@ -35,6 +35,8 @@ class Office:
     mqtt: tuple[str, int] | None
     jobs: Jobs = field(default_factory=Jobs)
     attempts: Attempts = field(default_factory=Attempts)
+    watching: int = 0
+    """How many streams are being watched."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _reader: Reader | None = None
     _opening: asyncio.Lock = field(default_factory=asyncio.Lock)
