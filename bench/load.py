@@ -74,19 +74,27 @@ def in_turn(
     beside: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, float]:
     """Reports over HTTPS to the one and the other in turn, after a warm-up, to the other while `beside` stands: the median rates,
-    and of the ratios in each round."""
+    that of the ratios in each round, and the server's µs of CPU for a report.
+
+    Who comes first changes with each round: a machine that grows slower favours neither.
+    """
     rates: dict[str, list[float]] = {"without": [], "with": []}
+    cpu: dict[str, list[float]] = {"without": [], "with": []}
+    turns = [("without", without, nullcontext), ("with", peer, beside)]
     for number in range(options.rounds + 1):
         say(number)
-        for name, one, meanwhile in (("without", without, nullcontext), ("with", peer, beside)):
+        turns.reverse()
+        for name, one, meanwhile in turns:
             with meanwhile():
                 found = publish_load(one, folder, connections=options.connections, seconds=options.seconds)
             if found.bad or found.errors:
                 raise SystemExit(f"publish {name}: {found.bad + found.errors} answers were not right; {found.sample}")
             if number:
                 rates[name].append(found.rate)
+                cpu[name].append(found.server_cpu / found.good * 1e6)
     ratio = statistics.median(one / other for one, other in zip(rates["with"], rates["without"], strict=True))
-    return {"without": statistics.median(rates["without"]), "with": statistics.median(rates["with"]), "ratio": ratio}
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return {**medians, "ratio": ratio, **{f"cpu_{name}": statistics.median(values) for name, values in cpu.items()}}
 
 
 def _wrk(peer: Peer, script: str, connections: int, seconds: float, **variables: str) -> Measured:

@@ -183,6 +183,7 @@ def render(facts: Mapping[str, Any]) -> str:
     if beside := facts.get("console"):
         figures_of_console = [
             ("HTTPS publish, console closed / open and tailing", f"{beside['without']:,.0f} / {beside['with']:,.0f}"),
+            ("server µs a publish", f"{beside['cpu_without']:.1f} / {beside['cpu_with']:.1f}"),
             ("events that the windows got meanwhile", f"{beside['events']:,}"),
         ]
         lines += ["", table(("console", ""), figures_of_console)]

@@ -27,6 +27,7 @@ from uplinkd.admin.guard import Guard
 from uplinkd.admin.office import Office
 from uplinkd.admin.openapi import describe
 from uplinkd.admin.problems import handle_errors
+from uplinkd.core.errors import Unavailable
 from uplinkd.engine import open_reader
 from uplinkd.engine.bus import NatsBus
 from uplinkd.engine.embedded import Access
@@ -103,11 +104,21 @@ async def _serve(task: ConsoleTask) -> None:
     while not server.started and not serving.done():  # noqa: ASYNC110 - uvicorn sets a flag, and no event
         await asyncio.sleep(0.005)
     task.ready.send_bytes(b"ready")
+    duties.append(asyncio.create_task(_prepare(office)))
     await serving
     loop.remove_reader(task.lifeline)
     await office.close()
     await end_tasks(*duties)
     registry.close()
+
+
+async def _prepare(office: Office) -> None:
+    """What the first visitor of a page would wait for: compiled templates, a connection to the engine, the census."""
+    await asyncio.to_thread(console.prepare)
+    with contextlib.suppress(Unavailable):
+        await (await office.reader()).state()
+    with contextlib.suppress(Unavailable):
+        await asyncio.to_thread(office.census)
 
 
 def application(office: Office) -> FastAPI:
