@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import threading
 import time
+import timeit
 from pathlib import Path
 
 import pytest
@@ -304,13 +305,18 @@ async def test_one_look_gives_what_came_since_the_one_before(settings: Settings)
 
 @pytest.mark.slow
 async def test_a_full_journal_is_searched_in_an_instant(settings: Settings) -> None:
-    """100,000 entries: by requestId, device and time in under 100 ms."""
+    """100,000 entries: by requestId, device, time and the others in less than a tenth of what reading them all takes."""
     pen = Journal(settings)
     for number in range(100_000):
         pen.record(refusal(number, device_name=f"device{number % 1000}"))
         if number % 5000 == 4999:
             await pen.flush()
     await pen.close()
+
+    def quickest(wanted: Wanted, limit: int) -> float:
+        return min(timeit.repeat(lambda: read(settings, wanted, limit), number=1, repeat=3))
+
+    all_of_it = quickest(Wanted(), 100_000)
     for wanted, count in (
         (Wanted(request_id="request77777"), 1),
         (Wanted(device="device77"), 50),
@@ -321,6 +327,5 @@ async def test_a_full_journal_is_searched_in_an_instant(settings: Settings) -> N
         (Wanted(before=50), 49),
         (Wanted(since=NOW + 50_000, until=NOW + 50_009), 10),
     ):
-        started = time.monotonic()
         assert len(read(settings, wanted, 50)) == count
-        assert time.monotonic() - started < 0.1, wanted
+        assert quickest(wanted, 50) < all_of_it / 10, wanted
