@@ -15,11 +15,12 @@ from typing import Annotated, Any, TypeVar
 from urllib.parse import quote, urlencode
 
 import fastapi_offline
-from fastapi import APIRouter, Depends, FastAPI, Form, Query, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, FastAPI, Form, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, StreamingResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
+from starlette.datastructures import UploadFile
 from starlette.staticfiles import StaticFiles
 
 from uplinkd import __version__, journal
@@ -42,7 +43,7 @@ from uplinkd.core import snippets
 from uplinkd.core.errors import EXPLANATIONS, MESSAGES, Code, NotFound, Rejected, Unavailable
 from uplinkd.core.model import Device, Right, State
 from uplinkd.core.names import DEFAULT_CLASSES
-from uplinkd.core.operators import Actor, Role, Scope, acting
+from uplinkd.core.operators import Role, Scope
 from uplinkd.engine import Query as Wanted
 from uplinkd.settings import reachable
 
@@ -207,7 +208,6 @@ async def begin_session(
     request: Request, office: In, name: Field, password: Field, back: Annotated[str, Form()] = "/"
 ) -> Response:
     address = address_of(request)
-    acting.set(Actor(name[:64], "console", address))
     operators = office.registry.operators
 
     def accept(signed_in: tuple[Any, str]) -> Response:
@@ -486,9 +486,9 @@ async def _begin(
     try:
         work, total = await run_in_threadpool(act)
         job = office.jobs.start(kind, target, unit, work, total=total)
-    except Rejected as fault:
+    except (Rejected, Unavailable) as fault:
         response = await again(str(fault))
-        response.status_code = 400
+        response.status_code = status_of(fault)
         return response
     return _go(f"/jobs/{job.id}")
 
@@ -529,21 +529,31 @@ async def create_many(
 
 
 @router.post("/import")
-async def import_devices(
-    request: Request, office: In, who: Operates, file: UploadFile, skip_bad: Field = "", back: Field = "/products"
-) -> Response:
+async def import_devices(request: Request, office: In, who: Operates) -> Response:
+    """The form is read here and not declared: FastAPI would read all of it before it asks who sends it."""
+    form = await request.form(max_files=1)
+    file = form.get("file")
+    if not isinstance(file, UploadFile):
+        return await _products_page(request, office, "choose a file to import")
+
     async def parts() -> AsyncGenerator[bytes]:
         while part := await file.read(1 << 20):
             yield part
 
-    stream, total = await api.uploaded(office, parts())
-    work = fleetwork.fleet_import(office.registry, stream, total, skip_bad=bool(skip_bad))
+    try:
+        stream, total = await api.uploaded(office, parts())
+    finally:
+        await request.close()
+    skip_bad = bool(form.get("skip_bad"))
 
     async def again(fault: str) -> Response:
         stream.close()
         return await _products_page(request, office, fault)
 
-    return await _begin(request, office, lambda: (work, total), "import", file.filename or "", "bytes", again)
+    def act() -> tuple[Any, int]:
+        return fleetwork.fleet_import(office.registry, stream, total, skip_bad=skip_bad), total
+
+    return await _begin(request, office, act, "import", file.filename or "", "bytes", again)
 
 
 async def _device_page(
@@ -614,8 +624,9 @@ def _public_name(request: Request, host: str) -> str:
 async def _messages(office: Office, wanted: Wanted, limit: int) -> tuple[list[doc.MessageDocument], str]:
     """The newest first; and why none can be had, while the engine is away."""
     try:
+        reader = await office.awake()
         async with asyncio.timeout(_ENGINE_PATIENCE):
-            found = await (await office.reader()).latest(wanted, limit)
+            found = await reader.latest(wanted, limit)
     except Unavailable as fault:
         return [], str(fault)
     except TimeoutError:
@@ -965,12 +976,12 @@ async def audit_page(
 
 @router.get("/jobs")
 async def jobs_page(request: Request, office: In, who: Views) -> Response:
-    return page(request, "jobs.html", jobs=[doc.JobDocument.of(job) for job in office.jobs.all()])
+    return page(request, "jobs.html", jobs=[doc.JobDocument.of(job, who.scope) for job in office.jobs.all()])
 
 
 @router.get("/jobs/{job_id}")
 async def job_page(request: Request, office: In, who: Views, job_id: str) -> Response:
-    return page(request, "job.html", job=doc.JobDocument.of(office.jobs.get(job_id)))
+    return page(request, "job.html", job=doc.JobDocument.of(office.jobs.get(job_id), who.scope))
 
 
 @router.post("/jobs/{job_id}/cancel")

@@ -22,6 +22,7 @@ from fastapi import FastAPI
 
 from uplinkd import __version__
 from uplinkd.admin import api, console, health
+from uplinkd.admin.door import Door
 from uplinkd.admin.figures import Figures
 from uplinkd.admin.guard import Guard
 from uplinkd.admin.office import Office
@@ -44,6 +45,7 @@ log = logging.getLogger("uplinkd.admin")
 # Fewer than the registry has connections: a page must not wait for one.
 _THREADS = 12
 _STOP_SECONDS = 2
+_CONNECTIONS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,7 @@ def application(office: Office) -> FastAPI:
         openapi_url=f"{api.PREFIX}/openapi.json",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # it would send to the name in the Host header
     )
     app.state.office = office
     app.include_router(api.uploads)
@@ -137,7 +140,7 @@ def application(office: Office) -> FastAPI:
     console.mount(app)
     handle_errors(app, console.error_page)
     describe(app)
-    app.add_middleware(Guard, tls=office.settings.console_tls)
+    app.add_middleware(Guard, tls=office.settings.console_tls, names=office.settings.tls_name)
     return app
 
 
@@ -151,6 +154,9 @@ class _Server(uvicorn.Server):
 def _server(app: FastAPI, context: ssl.SSLContext | None) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
+        http=Door,
+        ws="none",
+        limit_concurrency=_CONNECTIONS,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -152,9 +152,13 @@ class Operators(AccessManagement, Protocol):
     def session(self, token: str, *, idle: int, longest: int) -> User | None:
         """Whose session it is; None for one unused for `idle` ms, or older than `longest` ms."""
 
+    def session_used(self, token: str, *, longest: int) -> None:
+        """Remember that it was used now, and forget all sessions older than `longest` ms."""
+
     def close_session(self, token: str) -> None: ...
 
     def find_key(self, key: str) -> ApiKey | None: ...
+    def key_used(self, key_id: int) -> None: ...
 
     def note(self, action: str, target: str, detail: str = "") -> None:
         """Record what changes nothing here: a secret was shown, a message sent down."""
