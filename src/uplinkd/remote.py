@@ -276,6 +276,9 @@ class Remote:
             return Unavailable(
                 f"{self.url} did not answer within {_SECONDS:g} s; what was asked may be done all the same"
             )
+        if isinstance(error, httpx.RemoteProtocolError) and self.url.startswith("http:"):
+            said = str(error) or type(error).__name__
+            return _Broken(f"{self.url} broke off ({said}); if it is served with --console-tls true, say https://")
         kind = _Broken if isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError) else Unavailable
         if isinstance(error, httpx.ConnectError):
             kind = Unavailable  # nothing was sent yet

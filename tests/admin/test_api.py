@@ -280,10 +280,17 @@ async def test_a_message_goes_down_and_the_audit_has_it_without_its_payload(hous
         everybody = f"/broadcast/{product.key}/all"
         assert (await api.post(f"{url}/broadcasts", json={"topic": everybody, "payload": raw})).json()["sessions"] == 3
         assert house.sent[1][1] == b"\x00\xff"
-        other = await api.post(
-            f"{url}/devices/lamp-0001/messages", json={"topic": f"/{product.key}/lamp-0002/user/get"}
-        )
-        assert other.status_code == 400
+        for wrong in (
+            f"/{product.key}/lamp-0002/user/get",
+            f"/{product.key}/lamp-00012/user/get",
+            f"/broadcast/{product.key}/{product.key}/lamp-0001",
+            f"/broadcast/{product.key}",
+            "/",
+        ):
+            other = await api.post(f"{url}/devices/lamp-0001/messages", json={"topic": wrong})
+            assert other.status_code == 400, wrong
+        deeper = await api.post(f"{url}/broadcasts", json={"topic": f"/broadcast/{product.key}/a/b"})
+        assert deeper.status_code == 400
         both = await api.post(f"{url}/broadcasts", json={"topic": everybody, "payload": raw, "text": "x"})
         assert both.status_code == 422
         audit = (await api.get(f"{V1}/audit", params={"action": "message"})).json()["items"]
@@ -342,6 +349,7 @@ async def test_nobody_can_lock_everybody_out(house: House) -> None:
         ("GET", "/nothing", b"", 404),
         ("PUT", "/products", b"", 405),
         ("GET", "/products/%00/devices", b"", 404),
+        ("POST", "/products", b"[" * 100_000, 400),
     ],
 )
 async def test_bad_input_is_a_problem_document(

@@ -194,6 +194,22 @@ async def test_nothing_is_sent_that_the_audit_cannot_have(house: House, monkeypa
     assert house.sent == []
 
 
+async def test_the_audit_tells_of_a_message_that_did_not_go(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was in it before it was sent."""
+    product = house.registry.create_product("my lamps")
+
+    async def away(*_: object) -> None:
+        raise Unavailable("the engine is away")
+
+    monkeypatch.setattr("uplinkd.admin.api.send_down", away)
+    async with house.key() as api:
+        topic = f"/broadcast/{product.key}/all"
+        answer = await api.post(f"{V1}/products/{product.key}/broadcasts", json={"topic": topic, "text": "x"})
+    assert answer.status_code == 503
+    entries = house.registry.operators.audit(action="message", limit=10)
+    assert [entry.action for entry in entries] == ["message.failed", "message.send"]
+
+
 async def test_an_engine_that_stands_still_is_said_at_once(house: House) -> None:
     """Within two seconds, not after the engine's own patience."""
 

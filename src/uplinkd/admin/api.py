@@ -47,7 +47,7 @@ _MOST_WATCHING = 100
 T = TypeVar("T")
 
 _problems: dict[int | str, dict[str, Any]] = {
-    status: {"model": doc.Problem} for status in (400, 401, 403, 404, 405, 409, 412, 422, 429, 503)
+    status: {"model": doc.Problem} for status in (400, 401, 403, 404, 405, 408, 409, 412, 413, 421, 422, 429, 503)
 }
 router = APIRouter(prefix=PREFIX, route_class=RepeatableRoute, responses=_problems)
 uploads = APIRouter(prefix=PREFIX, responses=_problems)
@@ -76,7 +76,13 @@ def _etag(version: str) -> dict[str, str]:
 
 
 def _version(if_match: str | None) -> str | None:
-    return None if if_match in (None, "*") else if_match.removeprefix("W/").strip().strip('"')
+    """The version in If-Match, None for any. A weak one is taken, since proxies that compress make it so."""
+    if if_match is None or if_match.strip() == "*":
+        return None
+    found = re.fullmatch(r'\s*(?:W/)?"?([^",]*)"?\s*', if_match)
+    if found is None:
+        raise Rejected(f"If-Match is {if_match[:80]!r}; it is the one ETag of what you saw")
+    return found[1]
 
 
 def _page(items: list[T], limit: int, cursor: Callable[[T], str]) -> tuple[list[T], str | None]:
@@ -529,7 +535,12 @@ async def sent(office: Office, topic: str, product_key: str, device_name: str | 
     async def ask(subject: str, body: bytes) -> bytes:
         return (await office.bus.ask(subject, body, patience=PATIENCE_SECONDS)).payload
 
-    return await send_down(ask, topic, payload)
+    try:
+        return await send_down(ask, topic, payload)
+    except (Rejected, Unavailable):
+        with contextlib.suppress(Unavailable):
+            await run_in_threadpool(office.registry.operators.note, "message.failed", target, topic)
+        raise
 
 
 # -- refusals
