@@ -416,10 +416,10 @@ async def product_tab(request: Request, office: In, who: Views, product_key: str
 
 @router.post("/products/{product_key}/topics")
 async def add_topic_class(
-    request: Request, office: In, who: Operates, product_key: str, levels: Field, right: Field
+    request: Request, office: In, who: Operates, product_key: str, levels: Field, right: Annotated[Right, Form()]
 ) -> Response:
     return await _try(
-        lambda: office.registry.add_topic_class(product_key, levels.strip(), Right(right)),
+        lambda: office.registry.add_topic_class(product_key, levels.strip(), right),
         lambda _: _go(f"/products/{product_key}/topics", "topic.add"),
         lambda fault: _product_page(request, office, product_key, "topics", fault, levels=levels, right=right),
     )
@@ -888,9 +888,11 @@ async def delete_app(request: Request, office: In, who: Administers, name: str) 
 
 
 @router.post("/access/keys")
-async def create_key(request: Request, office: In, who: Administers, name: Field, scope: Field) -> Response:
+async def create_key(
+    request: Request, office: In, who: Administers, name: Field, scope: Annotated[Scope, Form()]
+) -> Response:
     def act() -> dict[str, str]:
-        made, key = office.registry.operators.create_key(name.strip(), Scope(scope))
+        made, key = office.registry.operators.create_key(name.strip(), scope)
         return {"what": "key", "name": made.name, "secret": key}
 
     return await _made(act, functools.partial(_access_page, request, office))
@@ -916,9 +918,11 @@ async def users_page(request: Request, office: In, who: Administers) -> Response
 
 
 @router.post("/users")
-async def create_user(request: Request, office: In, who: Administers, name: Field, role: Field) -> Response:
+async def create_user(
+    request: Request, office: In, who: Administers, name: Field, role: Annotated[Role, Form()]
+) -> Response:
     def act() -> dict[str, str]:
-        made = api.new_user(office, name.strip(), Role(role))
+        made = api.new_user(office, name.strip(), role)
         return {"name": made.name, "password": made.password}
 
     return await _made(act, functools.partial(_users_page, request, office))

@@ -19,6 +19,7 @@ import anyio.to_thread
 import uvicorn
 import uvloop
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from uplinkd import __version__
 from uplinkd.admin import api, console, health
@@ -125,7 +126,7 @@ async def _prepare(office: Office) -> None:
 
 def application(office: Office) -> FastAPI:
     """The management API, the console, and what orchestrators ask."""
-    app = FastAPI(
+    app = _Guarded(
         title="uplinkd management API",
         version=__version__,
         openapi_url=f"{api.PREFIX}/openapi.json",
@@ -140,8 +141,15 @@ def application(office: Office) -> FastAPI:
     console.mount(app)
     handle_errors(app, console.error_page)
     describe(app)
-    app.add_middleware(Guard, tls=office.settings.console_tls, names=office.settings.tls_name)
     return app
+
+
+class _Guarded(FastAPI):
+    """With the guard around all of it: a middleware stands inside of what answers faults of ours."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        settings = self.state.office.settings
+        return Guard(super().build_middleware_stack(), tls=settings.console_tls, names=settings.tls_name)
 
 
 class _Server(uvicorn.Server):
