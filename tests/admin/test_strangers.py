@@ -143,6 +143,20 @@ async def test_a_password_in_the_wrong_field_is_in_no_audit(house: House) -> Non
     assert PASSWORD not in str(house.registry.operators.audit(limit=100))
 
 
+async def test_a_session_that_was_found_guesses_no_password(house: House) -> None:
+    """Changing it is counted as signing in is."""
+    async with house.signed_in() as browser:
+        for number in range(10):
+            answer = await browser.post(
+                "/password", old=f"wrong {number}", new="another long one", again="another long one"
+            )
+            assert answer.status_code == 400
+        answer = await browser.post("/password", old=PASSWORD, new="another long one", again="another long one")
+        assert answer.status_code == 429
+        assert "too many attempts" in answer.text
+    assert len(house.registry.operators.audit(action="password.refused", limit=100)) == 10
+
+
 def test_attempts_are_counted_by_what_nobody_has_without_end(house: House) -> None:
     """A name is cut, and of IPv6 a /64 is one address: neither memory nor guesses grow with what somebody makes up."""
     attempts = Attempts()

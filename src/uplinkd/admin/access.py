@@ -156,9 +156,13 @@ def sign_in(operators: Operators, attempts: Attempts, name: str, password: str, 
     return user, token
 
 
-def change_password(operators: Operators, user: User, old: str, new: str) -> None:
-    """Raise Rejected when `old` is wrong, or `new` breaks the rule. All sessions of the user end."""
+def change_password(operators: Operators, attempts: Attempts, user: User, old: str, new: str, address: str) -> None:
+    """Raise Rejected when `old` is wrong, or `new` breaks the rule; TooOften, since whoever has found a session guesses no better
+    than others. All sessions of the user end."""
+    attempts.check(user.name, address)
     if not check_password(user, old):
+        attempts.failed(user.name, address)
+        operators.note("password.refused", user.name)
         raise Rejected("the present password is wrong")
     check_new_password(new, user.name)
     if old == new:

@@ -270,12 +270,18 @@ async def set_password(request: Request, office: In, old: Field, new: Field, aga
     def act() -> None:
         if new != again:
             raise Rejected("the two new passwords are not the same")
-        change_password(office.registry.operators, user, old, new)
+        change_password(office.registry.operators, office.attempts, user, old, new, address_of(request))
 
     async def once_more(fault: str) -> Response:
         return page(request, "password.html", fault=fault, minimum=MINIMUM_LENGTH)
 
-    return await _try(act, lambda _: _go("/sign-in", "password"), once_more)
+    try:
+        async with office.attempts.turn():
+            return await _try(act, lambda _: _go("/sign-in", "password"), once_more)
+    except TooOften as fault:
+        response = await once_more(str(fault))
+        response.status_code = status_of(fault)
+        return response
 
 
 @router.get("/prefer")
