@@ -369,7 +369,7 @@ class RemoteRegistry:
         return self._product(self._remote.post("/products", {"name": name, "productKey": key, "productSecret": secret}))
 
     def products(self) -> list[Product]:
-        return [self._product(each) for each in self._items("/products")]
+        return [self._product(each) for each in self._remote.pages("/products")]
 
     def product(self, key: str) -> Product:
         path = _product_path(key)

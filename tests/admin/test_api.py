@@ -6,6 +6,7 @@ import asyncio
 import base64
 import csv
 import io
+import re
 
 import httpx
 import pytest
@@ -165,6 +166,29 @@ async def test_devices_are_paged_by_cursor_prefix_and_state(house: House) -> Non
         assert len((await api.get(url, params={"state": "inactive", "limit": 1000})).json()["items"]) == 49
         census = (await api.get(f"{V1}/products/{product.key}/census")).json()
         assert (census["total"], census["disabled"], census["inactive"]) == (50, 1, 49)
+
+
+async def test_products_are_paged_and_searched(house: House) -> None:
+    """An import may make thousands of them: neither a list nor a page has them all at once."""
+    for number in range(120):
+        house.registry.create_product(f"Lamps {number:03}", key=f"k{number}")
+    async with house.key(Scope.READ) as api, house.signed_in() as browser:
+        first = (await api.get(f"{V1}/products")).json()
+        rest = (await api.get(f"{V1}/products", params={"cursor": first["next"], "limit": 1000})).json()
+        keys = [item["productKey"] for item in first["items"] + rest["items"]]
+        assert (len(first["items"]), keys, rest["next"]) == (100, [f"k{number}" for number in range(120)], None)
+        found = (await api.get(f"{V1}/products", params={"text": "lamps 11"})).json()["items"]
+        assert [item["productKey"] for item in found] == [f"k{number}" for number in range(110, 120)]
+        assert (await api.get(f"{V1}/products", params={"text": "%"})).json()["items"] == []
+
+        page = (await browser.get("/products?q=lamps")).text
+        assert page.count('<a href="/products/k') == 50
+        more = re.search(r'href="(/products\?[^"]*cursor=[^"]*)"', page)
+        assert more
+        second = (await browser.get(more[1].replace("&amp;", "&"))).text
+        assert "Lamps 050" in second
+        assert "Lamps 049" not in second
+        assert (await browser.get("/search?q=Lamps 119")).headers["Location"] == "/products/k119"
 
 
 async def finished(api: httpx.AsyncClient, job: dict[str, str]) -> dict[str, object]:
@@ -339,7 +363,8 @@ async def test_nobody_can_lock_everybody_out(house: House) -> None:
         ("POST", "/products", b'{"name": "my lamps", "colour": "red"}', 422),
         ("POST", "/products", b'{"name": "\\ud800aaaa"}', 422),
         ("POST", "/products", b"x" * (3 << 20), 413),
-        ("GET", "/products?limit=x", b"", 200),
+        ("GET", "/products?limit=x", b"", 422),
+        ("GET", "/products?cursor=x", b"", 400),
         ("GET", "/logs?limit=0", b"", 422),
         ("GET", "/logs?cursor=x", b"", 400),
         ("GET", "/logs?cursor=9999999999999999999", b"", 400),

@@ -196,10 +196,10 @@ async def test_headers_keep_browsers_strict(house: House) -> None:
 async def test_a_fault_of_ours_is_answered_as_strictly(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """500 with the same headers, and nothing of what went wrong."""
 
-    def broken() -> None:
+    def broken(**_: object) -> None:
         raise ZeroDivisionError("s3cret")
 
-    monkeypatch.setattr(house.registry, "products", broken)
+    monkeypatch.setattr(house.registry, "product_page", broken)
     async with house.signed_in() as browser:
         for path in ("/products", "/api/v1/products"):
             answer = await browser.get(path)

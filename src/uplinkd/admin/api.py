@@ -108,9 +108,17 @@ def _cursor(text: str | None) -> int | None:
 
 
 @router.get("/products", tags=["products"])
-def list_products(office: In, who: Reads) -> doc.Page[doc.ProductDocument]:
-    """All products, without their secrets, in the order in which they were made."""
-    return doc.Page(items=[doc.ProductDocument.of(product) for product in office.registry.products()])
+def list_products(
+    office: In,
+    who: Reads,
+    text: Annotated[str, Query(max_length=64, description="what the name or the key has in it")] = "",
+    limit: Limit = 100,
+    cursor: Cursor = None,
+) -> doc.Page[doc.ProductDocument]:
+    """Products without their secrets, in the order in which they were made."""
+    found = office.registry.product_page(text=text, after=_cursor(cursor) or 0, limit=limit + 1)
+    products, after = _page(found, limit, lambda product: str(product.id))
+    return doc.Page(items=[doc.ProductDocument.of(product) for product in products], next=after)
 
 
 @router.post("/products", tags=["products"], status_code=201)

@@ -54,6 +54,7 @@ THEMES = ("auto", "light", "dark")
 _PAGE = 50
 _YEAR = 365 * 86400
 _LAST = 10
+_SEARCHED = 200
 _ENGINE_PATIENCE = 1.5
 
 T = TypeVar("T")
@@ -309,7 +310,7 @@ async def overview(request: Request, office: In, who: Views) -> Response:
         stats=stats,
         refused=sorted(refused.items()),
         last=_explained(request, reversed(last)),
-        products=len(await run_in_threadpool(office.registry.products)),
+        products=await run_in_threadpool(office.registry.count_products),
     )
 
 
@@ -326,11 +327,12 @@ async def search(office: In, who: Views, q: Text = "") -> Response:
         return _go(f"/logs?{urlencode({'requestId': text})}")
     if re.fullmatch(r"[0-9]{12,19}", text):
         return _go(f"/messages/{text}")
-    products = await run_in_threadpool(office.registry.products)
-    for product in products:
+    like = await run_in_threadpool(lambda: office.registry.product_page(text=text, limit=_SEARCHED))
+    for product in like if text else []:
         if text in (product.key, product.name):
             return _go(f"/products/{product.key}")
-    found = await run_in_threadpool(_devices_named, office, [product.key for product in products[:200]], text)
+    first = await run_in_threadpool(lambda: office.registry.product_page(limit=_SEARCHED))
+    found = await run_in_threadpool(_devices_named, office, [product.key for product in first], text)
     if len(found) == 1:
         return _go(f"/products/{found[0].product_key}/devices/{_path(found[0].name)}")
     if found:
@@ -353,10 +355,14 @@ def _devices_named(office: Office, keys: list[str], prefix: str) -> list[Device]
 
 
 async def _products_page(request: Request, office: Office, fault: str = "", q: str = "") -> Response:
-    products = await run_in_threadpool(office.registry.products)
-    shown = [each for each in products if q.lower() in each.name.lower() or q in each.key] if q else products
-    counts = {each.key: await run_in_threadpool(office.census, each.key) for each in shown[:100]}
-    return page(request, "products.html", products=shown, counts=counts, fault=fault, q=q)
+    after = request.query_params.get("cursor", "")
+    found = await run_in_threadpool(
+        lambda: office.registry.product_page(text=q, after=api.number_in(after) or 0, limit=_PAGE + 1)
+    )
+    shown = found[:_PAGE]
+    more = urlencode(({"q": q} if q else {}) | {"cursor": shown[-1].id}) if len(found) > _PAGE else ""
+    counts = {each.key: await run_in_threadpool(office.census, each.key) for each in shown}
+    return page(request, "products.html", products=shown, counts=counts, fault=fault, q=q, more=more, after=after)
 
 
 @router.get("/products")
