@@ -6,6 +6,7 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from uplinkd.core import topics
 from uplinkd.core.errors import NotFound, Rejected, Unavailable
 from uplinkd.core.subjects import SENDING, to_subject
 
@@ -44,11 +45,11 @@ def check_down_topic(topic: str, product_key: str, device_name: str | None) -> N
     if any(char.isspace() or char in "*>+#" or not char.isprintable() for char in topic) or not topic.startswith("/"):
         raise Rejected(f"topic {topic!r}: it begins with a slash, and has no wildcard and no white space")
     if device_name is None:
-        if not topic.startswith(f"/broadcast/{product_key}/"):
+        if topics.broadcast_product(topic) != product_key:
             raise Rejected(
                 f"topic {topic!r}: to all devices of a product it is /broadcast/{product_key}/ and one level more"
             )
-    elif f"/{product_key}/{device_name}" not in topic:
+    elif topics.owner(topic) != (product_key, device_name):
         raise Rejected(
             f"topic {topic!r} is not of the device {device_name!r} of {product_key}: it is such as "
             f"/{product_key}/{device_name}/user/get"

@@ -5,21 +5,32 @@ from __future__ import annotations
 import datetime as dt
 import json as jsonlib
 import logging
+import re
 import sys
 import time
 
-__all__ = ["JsonFormatter", "Occasionally", "set_up_logging"]
+__all__ = ["JsonFormatter", "Occasionally", "TextFormatter", "set_up_logging"]
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def set_up_logging(*, json: bool = False) -> None:
     """One line a record on standard error: time, level, process, text; or a JSON object (see JsonFormatter)."""
     handler = logging.StreamHandler(sys.stderr)
-    text = logging.Formatter("%(asctime)s %(levelname)s uplinkd[%(process)d] %(message)s")
+    text = TextFormatter("%(asctime)s %(levelname)s uplinkd[%(process)d] %(message)s")
     handler.setFormatter(JsonFormatter() if json else text)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("uplinkd").setLevel(logging.INFO)
+
+
+class TextFormatter(logging.Formatter):
+    """One line a record, and a traceback after it: control characters of what devices and people send are shown as escapes, so
+    that they neither make lines of their own nor steer a terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), super().formatMessage(record))
 
 
 class JsonFormatter(logging.Formatter):

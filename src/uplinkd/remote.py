@@ -276,6 +276,9 @@ class Remote:
             return Unavailable(
                 f"{self.url} did not answer within {_SECONDS:g} s; what was asked may be done all the same"
             )
+        if isinstance(error, httpx.RemoteProtocolError) and self.url.startswith("http:"):
+            said = str(error) or type(error).__name__
+            return _Broken(f"{self.url} broke off ({said}); if it is served with --console-tls true, say https://")
         kind = _Broken if isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError) else Unavailable
         if isinstance(error, httpx.ConnectError):
             kind = Unavailable  # nothing was sent yet
@@ -366,7 +369,7 @@ class RemoteRegistry:
         return self._product(self._remote.post("/products", {"name": name, "productKey": key, "productSecret": secret}))
 
     def products(self) -> list[Product]:
-        return [self._product(each) for each in self._items("/products")]
+        return [self._product(each) for each in self._remote.pages("/products")]
 
     def product(self, key: str) -> Product:
         path = _product_path(key)

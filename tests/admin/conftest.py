@@ -28,7 +28,7 @@ from uplinkd.registry import open_registry
 from uplinkd.settings import Settings
 
 PASSWORD = "correct horse battery"
-URL = "http://console"
+URL = "http://localhost"
 
 
 @dataclass

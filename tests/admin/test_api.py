@@ -6,6 +6,7 @@ import asyncio
 import base64
 import csv
 import io
+import re
 
 import httpx
 import pytest
@@ -167,6 +168,29 @@ async def test_devices_are_paged_by_cursor_prefix_and_state(house: House) -> Non
         assert (census["total"], census["disabled"], census["inactive"]) == (50, 1, 49)
 
 
+async def test_products_are_paged_and_searched(house: House) -> None:
+    """An import may make thousands of them: neither a list nor a page has them all at once."""
+    for number in range(120):
+        house.registry.create_product(f"Lamps {number:03}", key=f"k{number}")
+    async with house.key(Scope.READ) as api, house.signed_in() as browser:
+        first = (await api.get(f"{V1}/products")).json()
+        rest = (await api.get(f"{V1}/products", params={"cursor": first["next"], "limit": 1000})).json()
+        keys = [item["productKey"] for item in first["items"] + rest["items"]]
+        assert (len(first["items"]), keys, rest["next"]) == (100, [f"k{number}" for number in range(120)], None)
+        found = (await api.get(f"{V1}/products", params={"text": "lamps 11"})).json()["items"]
+        assert [item["productKey"] for item in found] == [f"k{number}" for number in range(110, 120)]
+        assert (await api.get(f"{V1}/products", params={"text": "%"})).json()["items"] == []
+
+        page = (await browser.get("/products?q=lamps")).text
+        assert page.count('<a href="/products/k') == 50
+        more = re.search(r'href="(/products\?[^"]*cursor=[^"]*)"', page)
+        assert more
+        second = (await browser.get(more[1].replace("&amp;", "&"))).text
+        assert "Lamps 050" in second
+        assert "Lamps 049" not in second
+        assert (await browser.get("/search?q=Lamps 119")).headers["Location"] == "/products/k119"
+
+
 async def finished(api: httpx.AsyncClient, job: dict[str, str]) -> dict[str, object]:
     for _ in range(400):
         found: dict[str, object] = (await api.get(f"{V1}/jobs/{job['id']}")).json()
@@ -280,10 +304,17 @@ async def test_a_message_goes_down_and_the_audit_has_it_without_its_payload(hous
         everybody = f"/broadcast/{product.key}/all"
         assert (await api.post(f"{url}/broadcasts", json={"topic": everybody, "payload": raw})).json()["sessions"] == 3
         assert house.sent[1][1] == b"\x00\xff"
-        other = await api.post(
-            f"{url}/devices/lamp-0001/messages", json={"topic": f"/{product.key}/lamp-0002/user/get"}
-        )
-        assert other.status_code == 400
+        for wrong in (
+            f"/{product.key}/lamp-0002/user/get",
+            f"/{product.key}/lamp-00012/user/get",
+            f"/broadcast/{product.key}/{product.key}/lamp-0001",
+            f"/broadcast/{product.key}",
+            "/",
+        ):
+            other = await api.post(f"{url}/devices/lamp-0001/messages", json={"topic": wrong})
+            assert other.status_code == 400, wrong
+        deeper = await api.post(f"{url}/broadcasts", json={"topic": f"/broadcast/{product.key}/a/b"})
+        assert deeper.status_code == 400
         both = await api.post(f"{url}/broadcasts", json={"topic": everybody, "payload": raw, "text": "x"})
         assert both.status_code == 422
         audit = (await api.get(f"{V1}/audit", params={"action": "message"})).json()["items"]
@@ -332,7 +363,8 @@ async def test_nobody_can_lock_everybody_out(house: House) -> None:
         ("POST", "/products", b'{"name": "my lamps", "colour": "red"}', 422),
         ("POST", "/products", b'{"name": "\\ud800aaaa"}', 422),
         ("POST", "/products", b"x" * (3 << 20), 413),
-        ("GET", "/products?limit=x", b"", 200),
+        ("GET", "/products?limit=x", b"", 422),
+        ("GET", "/products?cursor=x", b"", 400),
         ("GET", "/logs?limit=0", b"", 422),
         ("GET", "/logs?cursor=x", b"", 400),
         ("GET", "/logs?cursor=9999999999999999999", b"", 400),
@@ -342,6 +374,7 @@ async def test_nobody_can_lock_everybody_out(house: House) -> None:
         ("GET", "/nothing", b"", 404),
         ("PUT", "/products", b"", 405),
         ("GET", "/products/%00/devices", b"", 404),
+        ("POST", "/products", b"[" * 100_000, 400),
     ],
 )
 async def test_bad_input_is_a_problem_document(

@@ -193,6 +193,34 @@ async def test_headers_keep_browsers_strict(house: House) -> None:
         assert "Server" not in (await client.get("/sign-in")).headers
 
 
+async def test_a_fault_of_ours_is_answered_as_strictly(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """500 with the same headers, and nothing of what went wrong."""
+
+    def broken(**_: object) -> None:
+        raise ZeroDivisionError("s3cret")
+
+    monkeypatch.setattr(house.registry, "product_page", broken)
+    async with house.signed_in() as browser:
+        for path in ("/products", "/api/v1/products"):
+            answer = await browser.get(path)
+            assert answer.status_code == 500
+            assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+            assert answer.headers["Cache-Control"] == "no-store"
+            assert "s3cret" not in answer.text
+
+
+async def test_a_choice_that_a_form_does_not_have_is_refused(house: House) -> None:
+    """It was not made by the form."""
+    pk = product_with_device(house)
+    async with house.signed_in() as browser:
+        for path, fields in (
+            ("/access/keys", {"name": "x", "scope": "root"}),
+            ("/users", {"name": "x", "role": "root"}),
+            (f"/products/{pk}/topics", {"levels": "a", "right": "root"}),
+        ):
+            assert (await browser.post(path, **fields)).status_code == 422, path
+
+
 async def test_pages_load_nothing_from_elsewhere(house: House) -> None:
     """Every address in a page or its static files is of this server."""
     pk = product_with_device(house)

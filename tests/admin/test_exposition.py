@@ -71,6 +71,13 @@ def test_what_was_counted_is_what_prometheus_reads(samples: Samples) -> None:
     assert value(samples, "build_info", version="1.2.3") == 1
 
 
+def test_what_an_engine_holds_that_is_away_is_not_told(reading: Reading) -> None:
+    """Zero would look like a loss."""
+    text = exposition(reading, Facts({}, 0, 0, False, "1.2.3")).decode()
+    assert "uplinkd_engine_connected 0.0" in text
+    assert "uplinkd_messages_stored" not in text
+
+
 def test_a_histogram_is_cumulative(samples: Samples) -> None:
     """Each bucket includes those below, the last one all; so Prometheus wants it."""
     buckets = [

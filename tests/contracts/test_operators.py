@@ -87,6 +87,8 @@ def test_of_tokens_and_keys_only_hashes_are_kept(registry: Registry, settings: S
     assert found
     assert (found.name, found.scope) == ("ci", Scope.OPERATE)
     assert registry.operators.find_key(key[:-1]) is None
+    assert found.last_used is None
+    registry.operators.key_used(found.id)
     assert registry.operators.api_keys()[0].last_used is not None
     registry.operators.delete_key("ci")
     assert registry.operators.find_key(key) is None

@@ -1,4 +1,4 @@
-"""The log as machines read it."""
+"""The log as people and machines read it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from uplinkd.observe import set_up_logging
+from uplinkd.observe import TextFormatter, set_up_logging
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +64,16 @@ def test_without_it_a_line_is_text(capsys: pytest.CaptureFixture[str]) -> None:
     set_up_logging()
     logging.getLogger("uplinkd").info("hello")
     assert capsys.readouterr().err.endswith(f"INFO uplinkd[{os.getpid()}] hello\n")
+
+
+def test_what_devices_send_makes_no_line_of_its_own() -> None:
+    """Nor does it steer the terminal that the log is read in; a traceback still has its lines."""
+    record = logging.LogRecord(
+        "uplinkd", logging.WARNING, "", 0, "at %s", ("/a\n2026 INFO \x1b[2Jfake\u2028灯\x9b",), None
+    )
+    assert TextFormatter("%(levelname)s %(message)s").format(record) == (
+        "WARNING at /a\\n2026 INFO \\x1b[2Jfake\\u2028灯\\x9b"
+    )
+    fault = ValueError("x")
+    record.exc_info = (ValueError, fault, None)
+    assert "\nValueError: x" in TextFormatter().format(record)

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import hmac
+import ipaddress
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -19,7 +20,7 @@ from limits.strategies import MovingWindowRateLimiter
 
 from uplinkd.core.errors import Rejected
 from uplinkd.core.names import make_password
-from uplinkd.core.operators import Actor, Role, Scope, User
+from uplinkd.core.operators import Actor, Role, Scope, User, acting
 from uplinkd.registry import Operators
 from uplinkd.registry.passwords import hash_password, hasher
 
@@ -42,6 +43,7 @@ FIRST_USER = "admin"
 MINIMUM_LENGTH = 10
 _LONGEST = 1024
 _AT_ONCE, _MOST_WAITING = 2, 20
+_LONGEST_NAME = 64
 
 
 class Denied(Rejected):
@@ -58,10 +60,12 @@ class TooOften(Rejected):
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who has shown who they are. `csrf` belongs to the session, empty for an API key."""
+    """Who has shown who they are. `csrf` belongs to the session, empty for an API key. `identity` tells two of the same name apart,
+    of which one was made after the other was deleted or got another scope."""
 
     actor: Actor
     scope: Scope
+    identity: str
     csrf: str = ""
     user: User | None = None
 
@@ -100,9 +104,23 @@ class Attempts:
             self._limiter.hit(item, *who)
 
     def _counted(self, user: str, address: str) -> Iterator[tuple[RateLimitItem, tuple[str, ...]]]:
+        place = _place(address)
         for item in self._pair:
-            yield item, (user, address)
-        yield self._address, (address,)
+            yield item, (user[:_LONGEST_NAME], place)
+        yield self._address, (place,)
+
+
+def _place(address: str) -> str:
+    """What counts as one address: of IPv6 a /64, since a single host has all of it to choose from."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if found.version == 4:
+        return address
+    if found.ipv4_mapped:
+        return str(found.ipv4_mapped)
+    return str(ipaddress.ip_network((int(found) >> 64 << 64, 64)))
 
 
 def check_password(user: User | None, password: str) -> bool:
@@ -123,12 +141,14 @@ def _nobody() -> str:
 
 
 def sign_in(operators: Operators, attempts: Attempts, name: str, password: str, address: str) -> tuple[User, str]:
-    """The user, and the token of a new session; raise Denied or TooOften."""
+    """The user, and the token of a new session; raise Denied or TooOften. The audit does not get a name that is nobody's: people
+    type their password there."""
     attempts.check(name, address)
     user = operators.find_user(name)
+    acting.set(Actor(user.name if user else "(unknown)", "console", address))
     if not check_password(user, password):
         attempts.failed(name, address)
-        operators.note("session.refused", name)
+        operators.note("session.refused", user.name if user else "", "" if user else "there is no such user")
         raise Denied("the user name or the password is wrong")
     assert user
     token = new_token()
@@ -136,9 +156,13 @@ def sign_in(operators: Operators, attempts: Attempts, name: str, password: str, 
     return user, token
 
 
-def change_password(operators: Operators, user: User, old: str, new: str) -> None:
-    """Raise Rejected when `old` is wrong, or `new` breaks the rule. All sessions of the user end."""
+def change_password(operators: Operators, attempts: Attempts, user: User, old: str, new: str, address: str) -> None:
+    """Raise Rejected when `old` is wrong, or `new` breaks the rule; TooOften, since whoever has found a session guesses no better
+    than others. All sessions of the user end."""
+    attempts.check(user.name, address)
     if not check_password(user, old):
+        attempts.failed(user.name, address)
+        operators.note("password.refused", user.name)
         raise Rejected("the present password is wrong")
     check_new_password(new, user.name)
     if old == new:

@@ -19,7 +19,7 @@ from uplinkd import __version__, journal
 from uplinkd.admin import documents as doc
 from uplinkd.admin import fleetwork
 from uplinkd.admin.access import Principal, TooOften
-from uplinkd.admin.doorkeeper import needs, office_of
+from uplinkd.admin.doorkeeper import needs, office_of, while_known
 from uplinkd.admin.figures import Sample
 from uplinkd.admin.office import Office, now
 from uplinkd.admin.problems import Forbidden
@@ -47,7 +47,7 @@ _MOST_WATCHING = 100
 T = TypeVar("T")
 
 _problems: dict[int | str, dict[str, Any]] = {
-    status: {"model": doc.Problem} for status in (400, 401, 403, 404, 405, 409, 412, 422, 429, 503)
+    status: {"model": doc.Problem} for status in (400, 401, 403, 404, 405, 408, 409, 412, 413, 421, 422, 429, 503)
 }
 router = APIRouter(prefix=PREFIX, route_class=RepeatableRoute, responses=_problems)
 uploads = APIRouter(prefix=PREFIX, responses=_problems)
@@ -76,7 +76,13 @@ def _etag(version: str) -> dict[str, str]:
 
 
 def _version(if_match: str | None) -> str | None:
-    return None if if_match in (None, "*") else if_match.removeprefix("W/").strip().strip('"')
+    """The version in If-Match, None for any. A weak one is taken, since proxies that compress make it so."""
+    if if_match is None or if_match.strip() == "*":
+        return None
+    found = re.fullmatch(r'\s*(?:W/)?"?([^",]*)"?\s*', if_match)
+    if found is None:
+        raise Rejected(f"If-Match is {if_match[:80]!r}; it is the one ETag of what you saw")
+    return found[1]
 
 
 def _page(items: list[T], limit: int, cursor: Callable[[T], str]) -> tuple[list[T], str | None]:
@@ -102,9 +108,17 @@ def _cursor(text: str | None) -> int | None:
 
 
 @router.get("/products", tags=["products"])
-def list_products(office: In, who: Reads) -> doc.Page[doc.ProductDocument]:
-    """All products, without their secrets, in the order in which they were made."""
-    return doc.Page(items=[doc.ProductDocument.of(product) for product in office.registry.products()])
+def list_products(
+    office: In,
+    who: Reads,
+    text: Annotated[str, Query(max_length=64, description="what the name or the key has in it")] = "",
+    limit: Limit = 100,
+    cursor: Cursor = None,
+) -> doc.Page[doc.ProductDocument]:
+    """Products without their secrets, in the order in which they were made."""
+    found = office.registry.product_page(text=text, after=_cursor(cursor) or 0, limit=limit + 1)
+    products, after = _page(found, limit, lambda product: str(product.id))
+    return doc.Page(items=[doc.ProductDocument.of(product) for product in products], next=after)
 
 
 @router.post("/products", tags=["products"], status_code=201)
@@ -289,12 +303,13 @@ def exported(office: Office, product_key: str, prefix: str = "") -> StreamingRes
 @router.get("/jobs", tags=["jobs"])
 async def list_jobs(office: In, who: Reads) -> doc.Page[doc.JobDocument]:
     """Long work, the newest first; a restart of the server forgets it."""
-    return doc.Page(items=[doc.JobDocument.of(job) for job in office.jobs.all()])
+    return doc.Page(items=[doc.JobDocument.of(job, who.scope) for job in office.jobs.all()])
 
 
 @router.get("/jobs/{job_id}", tags=["jobs"])
 async def show_job(office: In, who: Reads, job_id: Name) -> doc.JobDocument:
-    return doc.JobDocument.of(office.jobs.get(job_id))
+    """How far it is. The rows that an import could not read are for those who may import: they may hold what was meant as a secret."""
+    return doc.JobDocument.of(office.jobs.get(job_id), who.scope)
 
 
 @router.delete("/jobs/{job_id}", tags=["jobs"], status_code=202)
@@ -328,8 +343,12 @@ async def import_devices(
     if kind != "text/csv":
         raise Rejected(f"Content-Type is {kind!r}; it must be text/csv")
     stream, size = await uploaded(office, request.stream())
-    act = fleetwork.fleet_import(office.registry, stream, size, skip_bad=skip_bad)
-    return _begun(office.jobs.start("import", "", "bytes", act, total=size), response)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(stream)
+        act = await run_in_threadpool(fleetwork.fleet_import, office.registry, stream, size, skip_bad=skip_bad)
+        job = office.jobs.start("import", "", "bytes", act, total=size)
+        stack.pop_all()  # the job closes it
+    return _begun(job, response)
 
 
 async def uploaded(office: Office, parts: AsyncGenerator[bytes]) -> tuple[BinaryIO, int]:
@@ -427,7 +446,7 @@ async def list_messages(
 ) -> doc.Page[doc.MessageDocument]:
     """Stored messages, the newest first: of a product, a device, one exact topic; stored between two times."""
     wanted = _wanted(product, device, topic, since, until, _cursor(cursor))
-    found = await (await office.reader()).latest(wanted, limit + 1)
+    found = await (await office.awake()).latest(wanted, limit + 1)
     messages, before = _page(list(reversed(found)), limit, lambda message: str(message.id))
     return doc.Page(items=[doc.MessageDocument.of(message) for message in messages], next=before)
 
@@ -447,7 +466,7 @@ async def _tailed(office: In, product: Filter = None, device: Filter = None, top
     """What to watch; raise Rejected or Unavailable while that can still be said with a status."""
     wanted = _wanted(product, device, topic, None, None)
     check_query(wanted)
-    await (await office.reader()).state()
+    await office.stored()
     return wanted
 
 
@@ -456,11 +475,11 @@ Watches = Annotated[None, Depends(_watching)]
 
 @router.get("/messages/stream", tags=["messages"], response_class=EventSourceResponse)
 async def stream_messages(
-    office: In, who: Reads, wanted: Annotated[Wanted, Depends(_tailed)], watches: Watches
+    request: Request, office: In, who: Reads, wanted: Annotated[Wanted, Depends(_tailed)], watches: Watches
 ) -> AsyncGenerator[ServerSentEvent]:
     """Messages as they are stored, as server-sent events: `messages` with a list of them and how many were skipped, for a
     view by people. It never slows devices down: of very many the newest are shown."""
-    async for event in live_messages(office, wanted):
+    async for event in while_known(request, live_messages(office, wanted)):
         yield event
 
 
@@ -478,7 +497,8 @@ async def live_messages(office: Office, wanted: Wanted) -> AsyncGenerator[Server
 
 @router.get("/messages/{message_id}", tags=["messages"])
 async def show_message(office: In, who: Reads, message_id: Name) -> doc.MessageDocument:
-    found = await (await office.reader()).by_id(message_number(message_id))
+    number = message_number(message_id)
+    found = await (await office.awake()).by_id(number)
     if found is None:
         raise NotFound(f"no message {message_id} is stored; it may have been dropped for its age or for room")
     return doc.MessageDocument.of(found)
@@ -515,16 +535,20 @@ async def broadcast_message(
 
 
 async def sent(office: Office, topic: str, product_key: str, device_name: str | None, payload: bytes) -> dict[str, Any]:
-    """What the gateway says to a message down; the audit has it, without the payload."""
+    """What the gateway says to a message down. The audit has it first, without the payload: nothing is sent that it cannot have."""
     check_down_topic(topic, product_key, device_name)
+    target = f"{product_key}/{device_name or ''}"
+    await run_in_threadpool(office.registry.operators.note, "message.send", target, f"{topic}, {len(payload)} bytes")
 
     async def ask(subject: str, body: bytes) -> bytes:
         return (await office.bus.ask(subject, body, patience=PATIENCE_SECONDS)).payload
 
-    answer = await send_down(ask, topic, payload)
-    target = f"{product_key}/{device_name or ''}"
-    await run_in_threadpool(office.registry.operators.note, "message.send", target, f"{topic}, {len(payload)} bytes")
-    return answer
+    try:
+        return await send_down(ask, topic, payload)
+    except (Rejected, Unavailable):
+        with contextlib.suppress(Unavailable):
+            await run_in_threadpool(office.registry.operators.note, "message.failed", target, topic)
+        raise
 
 
 # -- refusals
@@ -594,7 +618,8 @@ async def stream_refusals(
     code: Annotated[int | None, Query(ge=0, le=99_999)] = None,
 ) -> AsyncGenerator[ServerSentEvent]:
     """Refusals as they are recorded, as server-sent events `refusals` with a list of them."""
-    async for event in live_refusals(office, refusals_wanted(None, product, device, code), _language(request)):
+    wanted = refusals_wanted(None, product, device, code)
+    async for event in while_known(request, live_refusals(office, wanted, _language(request))):
         yield event
 
 
@@ -750,12 +775,9 @@ async def stats(office: Office) -> doc.StatsDocument:
     reading = office.figures.read()
     census = await run_in_threadpool(office.census)
     messages = size = None
-    try:
-        async with asyncio.timeout(1):
-            state = await (await office.reader()).state()
+    with contextlib.suppress(Unavailable):
+        state = await office.stored()
         messages, size = state.messages, state.bytes
-    except (Unavailable, TimeoutError):
-        pass
     return doc.StatsDocument(
         version=__version__,
         started=round(reading.started * 1000),
@@ -781,9 +803,9 @@ async def show_history(
 
 
 @router.get("/stats/stream", tags=["stats"], response_class=EventSourceResponse)
-async def stream_stats(office: In, who: Reads, watches: Watches) -> AsyncGenerator[ServerSentEvent]:
+async def stream_stats(request: Request, office: In, who: Reads, watches: Watches) -> AsyncGenerator[ServerSentEvent]:
     """Each second what happened in it, as server-sent events `stats`."""
-    async for event in live_stats(office):
+    async for event in while_known(request, live_stats(office)):
         yield event
 
 

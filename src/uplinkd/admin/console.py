@@ -15,11 +15,12 @@ from typing import Annotated, Any, TypeVar
 from urllib.parse import quote, urlencode
 
 import fastapi_offline
-from fastapi import APIRouter, Depends, FastAPI, Form, Query, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, FastAPI, Form, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, StreamingResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
+from starlette.datastructures import UploadFile
 from starlette.staticfiles import StaticFiles
 
 from uplinkd import __version__, journal
@@ -42,7 +43,7 @@ from uplinkd.core import snippets
 from uplinkd.core.errors import EXPLANATIONS, MESSAGES, Code, NotFound, Rejected, Unavailable
 from uplinkd.core.model import Device, Right, State
 from uplinkd.core.names import DEFAULT_CLASSES
-from uplinkd.core.operators import Actor, Role, Scope, acting
+from uplinkd.core.operators import Role, Scope
 from uplinkd.engine import Query as Wanted
 from uplinkd.settings import reachable
 
@@ -53,6 +54,7 @@ THEMES = ("auto", "light", "dark")
 _PAGE = 50
 _YEAR = 365 * 86400
 _LAST = 10
+_SEARCHED = 200
 _ENGINE_PATIENCE = 1.5
 
 T = TypeVar("T")
@@ -207,7 +209,6 @@ async def begin_session(
     request: Request, office: In, name: Field, password: Field, back: Annotated[str, Form()] = "/"
 ) -> Response:
     address = address_of(request)
-    acting.set(Actor(name[:64], "console", address))
     operators = office.registry.operators
 
     def accept(signed_in: tuple[Any, str]) -> Response:
@@ -270,12 +271,18 @@ async def set_password(request: Request, office: In, old: Field, new: Field, aga
     def act() -> None:
         if new != again:
             raise Rejected("the two new passwords are not the same")
-        change_password(office.registry.operators, user, old, new)
+        change_password(office.registry.operators, office.attempts, user, old, new, address_of(request))
 
     async def once_more(fault: str) -> Response:
         return page(request, "password.html", fault=fault, minimum=MINIMUM_LENGTH)
 
-    return await _try(act, lambda _: _go("/sign-in", "password"), once_more)
+    try:
+        async with office.attempts.turn():
+            return await _try(act, lambda _: _go("/sign-in", "password"), once_more)
+    except TooOften as fault:
+        response = await once_more(str(fault))
+        response.status_code = status_of(fault)
+        return response
 
 
 @router.get("/prefer")
@@ -303,7 +310,7 @@ async def overview(request: Request, office: In, who: Views) -> Response:
         stats=stats,
         refused=sorted(refused.items()),
         last=_explained(request, reversed(last)),
-        products=len(await run_in_threadpool(office.registry.products)),
+        products=await run_in_threadpool(office.registry.count_products),
     )
 
 
@@ -320,11 +327,12 @@ async def search(office: In, who: Views, q: Text = "") -> Response:
         return _go(f"/logs?{urlencode({'requestId': text})}")
     if re.fullmatch(r"[0-9]{12,19}", text):
         return _go(f"/messages/{text}")
-    products = await run_in_threadpool(office.registry.products)
-    for product in products:
+    like = await run_in_threadpool(lambda: office.registry.product_page(text=text, limit=_SEARCHED))
+    for product in like if text else []:
         if text in (product.key, product.name):
             return _go(f"/products/{product.key}")
-    found = await run_in_threadpool(_devices_named, office, [product.key for product in products[:200]], text)
+    first = await run_in_threadpool(lambda: office.registry.product_page(limit=_SEARCHED))
+    found = await run_in_threadpool(_devices_named, office, [product.key for product in first], text)
     if len(found) == 1:
         return _go(f"/products/{found[0].product_key}/devices/{_path(found[0].name)}")
     if found:
@@ -347,10 +355,14 @@ def _devices_named(office: Office, keys: list[str], prefix: str) -> list[Device]
 
 
 async def _products_page(request: Request, office: Office, fault: str = "", q: str = "") -> Response:
-    products = await run_in_threadpool(office.registry.products)
-    shown = [each for each in products if q.lower() in each.name.lower() or q in each.key] if q else products
-    counts = {each.key: await run_in_threadpool(office.census, each.key) for each in shown[:100]}
-    return page(request, "products.html", products=shown, counts=counts, fault=fault, q=q)
+    after = request.query_params.get("cursor", "")
+    found = await run_in_threadpool(
+        lambda: office.registry.product_page(text=q, after=api.number_in(after) or 0, limit=_PAGE + 1)
+    )
+    shown = found[:_PAGE]
+    more = urlencode(({"q": q} if q else {}) | {"cursor": shown[-1].id}) if len(found) > _PAGE else ""
+    counts = {each.key: await run_in_threadpool(office.census, each.key) for each in shown}
+    return page(request, "products.html", products=shown, counts=counts, fault=fault, q=q, more=more, after=after)
 
 
 @router.get("/products")
@@ -416,10 +428,10 @@ async def product_tab(request: Request, office: In, who: Views, product_key: str
 
 @router.post("/products/{product_key}/topics")
 async def add_topic_class(
-    request: Request, office: In, who: Operates, product_key: str, levels: Field, right: Field
+    request: Request, office: In, who: Operates, product_key: str, levels: Field, right: Annotated[Right, Form()]
 ) -> Response:
     return await _try(
-        lambda: office.registry.add_topic_class(product_key, levels.strip(), Right(right)),
+        lambda: office.registry.add_topic_class(product_key, levels.strip(), right),
         lambda _: _go(f"/products/{product_key}/topics", "topic.add"),
         lambda fault: _product_page(request, office, product_key, "topics", fault, levels=levels, right=right),
     )
@@ -486,9 +498,9 @@ async def _begin(
     try:
         work, total = await run_in_threadpool(act)
         job = office.jobs.start(kind, target, unit, work, total=total)
-    except Rejected as fault:
+    except (Rejected, Unavailable) as fault:
         response = await again(str(fault))
-        response.status_code = 400
+        response.status_code = status_of(fault)
         return response
     return _go(f"/jobs/{job.id}")
 
@@ -529,21 +541,31 @@ async def create_many(
 
 
 @router.post("/import")
-async def import_devices(
-    request: Request, office: In, who: Operates, file: UploadFile, skip_bad: Field = "", back: Field = "/products"
-) -> Response:
+async def import_devices(request: Request, office: In, who: Operates) -> Response:
+    """The form is read here and not declared: FastAPI would read all of it before it asks who sends it."""
+    form = await request.form(max_files=1)
+    file = form.get("file")
+    if not isinstance(file, UploadFile):
+        return await _products_page(request, office, "choose a file to import")
+
     async def parts() -> AsyncGenerator[bytes]:
         while part := await file.read(1 << 20):
             yield part
 
-    stream, total = await api.uploaded(office, parts())
-    work = fleetwork.fleet_import(office.registry, stream, total, skip_bad=bool(skip_bad))
+    try:
+        stream, total = await api.uploaded(office, parts())
+    finally:
+        await request.close()
+    skip_bad = bool(form.get("skip_bad"))
 
     async def again(fault: str) -> Response:
         stream.close()
         return await _products_page(request, office, fault)
 
-    return await _begin(request, office, lambda: (work, total), "import", file.filename or "", "bytes", again)
+    def act() -> tuple[Any, int]:
+        return fleetwork.fleet_import(office.registry, stream, total, skip_bad=skip_bad), total
+
+    return await _begin(request, office, act, "import", file.filename or "", "bytes", again)
 
 
 async def _device_page(
@@ -614,8 +636,9 @@ def _public_name(request: Request, host: str) -> str:
 async def _messages(office: Office, wanted: Wanted, limit: int) -> tuple[list[doc.MessageDocument], str]:
     """The newest first; and why none can be had, while the engine is away."""
     try:
+        reader = await office.awake()
         async with asyncio.timeout(_ENGINE_PATIENCE):
-            found = await (await office.reader()).latest(wanted, limit)
+            found = await reader.latest(wanted, limit)
     except Unavailable as fault:
         return [], str(fault)
     except TimeoutError:
@@ -877,9 +900,11 @@ async def delete_app(request: Request, office: In, who: Administers, name: str) 
 
 
 @router.post("/access/keys")
-async def create_key(request: Request, office: In, who: Administers, name: Field, scope: Field) -> Response:
+async def create_key(
+    request: Request, office: In, who: Administers, name: Field, scope: Annotated[Scope, Form()]
+) -> Response:
     def act() -> dict[str, str]:
-        made, key = office.registry.operators.create_key(name.strip(), Scope(scope))
+        made, key = office.registry.operators.create_key(name.strip(), scope)
         return {"what": "key", "name": made.name, "secret": key}
 
     return await _made(act, functools.partial(_access_page, request, office))
@@ -905,9 +930,11 @@ async def users_page(request: Request, office: In, who: Administers) -> Response
 
 
 @router.post("/users")
-async def create_user(request: Request, office: In, who: Administers, name: Field, role: Field) -> Response:
+async def create_user(
+    request: Request, office: In, who: Administers, name: Field, role: Annotated[Role, Form()]
+) -> Response:
     def act() -> dict[str, str]:
-        made = api.new_user(office, name.strip(), Role(role))
+        made = api.new_user(office, name.strip(), role)
         return {"name": made.name, "password": made.password}
 
     return await _made(act, functools.partial(_users_page, request, office))
@@ -965,12 +992,12 @@ async def audit_page(
 
 @router.get("/jobs")
 async def jobs_page(request: Request, office: In, who: Views) -> Response:
-    return page(request, "jobs.html", jobs=[doc.JobDocument.of(job) for job in office.jobs.all()])
+    return page(request, "jobs.html", jobs=[doc.JobDocument.of(job, who.scope) for job in office.jobs.all()])
 
 
 @router.get("/jobs/{job_id}")
 async def job_page(request: Request, office: In, who: Views, job_id: str) -> Response:
-    return page(request, "job.html", job=doc.JobDocument.of(office.jobs.get(job_id)))
+    return page(request, "job.html", job=doc.JobDocument.of(office.jobs.get(job_id), who.scope))
 
 
 @router.post("/jobs/{job_id}/cancel")

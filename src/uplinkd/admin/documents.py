@@ -456,7 +456,9 @@ class JobDocument(_Document):
     end_time: int | None
 
     @classmethod
-    def of(cls, job: Job) -> Self:
+    def of(cls, job: Job, scope: Scope = Scope.OPERATE) -> Self:
+        """As somebody with `scope` may see it: bad rows are shown as they came, a secret in the wrong column with them."""
+        may_see = scope.covers(Scope.OPERATE)
         return cls(
             id=job.id,
             kind=job.kind,
@@ -466,7 +468,7 @@ class JobDocument(_Document):
             done=job.done,
             total=job.total,
             unit=job.unit,
-            result=job.result,
+            result=job.result if may_see else {name: value for name, value in job.result.items() if name != "bad"},
             fault=job.fault,
             begin_time=job.begun,
             end_time=job.ended,

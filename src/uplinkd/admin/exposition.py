@@ -106,6 +106,8 @@ def _of_the_engine(reading: Reading, facts: Facts) -> Iterator[Metric]:
     )
     yield GaugeMetricFamily("uplinkd_engine_lag_seconds", "Age of the oldest of them.", value=reading.engine_lag)
     yield GaugeMetricFamily("uplinkd_engine_connected", "1 while the engine answers.", value=facts.engine_connected)
+    if not facts.engine_connected:
+        return  # how many messages it holds is not known, and not none
     yield GaugeMetricFamily("uplinkd_messages_stored", "Messages that the engine holds now.", value=facts.messages)
     yield GaugeMetricFamily("uplinkd_messages_stored_bytes", "Room that they take.", value=facts.messages_bytes)
 

@@ -1,13 +1,24 @@
-"""What holds for every request at the operator's door: headers that keep browsers strict, and a bound on what may be sent."""
+"""What holds for every request at the operator's door: headers that keep browsers strict, bounds on what may be sent and how
+slowly, and that it was meant for this server.
+
+A page of anybody may have its own name resolve to 127.0.0.1 and then read what it gets from there (DNS rebinding). Such a request
+carries that name as its Host, so a console without TLS, which is of this machine alone, goes by an address, by localhost, and by
+`tls_name` only. Over TLS the certificate has the names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import asyncio
+import ipaddress
+from collections.abc import Collection, MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from uplinkd.admin.problems import problem
 
 __all__ = ["Guard"]
 
@@ -15,6 +26,9 @@ _BODY_BYTES = 2 * 1024**2
 # Fleets, which are read as a stream.
 _FLEET_BYTES = 257 * 1024**2
 _FLEETS = ("/api/v1/imports", "/import")
+# For a whole body; of a fleet for each part of it.
+_BODY_SECONDS = 30.0
+_CLOSE = {"Connection": "close"}
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'{styles}; img-src 'self' data:; font-src 'self'; "
     "connect-src 'self'; manifest-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
@@ -36,24 +50,37 @@ _HEADERS = {
 class Guard:
     """ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, *, tls: bool) -> None:
+    def __init__(self, app: ASGIApp, *, tls: bool, names: Collection[str] = ()) -> None:
         self._app = app
         self._tls = tls
+        self._names = {name.lower() for name in names}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         path = scope["path"]
-        most = _FLEET_BYTES if path in _FLEETS else _BODY_BYTES
-        received = 0
+        headers = Headers(scope=scope)
+        fleet = path in _FLEETS
+        most = _FLEET_BYTES if fleet else _BODY_BYTES
+        received, whole = 0, False
+        deadline = asyncio.get_running_loop().time() + _BODY_SECONDS
 
         async def bounded() -> MutableMapping[str, Any]:
-            nonlocal received
-            message = await receive()
+            nonlocal received, whole, deadline
+            if whole:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the body did not arrive within {_BODY_SECONDS:g} s", _CLOSE) from None
+            if fleet:
+                deadline = asyncio.get_running_loop().time() + _BODY_SECONDS
             received += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if received > most:
-                raise HTTPException(413, f"the body is larger than {most} bytes")
+                raise HTTPException(413, f"the body is larger than {most} bytes", _CLOSE)
             return message
 
         async def with_headers(message: Message) -> None:
@@ -68,18 +95,44 @@ class Guard:
                     headers.setdefault("Cache-Control", "no-store")
             await send(message)
 
-        if scope["method"] not in ("GET", "HEAD") and Headers(scope=scope).get("sec-fetch-site") in _FOREIGN:
-            await _refuse(with_headers)
-            return
-        await self._app(scope, bounded, with_headers)
+        fault = None
+        name = name_of(headers.get("host", ""))
+        if not (self._tls or is_here(name) or name in self._names):
+            fault = (
+                421,
+                f"this console does not go by the name {name[:255]!r}; if that is a name of it, add it to tls_name",
+            )
+        elif scope["method"] not in ("GET", "HEAD") and _is_foreign(headers):
+            fault = 403, "this request comes from a page of another site"
+        if fault is None:
+            await self._app(scope, bounded, with_headers)
+        else:
+            answer = problem(*fault) if path.startswith("/api/") else PlainTextResponse(fault[1], fault[0])
+            await answer(scope, receive, with_headers)
 
 
-_FOREIGN = ("cross-site", "same-site")
+def name_of(host: str) -> str:
+    """The name or the address in a Host header, without its port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].rstrip(".").lower()
 
 
-async def _refuse(send: Send) -> None:
-    """A page of another site has made the browser send this."""
-    body = b"this request comes from a page of another site"
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 403, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def is_here(name: str) -> bool:
+    """Whether no name server says where `name` is: an address, localhost, or none at all, which no browser sends."""
+    if name in ("", "localhost") or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_foreign(headers: Headers) -> bool:
+    """Whether a page of another site has made the browser send this. Browsers of before 2023 say only where it comes from."""
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site in ("cross-site", "same-site")
+    origin = headers.get("origin")
+    return origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower()

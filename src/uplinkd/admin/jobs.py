@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from uplinkd.admin.access import TooOften
 from uplinkd.core.errors import NotFound, Rejected, Unavailable
 from uplinkd.core.operators import acting
 
@@ -77,13 +78,14 @@ class Jobs:
     def start(
         self, kind: str, target: str, unit: str, act: Callable[[Progress], dict[str, Any]], *, total: int | None = None
     ) -> Job:
-        """Have `act` done in a thread; it returns the result. Raise Rejected while too much is under way."""
+        """Have `act` done in a thread; it returns the result. Raise TooOften while too much is under way."""
         if sum(job.state is JobState.RUNNING for job in self._jobs.values()) >= _AT_ONCE:
-            raise Rejected(f"{_AT_ONCE} jobs are under way; wait for one to end, or cancel it")
+            raise TooOften(5, f"{_AT_ONCE} jobs are under way: wait for one to end, or cancel it")
         job = Job(secrets.token_hex(8), kind, target, acting.get().name, _now(), unit, total=total)
         self._jobs[job.id] = job
-        while len(self._jobs) > _KEPT:
-            del self._jobs[next(iter(self._jobs))]
+        ended = [each.id for each in self._jobs.values() if each.state is not JobState.RUNNING]
+        for each in ended[: max(0, len(self._jobs) - _KEPT)]:
+            del self._jobs[each]
         task = asyncio.get_running_loop().create_task(self._run(job, act))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

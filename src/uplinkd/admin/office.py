@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -10,8 +11,9 @@ from dataclasses import dataclass, field
 from uplinkd.admin.access import Attempts
 from uplinkd.admin.figures import Figures
 from uplinkd.admin.jobs import Jobs
+from uplinkd.core.errors import Unavailable
 from uplinkd.core.model import Census, Device, State
-from uplinkd.engine import Bus, Reader
+from uplinkd.engine import Bus, Reader, StreamState
 from uplinkd.registry import Registry
 from uplinkd.settings import Settings
 
@@ -19,6 +21,8 @@ __all__ = ["Office", "now"]
 
 # A census looks at each device: it is made anew when what it cost last time is a small part of the time since.
 _CENSUS_SHARE = 50
+_ENGINE_SECONDS = 1.5
+_NOTE_SECONDS, _MOST_NOTED = 60.0, 1000
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,6 +44,8 @@ class Office:
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _reader: Reader | None = None
     _opening: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _noted: dict[str, float] = field(default_factory=dict)
+    _noting: set[asyncio.Task[None]] = field(default_factory=set)
     _censuses: dict[str | None, tuple[Census, float]] = field(default_factory=dict)
 
     @property
@@ -57,6 +63,31 @@ class Office:
                 self._reader = await self.open_reader()
         return self._reader
 
+    async def stored(self) -> StreamState:
+        """What the engine holds; raise Unavailable when it does not say so at once."""
+        try:
+            async with asyncio.timeout(_ENGINE_SECONDS):
+                return await (await self.reader()).state()
+        except TimeoutError:
+            raise Unavailable(f"the engine did not answer within {_ENGINE_SECONDS} s") from None
+
+    async def awake(self) -> Reader:
+        """The reader of an engine that answers now; a search alone would wait for longer until it gives up."""
+        await self.stored()
+        return await self.reader()
+
+    def note_use(self, what: str, act: Callable[[], None]) -> None:
+        """Do `act`, which records that `what` was used, once a minute and beside the request: that only looks, and must not wait
+        while an import holds the registry's write lock."""
+        if time.monotonic() < self._noted.get(what, 0.0):
+            return
+        if len(self._noted) >= _MOST_NOTED:
+            self._noted.clear()
+        self._noted[what] = time.monotonic() + _NOTE_SECONDS
+        task = asyncio.create_task(_quietly(act))
+        self._noting.add(task)
+        task.add_done_callback(self._noting.discard)
+
     def census(self, product_key: str | None = None) -> Census:
         """How many devices there are by state, as fresh as it is cheap. Call it in a thread."""
         known = self._censuses.get(product_key)
@@ -72,8 +103,15 @@ class Office:
 
     async def close(self) -> None:
         await self.jobs.close()
+        if self._noting:
+            await asyncio.wait(set(self._noting), timeout=2)
         if self._reader is not None:
             await self._reader.close()
+
+
+async def _quietly(act: Callable[[], None]) -> None:
+    with contextlib.suppress(Unavailable):
+        await asyncio.to_thread(act)
 
 
 def now() -> int:

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
 
 from uplinkd.admin.access import Denied, TooOften
@@ -109,6 +110,10 @@ def handle_errors(app: FastAPI, page: Page) -> None:
         log.exception("a fault of ours at %s %s", request.method, request.url.path, exc_info=fault)
         return await answer(request, 500, "a fault of uplinkd; its log has the traceback")
 
+    async def on_gone(request: Request, fault: Exception) -> Response:
+        return Response(status_code=400)  # whoever sent a part of a body has gone; nobody reads this
+
+    app.add_exception_handler(ClientDisconnect, on_gone)
     for kind in (Rejected, Unavailable):
         app.add_exception_handler(kind, on_fault)
     app.add_exception_handler(HTTPException, on_http)

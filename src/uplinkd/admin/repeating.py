@@ -1,4 +1,5 @@
-"""Creations that may be sent twice: with an Idempotency-Key header the second one gets the first one's answer.
+"""The management API's routes: nothing is read of a body before its sender has shown who they are, and a creation may be sent
+twice: with an Idempotency-Key header the second one gets the first one's answer.
 
 The answer is kept sealed for a day, since it may hold a secret. A key belongs to whoever sent it.
 """
@@ -15,7 +16,7 @@ from fastapi import Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 
-from uplinkd.admin.doorkeeper import office_of, principal_of
+from uplinkd.admin.doorkeeper import known, office_of
 from uplinkd.core.errors import Conflict, Rejected
 
 __all__ = ["HEADER", "RepeatableRoute"]
@@ -26,30 +27,26 @@ _KEPT_HEADERS = ("content-type", "location", "etag")
 
 
 class RepeatableRoute(APIRoute):
-    """A route whose POST may carry an Idempotency-Key."""
+    """A route for those who are known, whose POST may carry an Idempotency-Key."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
-        if self.methods != {"POST"}:
-            return handle
 
         async def once(request: Request) -> Response:
+            principal = await known(request)
             given = request.headers.get(HEADER)
-            if given is None:
+            if given is None or self.methods != {"POST"}:
                 return await handle(request)
             if not 1 <= len(given) <= _LONGEST:
                 raise Rejected(f"{HEADER} has 1 to {_LONGEST} characters; this one has {len(given)}")
-            principal = await principal_of(request)
-            if principal is None:
-                return await handle(request)
             operators = office_of(request).registry.operators
-            key = f"{principal.actor.name}\0{given}"
+            key = f"{principal.identity}\0{given}"
             body = hashlib.sha256(await request.body()).hexdigest()
-            known = await run_in_threadpool(
+            answered = await run_in_threadpool(
                 operators.begin_answer, key, f"{request.url.path}\0{request.url.query}\0{body}"
             )
-            if known is not None:
-                return _again(known.body)
+            if answered is not None:
+                return _again(answered.body)
             try:
                 response = await handle(request)
             except BaseException:

@@ -19,9 +19,11 @@ import anyio.to_thread
 import uvicorn
 import uvloop
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from uplinkd import __version__
 from uplinkd.admin import api, console, health
+from uplinkd.admin.door import Door
 from uplinkd.admin.figures import Figures
 from uplinkd.admin.guard import Guard
 from uplinkd.admin.office import Office
@@ -44,6 +46,7 @@ log = logging.getLogger("uplinkd.admin")
 # Fewer than the registry has connections: a page must not wait for one.
 _THREADS = 12
 _STOP_SECONDS = 2
+_CONNECTIONS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +126,13 @@ async def _prepare(office: Office) -> None:
 
 def application(office: Office) -> FastAPI:
     """The management API, the console, and what orchestrators ask."""
-    app = FastAPI(
+    app = _Guarded(
         title="uplinkd management API",
         version=__version__,
         openapi_url=f"{api.PREFIX}/openapi.json",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # it would send to the name in the Host header
     )
     app.state.office = office
     app.include_router(api.uploads)
@@ -137,8 +141,15 @@ def application(office: Office) -> FastAPI:
     console.mount(app)
     handle_errors(app, console.error_page)
     describe(app)
-    app.add_middleware(Guard, tls=office.settings.console_tls)
     return app
+
+
+class _Guarded(FastAPI):
+    """With the guard around all of it: a middleware stands inside of what answers faults of ours."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        settings = self.state.office.settings
+        return Guard(super().build_middleware_stack(), tls=settings.console_tls, names=settings.tls_name)
 
 
 class _Server(uvicorn.Server):
@@ -151,6 +162,9 @@ class _Server(uvicorn.Server):
 def _server(app: FastAPI, context: ssl.SSLContext | None) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
+        http=Door,
+        ws="none",
+        limit_concurrency=_CONNECTIONS,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -53,8 +53,10 @@ def main() -> None:
     try:
         uplinkd(prog_name="uplinkd")
     except (Rejected, Unavailable) as fault:
+        from uplinkd.cli.common import printable  # only when a command fails
+
         for line in str(fault).splitlines():
-            click.echo(f"uplinkd: {line}", err=True)
+            click.echo(f"uplinkd: {printable(line)}", err=True)
         sys.exit(1)
     except BrokenPipeError:
         sys.stderr.close()

@@ -152,9 +152,13 @@ class Operators(AccessManagement, Protocol):
     def session(self, token: str, *, idle: int, longest: int) -> User | None:
         """Whose session it is; None for one unused for `idle` ms, or older than `longest` ms."""
 
+    def session_used(self, token: str, *, longest: int) -> None:
+        """Remember that it was used now, and forget all sessions older than `longest` ms."""
+
     def close_session(self, token: str) -> None: ...
 
     def find_key(self, key: str) -> ApiKey | None: ...
+    def key_used(self, key_id: int) -> None: ...
 
     def note(self, action: str, target: str, detail: str = "") -> None:
         """Record what changes nothing here: a secret was shown, a message sent down."""
@@ -237,6 +241,11 @@ class Registry(Management, Protocol):
 
     @property
     def operators(self) -> Operators: ...
+
+    def product_page(self, *, text: str = "", after: int = 0, limit: int) -> list[Product]:
+        """In the order in which they were made, those with ids above `after`, whose name or key has `text` in it."""
+
+    def count_products(self) -> int: ...
 
     # A `version` that is not the current one (of a product, device, application) raises `core.errors.Stale`.
     def rename_product(self, key: str, name: str, *, version: str | None = None) -> Product: ...

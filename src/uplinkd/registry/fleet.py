@@ -16,6 +16,7 @@ __all__ = ["COLUMNS", "read_fleet", "size_of", "written_fleet"]
 
 COLUMNS = ("ProductKey", "DeviceName", "DeviceSecret")
 _PART = 500
+_LONGEST_LINE = 64 * 1024
 
 
 def read_fleet(stream: BinaryIO) -> Iterator[ImportRow]:
@@ -79,7 +80,9 @@ def size_of(stream: BinaryIO) -> int | None:
 
 
 def _lines(stream: BinaryIO) -> Iterator[str]:
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(iter(lambda: stream.readline(_LONGEST_LINE + 1), b""), 1):
+        if len(line) > _LONGEST_LINE:
+            raise Rejected(f"line {number} is longer than {_LONGEST_LINE} bytes; this is not a fleet as CSV")
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:

@@ -25,7 +25,6 @@ from uplinkd.registry.vault import Vault
 __all__ = ["SqlOperators"]
 
 _HINT = 10
-_USED_MILLISECONDS = 60_000
 _ANSWER_MILLISECONDS = 24 * 3_600_000
 _ADMINS = select(func.count()).select_from(users).where(users.c.role == Role.ADMIN.value)
 
@@ -106,7 +105,7 @@ class SqlOperators:
         now = _now()
         with self._reading() as connection:
             row = connection.execute(
-                select(users, sessions.c.used)
+                select(users)
                 .join(sessions)
                 .where(
                     sessions.c.token_hash == _hash(token),
@@ -114,14 +113,13 @@ class SqlOperators:
                     sessions.c.created >= now - longest,
                 )
             ).first()
-        if row is None:
-            return None
-        if now - row.used > _USED_MILLISECONDS:
-            with self._writing() as connection:
-                mine = sessions.c.token_hash == _hash(token)
-                connection.execute(update(sessions).where(mine).values(used=now))
-                connection.execute(delete(sessions).where(sessions.c.created < now - longest))
-        return _user(row)
+        return _user(row) if row else None
+
+    def session_used(self, token: str, *, longest: int) -> None:
+        now = _now()
+        with self._writing() as connection:
+            connection.execute(update(sessions).where(sessions.c.token_hash == _hash(token)).values(used=now))
+            connection.execute(delete(sessions).where(sessions.c.created < now - longest))
 
     def close_session(self, token: str) -> None:
         with self._writing() as connection:
@@ -149,13 +147,11 @@ class SqlOperators:
     def find_key(self, key: str) -> ApiKey | None:
         with self._reading() as connection:
             row = connection.execute(select(api_keys).where(api_keys.c.key_hash == _hash(key))).first()
-        if row is None:
-            return None
-        now = _now()
-        if now - (row.last_used or 0) > _USED_MILLISECONDS:
-            with self._writing() as connection:
-                connection.execute(update(api_keys).where(api_keys.c.id == row.id).values(last_used=now))
-        return _key(row)
+        return _key(row) if row else None
+
+    def key_used(self, key_id: int) -> None:
+        with self._writing() as connection:
+            connection.execute(update(api_keys).where(api_keys.c.id == key_id).values(last_used=_now()))
 
     def delete_key(self, name: str) -> None:
         with self._writing() as connection:

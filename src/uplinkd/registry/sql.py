@@ -218,6 +218,18 @@ class SqlRegistry:
         with self._reading() as connection:
             return [self._product(row) for row in connection.execute(_PRODUCT.order_by(products.c.id))]
 
+    def product_page(self, *, text: str = "", after: int = 0, limit: int) -> list[Product]:
+        page = _PRODUCT.where(products.c.id > after).order_by(products.c.id).limit(limit)
+        if text:
+            named = func.lower(products.c.name).contains(text.lower(), autoescape=True)
+            page = page.where(named | products.c.key.contains(text, autoescape=True))
+        with self._reading() as connection:
+            return [self._product(row) for row in connection.execute(page)]
+
+    def count_products(self) -> int:
+        with self._reading() as connection:
+            return connection.execute(select(func.count()).select_from(products)).scalar_one()
+
     def product(self, key: str) -> Product:
         with self._reading() as connection:
             return self._product(_product_row(connection, key))
