@@ -77,6 +77,33 @@ async def test_the_overview_tells_of_handshakes(house: House, language: str) -> 
         assert told["handshakeFailures"] == dict.fromkeys(HANDSHAKE_FAILURES, 1)
 
 
+async def test_the_settings_are_explained_in_the_readers_language(house: House) -> None:
+    async with house.signed_in() as browser:
+        page = (await browser.get("/settings", headers={"Accept-Language": "zh"})).text
+        assert "存放所有状态的目录" in page
+        assert "folder that holds all state" not in page
+        assert "folder that holds all state" in (await browser.get("/settings")).text
+
+
+async def test_the_overview_counts_devices_and_refusals(house: House) -> None:
+    """Devices online are in each sample, for the chart; the refusals of the last hour by code are in what the page asks for
+    while it is looked at."""
+    pk = product_with_device(house)
+    await house.refused(product_key=pk, device_name="lamp-0001")
+    house.office.figures.count_online = lambda: house.office.census().online
+    running = asyncio.create_task(house.office.figures.run())
+    async with house.signed_in(Role.VIEWER) as browser:
+        told = (await browser.get("/api/v1/stats")).json()
+        assert list(told["refused"].values()) == [1]
+        (code,) = told["refused"]
+        assert f'<a href="/logs?code={code}&amp;since=1h">{code}</a> × 1' in (await browser.get("/")).text
+        while not (kept := (await browser.get("/api/v1/stats/history")).json()["items"]):
+            await asyncio.sleep(0.05)
+        assert kept[-1]["online"] == 0
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
 async def test_roles_decide_what_is_shown_and_done(house: House) -> None:
     """A viewer looks, and sees no button that would be refused; forms posted all the same are refused."""
     pk = product_with_device(house)

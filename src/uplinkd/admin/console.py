@@ -295,13 +295,11 @@ async def prefer(back: Text = "/", language: Text = "", theme: Text = "") -> Res
 async def overview(request: Request, office: In, who: Views) -> Response:
     stats = await api.stats(office)
     since = now() - 3_600_000
-    refused = await run_in_threadpool(journal.counts, office.settings, since)
     last = await run_in_threadpool(journal.read, office.settings, journal.Wanted(since=since), 8)
     return page(
         request,
         "overview.html",
         stats=stats,
-        refused=sorted(refused.items()),
         last=_explained(request, reversed(last)),
         products=len(await run_in_threadpool(office.registry.products)),
     )
@@ -816,7 +814,17 @@ async def _access_page(request: Request, office: Office, fault: str = "", made: 
     products = await run_in_threadpool(office.registry.products)
     admin = request.state.principal.scope.covers(Scope.ADMIN)
     keys = await run_in_threadpool(office.registry.operators.api_keys) if admin else []
-    return page(request, "access.html", apps=apps, keys=keys, products=products, fault=fault, made=made)
+    return page(
+        request,
+        "access.html",
+        apps=apps,
+        keys=keys,
+        products=products,
+        names={product.key: product.name for product in products},
+        origin=str(request.base_url).rstrip("/"),
+        fault=fault,
+        made=made,
+    )
 
 
 @router.get("/access")

@@ -480,12 +480,14 @@ class SettingDocument(_Document):
 
 
 class StatsDocument(_Document):
-    """`now` is what happened in the last second; `messages` and `bytes` are what is stored, null while the engine is away."""
+    """`now` is what happened in the last second; `messages` and `bytes` are what is stored, null while the engine is away;
+    `refused` counts the refusals of the last hour by code."""
 
     version: str
     started: int
     devices: CensusDocument
     now: dict[str, Any]
+    refused: dict[str, int]
     messages: int | None
     bytes: int | None
     engine: bool
