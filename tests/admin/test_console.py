@@ -335,6 +335,57 @@ async def test_products_topics_and_apps_by_forms(house: House) -> None:
         assert house.registry.products() == []
 
 
+async def test_what_was_typed_stands_there_after_a_fault(house: House) -> None:
+    """In the form that it came from, which is open; the fault in the reader's language. What was sent down and what became of it
+    stand together."""
+    pk = product_with_device(house)
+    async with house.signed_in() as browser:
+        product = (await browser.post("/products", name="x & y z", key="a-1")).text
+        assert re.search(r'<details class="act" name="act" open>.{,200}action="/products"', product, re.DOTALL)
+        assert 'value="x &amp; y z"' in product
+        assert 'value="a-1"' in product
+        many = (await browser.post(f"/products/{pk}/bulk", prefix="lamp!", count="7", start="3")).text
+        assert re.search(r'<details class="act" name="act" open>.{,200}/bulk"', many, re.DOTALL)
+        assert 'value="7"' in many
+        topics = (await browser.post(f"/products/{pk}/topics", levels="a b", right="both")).text
+        assert 'value="a b"' in topics
+        assert '<option value="both" selected>' in topics
+        browser.client.cookies.set("language", "zh")
+        sent = await browser.post(f"/products/{pk}/devices/lamp-0001/send", topic="/a/b/c", payload="<keep> me")
+        section = sent.text.partition('id="send"')[2].partition("</section>")[0]
+        assert (sent.status_code, "不属于设备" in section) == (400, True)
+        assert 'value="/a/b/c"' in section
+        assert "&lt;keep&gt; me</textarea>" in section
+        user = (await browser.post("/users", name="e v e", role="operator")).text
+        assert 'value="e v e"' in user
+        assert '<option value="operator" selected>操作员: ' in user
+        assert "用户名 &#39;e v e&#39;：应为" in user
+
+
+async def test_the_answer_to_a_form_can_be_loaded_anew(house: House) -> None:
+    """A change of the language, or an ended session, leads to the page that the form stands on."""
+    pk = product_with_device(house)
+    device = f"/products/{pk}/devices/lamp-0001"
+    async with house.signed_in() as browser:
+        for path, above in [
+            (f"{device}/secret", device),
+            (f"{device}/send", device),
+            (f"/products/{pk}/bulk", f"/products/{pk}"),
+            (f"/products/{pk}/devices", f"/products/{pk}"),
+            (f"/products/{pk}/topics/remove", f"/products/{pk}/topics"),
+            ("/access/keys", "/access"),
+            ("/access/apps/billing/delete", "/access"),
+            ("/users/eve/role", "/users"),
+            ("/import", "/products"),
+        ]:
+            answer = await browser.get(path)
+            assert (answer.status_code, answer.headers.get("Location")) == (303, above), path
+        browser.client.cookies.delete("uplinkd_session")
+        ended = await browser.client.post(f"{device}/reset", data={"csrf": "of a session that has ended"})
+        assert ended.status_code == 401
+        assert f'href="/sign-in?back={device.replace("/", "%2F")}"' in ended.text
+
+
 async def test_the_search_box_knows_what_was_typed(house: House) -> None:
     """A device, a product, a requestId, a messageId."""
     pk = product_with_device(house)
@@ -368,6 +419,7 @@ async def test_a_file_is_imported_by_a_form(house: House) -> None:
         assert 'data-state="done"' in page
         refused = await browser.client.post("/import", data={"csrf": csrf}, files={"file": ("x.csv", b"a,b\n")})
         assert (refused.status_code, "ProductKey is missing" in refused.text) == (400, True)
+        assert '<input name="file" type="file"' in refused.text
     assert house.registry.device("pk", "lamp-2").secret == "s3cret"
 
 

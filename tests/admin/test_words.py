@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 from babel.messages.extract import extract_from_dir
 from fastapi import Request
 
-from uplinkd.admin.words import catalogue, language_of, size
+import uplinkd
+from uplinkd.admin.words import catalogue, language_of, size, told
 from uplinkd.settings import Settings
 
 TEMPLATES = Path(__file__).parent.parent.parent / "src/uplinkd/admin/templates"
@@ -20,12 +22,67 @@ def texts() -> set[str]:
     return {message for _, _, message, _, _ in found if isinstance(message, str)}
 
 
+SOURCES = Path(uplinkd.__file__).parent
+# Whose faults people meet in the console.
+FAULTY = [
+    *sorted((SOURCES / "admin").glob("*.py")),
+    *(SOURCES / name for name in ("asking.py", "core/names.py", "engine/reader.py")),
+    *(SOURCES / "registry" / name for name in ("fleet.py", "operators.py", "sql.py")),
+]
+FAULTS = {"Conflict", "Denied", "Forbidden", "NotFound", "Rejected", "Stale", "Unavailable"}
+# What is put together elsewhere: an answer's status, a wait.
+FURTHER = {
+    "the engine did not answer within {} s",
+    "there is nothing at {}",
+    "too many attempts to sign in; try again in {} s",
+    "{} is not for {}",
+    "{} streams are watched already; try again in {} s",
+    "a fault of uplinkd; its log has the traceback",
+}
+
+
+def faults() -> set[str]:
+    """The texts of faults in the code, with `{}` for each value."""
+    found = set()
+    for path in FAULTY:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FAULTS:
+                found |= {form for argument in node.args if (form := form_of(argument))}
+    return found
+
+
+def form_of(node: ast.expr) -> str:
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
+    return ""
+
+
 def test_every_text_is_translated_and_none_is_left_over() -> None:
-    """The templates' texts and the descriptions of the settings."""
-    wanted = texts() | {info.description or "" for info in Settings.model_fields.values()}
-    assert len(wanted) > 300
+    """The templates' texts, the descriptions of the settings, and what the code says when something goes wrong."""
+    wanted = texts() | {info.description or "" for info in Settings.model_fields.values()} | faults() | FURTHER
+    assert len(wanted) > 380
     assert wanted - set(catalogue("zh")) == set()
     assert set(catalogue("zh")) - wanted == set()
+
+
+def test_a_fault_is_told_in_the_readers_language() -> None:
+    """With its values; one that nobody foresaw stays as it is."""
+    fault = "product 'a1' has no device 'x y'; `uplinkd device list a1` shows its devices"
+    assert told("zh", fault) == "产品 'a1' 没有设备 'x y'；`uplinkd device list a1` 可列出其设备"
+    assert told("en", fault) == fault
+    assert told("zh", "sign in first") == "请先登录"
+    assert told("zh", "something else {}") == "something else {}"
+    assert told("zh", "") == ""
+
+
+def test_a_translated_fault_has_each_of_its_values_once() -> None:
+    """They are numbered, for they may change places."""
+    for text in sorted(faults() | FURTHER):
+        places = sorted(re.findall(r"\{(\d+)\}", catalogue("zh")[text]))
+        assert places == [str(place) for place in range(text.count("{}"))], text
 
 
 def test_a_translation_keeps_the_places_for_values() -> None:

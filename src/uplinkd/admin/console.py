@@ -6,6 +6,7 @@ Each act is a form that posts, and is answered by a redirect, or by the page aga
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -20,6 +21,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, StreamingResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
+from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
 
 from uplinkd import __version__, journal
@@ -37,7 +39,7 @@ from uplinkd.admin.doorkeeper import (
 )
 from uplinkd.admin.office import Office, now
 from uplinkd.admin.problems import status_of
-from uplinkd.admin.words import LANGUAGES, language_of, moment, size, translated
+from uplinkd.admin.words import LANGUAGES, language_of, moment, size, told, translated
 from uplinkd.core import snippets
 from uplinkd.core.errors import EXPLANATIONS, MESSAGES, Code, NotFound, Rejected, Unavailable
 from uplinkd.core.model import Device, Right, State
@@ -56,6 +58,7 @@ _LAST = 10
 _ENGINE_PATIENCE = 1.5
 
 T = TypeVar("T")
+Typed = dict[str, str]
 
 router = APIRouter(include_in_schema=False)
 
@@ -106,7 +109,14 @@ def _environment() -> Environment:
 
     install: Any = environment
     install.install_gettext_callables(say, lambda one, many, count: say(one if count == 1 else many), newstyle=True)
-    environment.filters.update(ticks=_ticks, moment=moment, size=size, number=lambda value: f"{value:,}", path=_path)
+    environment.filters.update(
+        told=lambda text: told(_language.get(), text),
+        ticks=_ticks,
+        moment=moment,
+        size=size,
+        number=lambda value: f"{value:,}",
+        path=_path,
+    )
     environment.globals.update(
         LANGUAGES=LANGUAGES,
         THEMES=THEMES,
@@ -131,12 +141,14 @@ def _path(text: str) -> str:
 
 
 def page(request: Request, template: str, status: int = 200, **facts: Any) -> HTMLResponse:
-    """`template` in the request's language, with who looks at it and `facts`."""
+    """`template` in the request's language, with who looks at it and `facts`: `fault` is what went wrong, `typed` what the form had
+    then, so that nobody types it twice."""
     principal: Principal | None = getattr(request.state, "principal", None)
     language = language_of(request)
     _language.set(language)
     theme = request.cookies.get("theme")
     here = request.url.path + (f"?{request.url.query}" if request.url.query and request.method == "GET" else "")
+    fault = told(language, facts.pop("fault", ""))
     html = (
         _environment()
         .get_template(template)
@@ -148,7 +160,8 @@ def page(request: Request, template: str, status: int = 200, **facts: Any) -> HT
             language=language,
             theme=theme if theme in THEMES else "auto",
             here=here,
-            **{"fault": "", "done": request.query_params.get("done", ""), **facts},
+            fault=fault,
+            **{"done": request.query_params.get("done", ""), "typed": {}, **facts},
         )
     )
     return HTMLResponse(html, status)
@@ -161,9 +174,25 @@ async def error_page(request: Request, status: int, detail: str) -> Response:
     principal: Principal | None = request.state.principal
     if status == 401 and request.method == "GET":
         return RedirectResponse(f"/sign-in?{urlencode({'back': _back(request)})}", 303)
+    if status == 405 and request.method == "GET":
+        return RedirectResponse(_above(request), 303)
     if principal and principal.user and principal.user.one_time and request.method == "GET":
         return RedirectResponse("/password", 303)
-    return page(request, "error.html", status, number=status, detail=detail, done="")
+    back = f"/sign-in?{urlencode({'back': _above(request)})}"
+    return page(
+        request, "error.html", status, number=status, detail=told(language_of(request), detail), back=back, done=""
+    )
+
+
+def _above(request: Request) -> str:
+    """The nearest page above a path that forms post to: where a reload, or a change of the language, leads from its answer."""
+    path = request.url.path
+    while path != "/":
+        path = path.rpartition("/")[0] or "/"
+        wanted = {**request.scope, "path": path, "method": "GET"}
+        if any(route.matches(wanted)[0] is Match.FULL for route in request.app.router.routes):
+            break
+    return path
 
 
 def _back(request: Request) -> str:
@@ -344,11 +373,13 @@ def _devices_named(office: Office, keys: list[str], prefix: str) -> list[Device]
 # -- products
 
 
-async def _products_page(request: Request, office: Office, fault: str = "", q: str = "") -> Response:
+async def _products_page(
+    request: Request, office: Office, fault: str = "", q: str = "", typed: Typed | None = None
+) -> Response:
     products = await run_in_threadpool(office.registry.products)
     shown = [each for each in products if q.lower() in each.name.lower() or q in each.key] if q else products
     counts = {each.key: await run_in_threadpool(office.census, each.key) for each in shown[:100]}
-    return page(request, "products.html", products=shown, counts=counts, fault=fault, q=q)
+    return page(request, "products.html", products=shown, counts=counts, fault=fault, q=q, typed=typed or {})
 
 
 @router.get("/products")
@@ -361,7 +392,7 @@ async def create_product(request: Request, office: In, who: Operates, name: Fiel
     return await _try(
         lambda: office.registry.create_product(name.strip(), key=key.strip() or None),
         lambda product: _go(f"/products/{product.key}", "product.create"),
-        lambda fault: _products_page(request, office, fault),
+        lambda fault: _products_page(request, office, fault, typed={"form": "product", "name": name, "key": key}),
     )
 
 
@@ -405,8 +436,14 @@ async def export_devices(office: In, who: Operates, product_key: str, prefix: Te
     return await run_in_threadpool(api.exported, office, product_key, prefix)
 
 
+# What forms of a product's pages post to.
+_FORMS = ("devices", "bulk", "delete")
+
+
 @router.get("/products/{product_key}/{tab}")
 async def product_tab(request: Request, office: In, who: Views, product_key: str, tab: str) -> Response:
+    if tab in _FORMS:
+        return _go(f"/products/{product_key}")
     if tab not in ("topics", "keys", "settings"):
         raise NotFound(f"a product has no page {tab!r}")
     return await _product_page(request, office, product_key, tab)
@@ -419,7 +456,9 @@ async def add_topic_class(
     return await _try(
         lambda: office.registry.add_topic_class(product_key, levels.strip(), Right(right)),
         lambda _: _go(f"/products/{product_key}/topics", "topic.add"),
-        lambda fault: _product_page(request, office, product_key, "topics", fault, levels=levels, right=right),
+        lambda fault: _product_page(
+            request, office, product_key, "topics", fault, typed={"levels": levels, "right": right}
+        ),
     )
 
 
@@ -501,7 +540,9 @@ async def create_device(
     return await _try(
         lambda: office.registry.create_device(product_key, name.strip() or None, secret=secret.strip() or None),
         lambda device: _go(f"/products/{product_key}/devices/{_path(device.name)}", "device.create"),
-        lambda fault: _product_page(request, office, product_key, "devices", fault),
+        lambda fault: _product_page(
+            request, office, product_key, "devices", fault, typed={"form": "device", "name": name}
+        ),
     )
 
 
@@ -522,26 +563,49 @@ async def create_many(
         "bulk-creation",
         f"{product_key}/{prefix.strip()}",
         "devices",
-        lambda fault: _product_page(request, office, product_key, "devices", fault),
+        lambda fault: _product_page(
+            request,
+            office,
+            product_key,
+            "devices",
+            fault,
+            typed={"form": "bulk", "prefix": prefix, "count": str(count), "start": str(start)},
+        ),
     )
+
+
+@router.get("/import")
+async def import_page(who: Views) -> Response:
+    return _go("/products")
 
 
 @router.post("/import")
 async def import_devices(
-    request: Request, office: In, who: Operates, file: UploadFile, skip_bad: Field = "", back: Field = "/products"
+    request: Request, office: In, who: Operates, file: UploadFile, skip_bad: Field = ""
 ) -> Response:
     async def parts() -> AsyncGenerator[bytes]:
         while part := await file.read(1 << 20):
             yield part
 
-    stream, total = await api.uploaded(office, parts())
-    work = fleetwork.fleet_import(office.registry, stream, total, skip_bad=bool(skip_bad))
-
     async def again(fault: str) -> Response:
-        stream.close()
-        return await _products_page(request, office, fault)
+        return await _products_page(request, office, fault, typed={"form": "import", "skip_bad": skip_bad})
 
-    return await _begin(request, office, lambda: (work, total), "import", file.filename or "", "bytes", again)
+    try:
+        stream, total = await api.uploaded(office, parts())
+    except Rejected as fault:
+        response = await again(str(fault))
+        response.status_code = status_of(fault)
+        return response
+
+    def act() -> tuple[Any, int]:
+        return fleetwork.fleet_import(office.registry, stream, total, skip_bad=bool(skip_bad)), total
+
+    with contextlib.ExitStack() as kept:
+        kept.callback(stream.close)
+        response = await _begin(request, office, act, "import", file.filename or "", "bytes", again)
+        if response.status_code == 303:
+            kept.pop_all()
+    return response
 
 
 async def _device_page(
@@ -576,7 +640,7 @@ async def _device_page(
         away=away,
         refusals=_explained(request, reversed(refusals)),
         fault=fault,
-        **{"secret": "", "sent": None, **facts},
+        **{"secret": "", "sent": None, "refused": "", **facts},
     )
 
 
@@ -682,15 +746,18 @@ async def act_on_device(
     try:
         if act == "reset":
             device = await run_in_threadpool(registry.reset_secret, product_key, name, version=seen)
-            return await again(secret=device.secret)
+            return await again(secret=device.secret, done="device.reset")
         if act == "secret":
             device = await run_in_threadpool(api.device_secret, office, product_key, name)
             return await again(secret=device.secret)
         if act == "send":
+            typed = {"topic": topic, "payload": payload}
             answer = await api.sent(office, topic.strip(), product_key, name, payload.encode(errors="surrogatepass"))
-            return await again(sent=answer)
+            return await again(sent=answer, typed=typed)
     except (Rejected, Unavailable) as fault:
-        response = await again(str(fault))
+        # The answer to what was sent stands beside its form, to which the browser scrolls.
+        refused = told(language_of(request), str(fault))
+        response = await (again(refused=refused, typed=typed) if act == "send" else again(str(fault)))
         response.status_code = status_of(fault)
         return response
     raise NotFound(f"a device has no {act!r}")
@@ -809,7 +876,9 @@ async def _workbench_again(request: Request, text: str, fault: str) -> Response:
 # -- applications, keys, users, the audit
 
 
-async def _access_page(request: Request, office: Office, fault: str = "", made: Any = None) -> Response:
+async def _access_page(
+    request: Request, office: Office, fault: str = "", made: Any = None, typed: Typed | None = None
+) -> Response:
     apps = await run_in_threadpool(office.registry.apps)
     products = await run_in_threadpool(office.registry.products)
     admin = request.state.principal.scope.covers(Scope.ADMIN)
@@ -824,6 +893,7 @@ async def _access_page(request: Request, office: Office, fault: str = "", made: 
         origin=str(request.base_url).rstrip("/"),
         fault=fault,
         made=made,
+        typed=typed or {},
     )
 
 
@@ -832,13 +902,13 @@ async def access_page(request: Request, office: In, who: Views) -> Response:
     return await _access_page(request, office)
 
 
-async def _made(act: Callable[[], dict[str, str]], show: Callable[..., Awaitable[Response]]) -> Response:
-    """Make what has a secret, and show that this once."""
+async def _made(act: Callable[[], dict[str, str]], show: Callable[..., Awaitable[Response]], **typed: str) -> Response:
+    """Make what has a secret, and show that this once; or what was wrong, with what was `typed`."""
     try:
         made = await run_in_threadpool(act)
     except Rejected as fault:
-        response = await show(fault=str(fault))
-        response.status_code = 400
+        response = await show(fault=str(fault), typed=typed)
+        response.status_code = status_of(fault)
         return response
     return await show(made=made)
 
@@ -856,7 +926,7 @@ async def create_app(
         app, secret = office.registry.create_app(name.strip(), products=products, sends=bool(sends))
         return {"what": "app", "name": app.name, "key": app.key, "secret": secret}
 
-    return await _made(act, functools.partial(_access_page, request, office))
+    return await _made(act, functools.partial(_access_page, request, office), form="app", name=name)
 
 
 @router.post("/access/apps/{name}/products")
@@ -890,7 +960,7 @@ async def create_key(request: Request, office: In, who: Administers, name: Field
         made, key = office.registry.operators.create_key(name.strip(), Scope(scope))
         return {"what": "key", "name": made.name, "secret": key}
 
-    return await _made(act, functools.partial(_access_page, request, office))
+    return await _made(act, functools.partial(_access_page, request, office), form="key", name=name, scope=scope)
 
 
 @router.post("/access/keys/{name}/delete")
@@ -902,9 +972,11 @@ async def delete_key(request: Request, office: In, who: Administers, name: str) 
     )
 
 
-async def _users_page(request: Request, office: Office, fault: str = "", made: Any = None) -> Response:
+async def _users_page(
+    request: Request, office: Office, fault: str = "", made: Any = None, typed: Typed | None = None
+) -> Response:
     users = await run_in_threadpool(office.registry.operators.users)
-    return page(request, "users.html", users=users, fault=fault, made=made)
+    return page(request, "users.html", users=users, fault=fault, made=made, typed=typed or {})
 
 
 @router.get("/users")
@@ -918,7 +990,7 @@ async def create_user(request: Request, office: In, who: Administers, name: Fiel
         made = api.new_user(office, name.strip(), Role(role))
         return {"name": made.name, "password": made.password}
 
-    return await _made(act, functools.partial(_users_page, request, office))
+    return await _made(act, functools.partial(_users_page, request, office), name=name, role=role)
 
 
 @router.post("/users/{name}/{act}")
