@@ -335,6 +335,29 @@ async def test_products_topics_and_apps_by_forms(house: House) -> None:
         assert house.registry.products() == []
 
 
+async def test_refusals_that_repeat_are_shown_once(house: House) -> None:
+    """With how often they came, on the overview and on the device's page; the search has each of them."""
+    pk = product_with_device(house)
+    for _ in range(7):
+        await house.refused(product_key=pk, device_name="lamp-0001", reason="the same again")
+    await house.refused(product_key=pk, device_name="lamp-0001", reason="something else")
+    async with house.signed_in(Role.VIEWER) as browser:
+        for path in ("/", f"/products/{pk}/devices/lamp-0001"):
+            page = (await browser.get(path)).text
+            assert (page.count("the same again"), page.count("something else"), page.count("7 times")) == (1, 1, 1)
+        assert (await browser.get(f"/logs?product={pk}")).text.count("the same again") == 7
+
+
+async def test_a_filter_that_breaks_a_rule_is_explained(house: House) -> None:
+    """On the live page too, whose stream would not begin."""
+    async with house.signed_in(Role.VIEWER) as browser:
+        for path in ("/live", "/messages"):
+            page = (await browser.get(path, params={"topic": "user/update"})).text
+            assert "it does not begin with a slash" in page, path
+        assert 'data-stream="messages"' not in (await browser.get("/live?topic=user/update")).text
+        assert 'data-stream="messages"' in (await browser.get("/live?product=&device=&topic=")).text
+
+
 async def test_what_was_typed_stands_there_after_a_fault(house: House) -> None:
     """In the form that it came from, which is open; the fault in the reader's language. What was sent down and what became of it
     stand together."""

@@ -46,6 +46,7 @@ from uplinkd.core.model import Device, Right, State
 from uplinkd.core.names import DEFAULT_CLASSES
 from uplinkd.core.operators import Actor, Role, Scope, acting
 from uplinkd.engine import Query as Wanted
+from uplinkd.engine.reader import check as check_query
 from uplinkd.settings import reachable
 
 __all__ = ["error_page", "mount", "prepare"]
@@ -55,6 +56,8 @@ THEMES = ("auto", "light", "dark")
 _PAGE = 50
 _YEAR = 365 * 86400
 _LAST = 10
+# Of so many refusals the last kinds are shown, each once.
+_LOOKED_AT, _KINDS = 200, 5
 _ENGINE_PATIENCE = 1.5
 
 T = TypeVar("T")
@@ -324,12 +327,12 @@ async def prefer(back: Text = "/", language: Text = "", theme: Text = "") -> Res
 async def overview(request: Request, office: In, who: Views) -> Response:
     stats = await api.stats(office)
     since = now() - 3_600_000
-    last = await run_in_threadpool(journal.read, office.settings, journal.Wanted(since=since), 8)
+    last = await run_in_threadpool(journal.read, office.settings, journal.Wanted(since=since), _LOOKED_AT)
     return page(
         request,
         "overview.html",
         stats=stats,
-        last=_explained(request, reversed(last)),
+        last=_kinds(request, last),
         products=len(await run_in_threadpool(office.registry.products)),
     )
 
@@ -337,6 +340,15 @@ async def overview(request: Request, office: In, who: Views) -> Response:
 def _explained(request: Request, refusals: Any) -> list[doc.RefusalDocument]:
     language = language_of(request)
     return [doc.RefusalDocument.of(each, language) for each in refusals]
+
+
+def _kinds(request: Request, refusals: list[journal.Refusal]) -> list[tuple[doc.RefusalDocument, int]]:
+    """The newest of each kind, newest first, and how often it came: a device that is refused says the same again and again."""
+    kinds: dict[tuple[Any, ...], list[journal.Refusal]] = {}
+    for each in sorted(refusals, key=lambda refusal: refusal.id, reverse=True):
+        kinds.setdefault((each.code, each.product_key, each.device_name, each.topic, each.reason), []).append(each)
+    shown = list(kinds.values())[:_KINDS]
+    return list(zip(_explained(request, (kind[0] for kind in shown)), map(len, shown), strict=True))
 
 
 @router.get("/search")
@@ -615,7 +627,7 @@ async def _device_page(
     product = await run_in_threadpool(office.registry.product, product_key)
     classes = await run_in_threadpool(office.registry.topic_classes, product_key)
     refusals = await run_in_threadpool(
-        journal.read, office.settings, journal.Wanted(product=product_key, device=name), _LAST
+        journal.read, office.settings, journal.Wanted(product=product_key, device=name), _LOOKED_AT
     )
     messages, away = await _messages(office, Wanted(product_key=product_key, device_name=name), _LAST)
     published = [each.levels for each in classes if each.right.publishes] or ["user/update"]
@@ -638,7 +650,7 @@ async def _device_page(
         hears=[f"/{product_key}/{name}/{levels}" for levels in heard] or [f"/{product_key}/{name}/user/get"],
         messages=messages,
         away=away,
-        refusals=_explained(request, reversed(refusals)),
+        refusals=_kinds(request, refusals),
         fault=fault,
         **{"secret": "", "sent": None, "refused": "", **facts},
     )
@@ -774,7 +786,13 @@ def _since(text: str) -> int | None:
 
 @router.get("/live")
 async def live_page(request: Request, who: Views) -> Response:
-    return page(request, "live.html", query=_filters(request))
+    query = _filters(request)
+    fault = ""
+    try:
+        check_query(Wanted(query["product"] or None, query["device"] or None, query["topic"] or None))
+    except Rejected as refused:
+        fault = str(refused)
+    return page(request, "live.html", query=query, fault=fault)
 
 
 def _filters(request: Request) -> dict[str, str]:

@@ -70,7 +70,10 @@ function follow(place, name, make) {
   };
   stream(`/api/v1/${name === "messages" ? "messages" : "logs"}/stream${location.search}`, name, take, {
     opened: tell,
-    away: (why) => { feed.textContent = why || feed.dataset.away; },
+    away: (why) => {
+      feed.textContent = why || feed.dataset.away;
+      feed.classList.toggle("bad", Boolean(why));
+    },
   });
   pause?.addEventListener("click", () => {
     paused = !paused;
