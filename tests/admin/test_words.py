@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,34 @@ FURTHER = {
 }
 
 
+# Why devices are refused; what is put together of parts is here as a whole.
+REFUSING = [SOURCES / name for name in ("gateway.py", "core/tokens.py", "core/wire.py", "mqtt/session.py")]
+REFUSALS = {"Refused", "_unauthenticated"}
+TOGETHER = re.compile(r"malformed topic |no topic class |the topic class |stale timestamp: |wrong sign: ")
+
+
+def reasons() -> set[str]:
+    """The texts of refusals that stand in the code as they are shown."""
+    found = set()
+    for path in REFUSING:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in REFUSALS:
+                found |= {form for argument in node.args if (form := form_of(argument))}
+    return {text for text in found if not TOGETHER.match(text)} - {
+        "{} reaches beyond the products of the application {}: {}"
+    }
+
+
+def written(paths: Iterable[Path]) -> set[str]:
+    """All texts in these files."""
+    return {
+        form
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.expr) and (form := form_of(node))
+    }
+
+
 def faults() -> set[str]:
     """The texts of faults in the code, with `{}` for each value."""
     found = set()
@@ -62,10 +91,33 @@ def form_of(node: ast.expr) -> str:
 
 def test_every_text_is_translated_and_none_is_left_over() -> None:
     """The templates' texts, the descriptions of the settings, and what the code says when something goes wrong."""
-    wanted = texts() | {info.description or "" for info in Settings.model_fields.values()} | faults() | FURTHER
-    assert len(wanted) > 380
+    wanted = (
+        texts() | {info.description or "" for info in Settings.model_fields.values()} | faults() | FURTHER | reasons()
+    )
+    assert len(wanted) > 400
     assert wanted - set(catalogue("zh")) == set()
-    assert set(catalogue("zh")) - wanted == set()
+    left = set(catalogue("zh")) - wanted - written([*REFUSING, SOURCES / "core/topics.py"])
+    assert {text for text in left if not TOGETHER.match(text)} == set()
+
+
+@pytest.mark.parametrize(
+    ("reason", "translation"),
+    [
+        (
+            "no topic class of product a1 with the right to publish has the levels 'user/nope'. It may publish to /a1/d/update; "
+            "add one with `uplinkd topic add a1 user/nope --right publish`",
+            "产品 a1 没有层级为 'user/nope' 且可发布的 Topic 类。设备可发布到 /a1/d/update；可用 "
+            "`uplinkd topic add a1 user/nope --right publish` 添加",
+        ),
+        (
+            "wrong sign: the server signed 'clientIdc' with hmacsha1 and the DeviceSecret that it knows",
+            "签名错误：服务器用它所知的 DeviceSecret 对 'clientIdc' 做 hmacsha1",
+        ),
+        ("malformed topic '/a//b': it has an empty level", "Topic '/a//b' 格式错误：含有空的层级"),
+    ],
+)
+def test_why_a_device_was_refused_is_told_in_chinese(reason: str, translation: str) -> None:
+    assert told("zh", reason) == translation
 
 
 def test_a_fault_is_told_in_the_readers_language() -> None:
@@ -80,7 +132,7 @@ def test_a_fault_is_told_in_the_readers_language() -> None:
 
 def test_a_translated_fault_has_each_of_its_values_once() -> None:
     """They are numbered, for they may change places."""
-    for text in sorted(faults() | FURTHER):
+    for text in sorted(faults() | FURTHER | reasons()):
         places = sorted(re.findall(r"\{(\d+)\}", catalogue("zh")[text]))
         assert places == [str(place) for place in range(text.count("{}"))], text
 

@@ -78,7 +78,7 @@ EXPLANATIONS: dict[Code, Explanation] = {
     ),
     Code.AUTH_CHECK_ERROR: Explanation(
         "The device was not recognised: unknown, disabled, wrong sign, or a timestamp too far from the server's clock.",
-        "Compare with the reason, in `uplinkd logs` or the console: it shows the exact content that the server signed, or how far the clock is off.",
+        "Compare with the reason, in `uplinkd logs` or the console: it has the content that the server signed, or the clock's error.",
         "设备鉴权失败：设备不存在、已禁用、签名错误，或时间戳与服务器时钟相差过大。",
         "对照 `uplinkd logs` 或控制台中的原因：其中给出服务器参与签名的原文，或时钟偏差。",
     ),
