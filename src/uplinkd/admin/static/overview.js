@@ -13,7 +13,7 @@ const charts = [
   ["chart-latency", (samples) => [["p99", samples.map((each) => each.p99)], ["p50", samples.map((each) => each.p50)]]],
   ["chart-refused", (samples) => {
     const found = codes();
-    return found.length ? found.map((code) => [code, samples.map((each) => each.refused[code] ?? 0)]) : [["0", samples.map(() => 0)]];
+    return found.length ? found.map((code) => [code, samples.map((each) => each.refused[code] ?? 0)]) : [[document.getElementById("codes").dataset.nothing, samples.map(() => 0)]];
   }],
   ["chart-connections", (samples) => [
     [document.getElementById("chart-connections").dataset.online, samples.map((each) => each.online)],
