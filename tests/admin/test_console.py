@@ -77,6 +77,33 @@ async def test_the_overview_tells_of_handshakes(house: House, language: str) -> 
         assert told["handshakeFailures"] == dict.fromkeys(HANDSHAKE_FAILURES, 1)
 
 
+async def test_the_settings_are_explained_in_the_readers_language(house: House) -> None:
+    async with house.signed_in() as browser:
+        page = (await browser.get("/settings", headers={"Accept-Language": "zh"})).text
+        assert "存放所有状态的目录" in page
+        assert "folder that holds all state" not in page
+        assert "folder that holds all state" in (await browser.get("/settings")).text
+
+
+async def test_the_overview_counts_devices_and_refusals(house: House) -> None:
+    """Devices online are in each sample, for the chart; the refusals of the last hour by code are in what the page asks for
+    while it is looked at."""
+    pk = product_with_device(house)
+    await house.refused(product_key=pk, device_name="lamp-0001")
+    house.office.figures.count_online = lambda: house.office.census().online
+    running = asyncio.create_task(house.office.figures.run())
+    async with house.signed_in(Role.VIEWER) as browser:
+        told = (await browser.get("/api/v1/stats")).json()
+        assert list(told["refused"].values()) == [1]
+        (code,) = told["refused"]
+        assert f'<a href="/logs?code={code}&amp;since=1h">{code}</a> × 1' in (await browser.get("/")).text
+        while not (kept := (await browser.get("/api/v1/stats/history")).json()["items"]):
+            await asyncio.sleep(0.05)
+        assert kept[-1]["online"] == 0
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
 async def test_roles_decide_what_is_shown_and_done(house: House) -> None:
     """A viewer looks, and sees no button that would be refused; forms posted all the same are refused."""
     pk = product_with_device(house)
@@ -336,6 +363,80 @@ async def test_products_topics_and_apps_by_forms(house: House) -> None:
         assert house.registry.products() == []
 
 
+async def test_refusals_that_repeat_are_shown_once(house: House) -> None:
+    """With how often they came, on the overview and on the device's page; the search has each of them."""
+    pk = product_with_device(house)
+    for _ in range(7):
+        await house.refused(product_key=pk, device_name="lamp-0001", reason="the same again")
+    await house.refused(product_key=pk, device_name="lamp-0001", reason="something else")
+    async with house.signed_in(Role.VIEWER) as browser:
+        for path in ("/", f"/products/{pk}/devices/lamp-0001"):
+            page = (await browser.get(path)).text
+            assert (page.count("the same again"), page.count("something else"), page.count("7 times")) == (1, 1, 1)
+        assert (await browser.get(f"/logs?product={pk}")).text.count("the same again") == 7
+
+
+async def test_a_filter_that_breaks_a_rule_is_explained(house: House) -> None:
+    """On the live page too, whose stream would not begin."""
+    async with house.signed_in(Role.VIEWER) as browser:
+        for path in ("/live", "/messages"):
+            page = (await browser.get(path, params={"topic": "user/update"})).text
+            assert "it does not begin with a slash" in page, path
+        assert 'data-stream="messages"' not in (await browser.get("/live?topic=user/update")).text
+        assert 'data-stream="messages"' in (await browser.get("/live?product=&device=&topic=")).text
+
+
+async def test_what_was_typed_stands_there_after_a_fault(house: House) -> None:
+    """In the form that it came from, which is open; the fault in the reader's language. What was sent down and what became of it
+    stand together."""
+    pk = product_with_device(house)
+    async with house.signed_in() as browser:
+        product = (await browser.post("/products", name="x & y z", key="a-1")).text
+        assert re.search(r'<details class="act" name="act" open>.{,200}action="/products"', product, re.DOTALL)
+        assert 'value="x &amp; y z"' in product
+        assert 'value="a-1"' in product
+        many = (await browser.post(f"/products/{pk}/bulk", prefix="lamp!", count="7", start="3")).text
+        assert re.search(r'<details class="act" name="act" open>.{,200}/bulk"', many, re.DOTALL)
+        assert 'value="7"' in many
+        topics = (await browser.post(f"/products/{pk}/topics", levels="a b", right="both")).text
+        assert 'value="a b"' in topics
+        assert '<option value="both" selected>' in topics
+        browser.client.cookies.set("language", "zh")
+        sent = await browser.post(f"/products/{pk}/devices/lamp-0001/send", topic="/a/b/c", payload="<keep> me")
+        section = sent.text.partition('id="send"')[2].partition("</section>")[0]
+        assert (sent.status_code, "不属于设备" in section) == (400, True)
+        assert 'value="/a/b/c"' in section
+        assert "&lt;keep&gt; me</textarea>" in section
+        user = (await browser.post("/users", name="e v e", role="operator")).text
+        assert 'value="e v e"' in user
+        assert '<option value="operator" selected>操作员: ' in user
+        assert "用户名 &#39;e v e&#39;：应为" in user
+
+
+async def test_the_answer_to_a_form_can_be_loaded_anew(house: House) -> None:
+    """A change of the language, or an ended session, leads to the page that the form stands on."""
+    pk = product_with_device(house)
+    device = f"/products/{pk}/devices/lamp-0001"
+    async with house.signed_in() as browser:
+        for path, above in [
+            (f"{device}/secret", device),
+            (f"{device}/send", device),
+            (f"/products/{pk}/bulk", f"/products/{pk}"),
+            (f"/products/{pk}/devices", f"/products/{pk}"),
+            (f"/products/{pk}/topics/remove", f"/products/{pk}/topics"),
+            ("/access/keys", "/access"),
+            ("/access/apps/billing/delete", "/access"),
+            ("/users/eve/role", "/users"),
+            ("/import", "/products"),
+        ]:
+            answer = await browser.get(path)
+            assert (answer.status_code, answer.headers.get("Location")) == (303, above), path
+        browser.client.cookies.delete("uplinkd_session")
+        ended = await browser.client.post(f"{device}/reset", data={"csrf": "of a session that has ended"})
+        assert ended.status_code == 401
+        assert f'href="/sign-in?back={device.replace("/", "%2F")}"' in ended.text
+
+
 async def test_the_search_box_knows_what_was_typed(house: House) -> None:
     """A device, a product, a requestId, a messageId."""
     pk = product_with_device(house)
@@ -369,6 +470,7 @@ async def test_a_file_is_imported_by_a_form(house: House) -> None:
         assert 'data-state="done"' in page
         refused = await browser.client.post("/import", data={"csrf": csrf}, files={"file": ("x.csv", b"a,b\n")})
         assert (refused.status_code, "ProductKey is missing" in refused.text) == (400, True)
+        assert '<input name="file" type="file"' in refused.text
     assert house.registry.device("pk", "lamp-2").secret == "s3cret"
 
 

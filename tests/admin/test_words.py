@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from babel.messages.extract import extract_from_dir
 from fastapi import Request
 
-from uplinkd.admin.words import catalogue, language_of, size
+import uplinkd
+from uplinkd.admin.words import catalogue, language_of, size, told
 from uplinkd.settings import Settings
 
 TEMPLATES = Path(__file__).parent.parent.parent / "src/uplinkd/admin/templates"
@@ -20,12 +23,119 @@ def texts() -> set[str]:
     return {message for _, _, message, _, _ in found if isinstance(message, str)}
 
 
+SOURCES = Path(uplinkd.__file__).parent
+# Whose faults people meet in the console.
+FAULTY = [
+    *sorted((SOURCES / "admin").glob("*.py")),
+    *(SOURCES / name for name in ("asking.py", "core/names.py", "engine/reader.py")),
+    *(SOURCES / "registry" / name for name in ("fleet.py", "operators.py", "sql.py")),
+]
+FAULTS = {"Conflict", "Denied", "Forbidden", "NotFound", "Rejected", "Stale", "Unavailable"}
+# What is put together elsewhere: an answer's status, a wait.
+FURTHER = {
+    "the engine did not answer within {} s",
+    "there is nothing at {}",
+    "too many attempts to sign in; try again in {} s",
+    "{} is not for {}",
+    "{} jobs are under way: wait for one to end, or cancel it; try again in {} s",
+    "{} streams are watched already; try again in {} s",
+    "a fault of uplinkd; its log has the traceback",
+}
+
+
+# Why devices are refused; what is put together of parts is here as a whole.
+REFUSING = [SOURCES / name for name in ("gateway.py", "core/tokens.py", "core/wire.py", "mqtt/session.py")]
+REFUSALS = {"Refused", "_unauthenticated"}
+TOGETHER = re.compile(r"malformed topic |no topic class |the topic class |stale timestamp: |wrong sign: ")
+
+
+def reasons() -> set[str]:
+    """The texts of refusals that stand in the code as they are shown."""
+    found = set()
+    for path in REFUSING:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in REFUSALS:
+                found |= {form for argument in node.args if (form := form_of(argument))}
+    return {text for text in found if not TOGETHER.match(text)} - {
+        "{} reaches beyond the products of the application {}: {}"
+    }
+
+
+def written(paths: Iterable[Path]) -> set[str]:
+    """All texts in these files."""
+    return {
+        form
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.expr) and (form := form_of(node))
+    }
+
+
+def faults() -> set[str]:
+    """The texts of faults in the code, with `{}` for each value."""
+    found = set()
+    for path in FAULTY:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FAULTS:
+                found |= {form for argument in node.args if (form := form_of(argument))}
+    return found
+
+
+def form_of(node: ast.expr) -> str:
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
+    return ""
+
+
 def test_every_text_is_translated_and_none_is_left_over() -> None:
-    """The templates' texts and the descriptions of the settings."""
-    wanted = texts() | {info.description or "" for info in Settings.model_fields.values()}
-    assert len(wanted) > 300
+    """The templates' texts, the descriptions of the settings, and what the code says when something goes wrong."""
+    wanted = (
+        texts() | {info.description or "" for info in Settings.model_fields.values()} | faults() | FURTHER | reasons()
+    )
+    assert len(wanted) > 400
     assert wanted - set(catalogue("zh")) == set()
-    assert set(catalogue("zh")) - wanted == set()
+    left = set(catalogue("zh")) - wanted - written([*REFUSING, SOURCES / "core/topics.py"])
+    assert {text for text in left if not TOGETHER.match(text)} == set()
+
+
+@pytest.mark.parametrize(
+    ("reason", "translation"),
+    [
+        (
+            "no topic class of product a1 with the right to publish has the levels 'user/nope'. It may publish to /a1/d/update; "
+            "add one with `uplinkd topic add a1 user/nope --right publish`",
+            "产品 a1 没有层级为 'user/nope' 且可发布的 Topic 类。设备可发布到 /a1/d/update；可用 "
+            "`uplinkd topic add a1 user/nope --right publish` 添加",
+        ),
+        (
+            "wrong sign: the server signed 'clientIdc' with hmacsha1 and the DeviceSecret that it knows",
+            "签名错误：服务器用它所知的 DeviceSecret 对 'clientIdc' 做 hmacsha1",
+        ),
+        ("malformed topic '/a//b': it has an empty level", "Topic '/a//b' 格式错误：含有空的层级"),
+    ],
+)
+def test_why_a_device_was_refused_is_told_in_chinese(reason: str, translation: str) -> None:
+    assert told("zh", reason) == translation
+
+
+def test_a_fault_is_told_in_the_readers_language() -> None:
+    """With its values; one that nobody foresaw stays as it is."""
+    fault = "product 'a1' has no device 'x y'; `uplinkd device list a1` shows its devices"
+    assert told("zh", fault) == "产品 'a1' 没有设备 'x y'；`uplinkd device list a1` 可列出其设备"
+    assert told("en", fault) == fault
+    assert told("zh", "sign in first") == "请先登录"
+    assert told("zh", "something else {}") == "something else {}"
+    assert told("zh", "") == ""
+
+
+def test_a_translated_fault_has_each_of_its_values_once() -> None:
+    """They are numbered, for they may change places."""
+    for text in sorted(faults() | FURTHER | reasons()):
+        places = sorted(re.findall(r"\{(\d+)\}", catalogue("zh")[text]))
+        assert places == [str(place) for place in range(text.count("{}"))], text
 
 
 def test_a_translation_keeps_the_places_for_values() -> None:

@@ -185,6 +185,49 @@ def test_the_menu_of_a_phone_opens_and_leads_on(fleet: Fleet) -> None:
         visitor.page.wait_for_url(re.compile("/products$"))
 
 
+def test_a_live_page_finds_its_way(fleet: Fleet) -> None:
+    """A filter that breaks a rule is explained instead of tried again; without a session the page goes to sign in, and from there
+    comes back."""
+    with chromium() as browser, visit(browser, fleet.server) as visitor:
+        page = visitor.page
+        sign_in(visitor, PASSWORD)
+        visitor.go("/live?topic=user/update")
+        assert "does not begin with a slash" in page.inner_text(".note.bad")
+        visitor.go(f"/live?product={fleet.product}")
+        page.wait_for_selector("#feed:has-text('live')")
+        kept = [each for each in visitor.context.cookies() if each["name"] != "uplinkd_session"]
+        visitor.context.clear_cookies()
+        visitor.context.add_cookies(kept)  # type: ignore[arg-type]  # as it gave them
+        # As after a break of the connection.
+        page.evaluate(
+            "import('/static/stream.js').then(({ stream }) => "
+            "stream('/api/v1/stats/stream', 'stats', () => {}, { opened: () => {}, away: () => {} }))"
+        )
+        page.wait_for_url(re.compile("/sign-in"))
+        page.fill("[name=name]", "admin")
+        page.fill("[name=password]", PASSWORD)
+        page.click("main button.primary")
+        page.wait_for_url(re.compile(f"/live.product={fleet.product}"))
+        assert visitor.faults == []
+
+
+def test_what_drops_down_closes_again(fleet: Fleet) -> None:
+    """By Escape, by a click elsewhere, and when another opens."""
+    with chromium() as browser, visit(browser, fleet.server) as visitor:
+        page = visitor.page
+        sign_in(visitor, PASSWORD)
+        visitor.go("/products")
+        page.click("summary:has-text('Make a product')")
+        assert page.is_visible("form[action='/products']")
+        page.click("summary:has-text('Import devices')")
+        assert not page.is_visible("form[action='/products']")
+        page.keyboard.press("Escape")
+        assert not page.is_visible("form[action='/import']")
+        page.click(".menu summary")
+        page.click("h1")
+        assert not page.is_visible(".menu .panel")
+
+
 def test_live_messages_can_be_paused_and_filtered(fleet: Fleet) -> None:
     """Paused, the page stands still and counts; going on, it shows what came."""
 

@@ -74,7 +74,11 @@ def test_a_newcomer_finds_their_way_by_the_console_alone(tmp_path: Path) -> None
             request_id = json.loads(answer)["info"]["requestId"]
             page.fill("#q", request_id)
             page.press("#q", "Enter")
-            page.wait_for_selector(f".refusal:has-text('{request_id}')")
+            for _ in range(50):  # it is recorded a moment after the answer
+                if page.query_selector(f".refusal:has-text('{request_id}')"):
+                    break
+                page.wait_for_timeout(200)
+                page.reload()
             told = page.inner_text(".refusal")
             assert "20000" in told
             assert "wrong sign: the server signed" in told

@@ -774,6 +774,7 @@ async def show_stats(office: In, who: Reads) -> doc.StatsDocument:
 async def stats(office: Office) -> doc.StatsDocument:
     reading = office.figures.read()
     census = await run_in_threadpool(office.census)
+    refused = await run_in_threadpool(journal.counts, office.settings, now() - 3_600_000)
     messages = size = None
     with contextlib.suppress(Unavailable):
         state = await office.stored()
@@ -783,6 +784,7 @@ async def stats(office: Office) -> doc.StatsDocument:
         started=round(reading.started * 1000),
         devices=doc.CensusDocument.of(census),
         now=office.figures.seconds[-1].document if office.figures.seconds else {},
+        refused={str(code): count for code, count in sorted(refused.items())},
         messages=messages,
         bytes=size,
         engine=messages is not None,

@@ -6,6 +6,7 @@ Each act is a form that posts, and is answered by a redirect, or by the page aga
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -21,6 +22,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse,
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from starlette.datastructures import UploadFile
+from starlette.routing import Match
 from starlette.staticfiles import StaticFiles
 
 from uplinkd import __version__, journal
@@ -38,13 +40,14 @@ from uplinkd.admin.doorkeeper import (
 )
 from uplinkd.admin.office import Office, now
 from uplinkd.admin.problems import status_of
-from uplinkd.admin.words import LANGUAGES, language_of, moment, size, translated
+from uplinkd.admin.words import LANGUAGES, language_of, moment, size, told, translated
 from uplinkd.core import snippets
 from uplinkd.core.errors import EXPLANATIONS, MESSAGES, Code, NotFound, Rejected, Unavailable
 from uplinkd.core.model import Device, Right, State
 from uplinkd.core.names import DEFAULT_CLASSES
 from uplinkd.core.operators import Role, Scope
 from uplinkd.engine import Query as Wanted
+from uplinkd.engine.reader import check as check_query
 from uplinkd.settings import reachable
 
 __all__ = ["error_page", "mount", "prepare"]
@@ -55,9 +58,12 @@ _PAGE = 50
 _YEAR = 365 * 86400
 _LAST = 10
 _SEARCHED = 200
+# Of so many refusals the last kinds are shown, each once.
+_LOOKED_AT, _KINDS = 200, 5
 _ENGINE_PATIENCE = 1.5
 
 T = TypeVar("T")
+Typed = dict[str, str]
 
 router = APIRouter(include_in_schema=False)
 
@@ -108,7 +114,14 @@ def _environment() -> Environment:
 
     install: Any = environment
     install.install_gettext_callables(say, lambda one, many, count: say(one if count == 1 else many), newstyle=True)
-    environment.filters.update(ticks=_ticks, moment=moment, size=size, number=lambda value: f"{value:,}", path=_path)
+    environment.filters.update(
+        told=lambda text: told(_language.get(), text),
+        ticks=_ticks,
+        moment=moment,
+        size=size,
+        number=lambda value: f"{value:,}",
+        path=_path,
+    )
     environment.globals.update(
         LANGUAGES=LANGUAGES,
         THEMES=THEMES,
@@ -133,12 +146,14 @@ def _path(text: str) -> str:
 
 
 def page(request: Request, template: str, status: int = 200, **facts: Any) -> HTMLResponse:
-    """`template` in the request's language, with who looks at it and `facts`."""
+    """`template` in the request's language, with who looks at it and `facts`: `fault` is what went wrong, `typed` what the form had
+    then, so that nobody types it twice."""
     principal: Principal | None = getattr(request.state, "principal", None)
     language = language_of(request)
     _language.set(language)
     theme = request.cookies.get("theme")
     here = request.url.path + (f"?{request.url.query}" if request.url.query and request.method == "GET" else "")
+    fault = told(language, facts.pop("fault", ""))
     html = (
         _environment()
         .get_template(template)
@@ -150,7 +165,8 @@ def page(request: Request, template: str, status: int = 200, **facts: Any) -> HT
             language=language,
             theme=theme if theme in THEMES else "auto",
             here=here,
-            **{"fault": "", "done": request.query_params.get("done", ""), **facts},
+            fault=fault,
+            **{"done": request.query_params.get("done", ""), "typed": {}, **facts},
         )
     )
     return HTMLResponse(html, status)
@@ -163,9 +179,25 @@ async def error_page(request: Request, status: int, detail: str) -> Response:
     principal: Principal | None = request.state.principal
     if status == 401 and request.method == "GET":
         return RedirectResponse(f"/sign-in?{urlencode({'back': _back(request)})}", 303)
+    if status == 405 and request.method == "GET":
+        return RedirectResponse(_above(request), 303)
     if principal and principal.user and principal.user.one_time and request.method == "GET":
         return RedirectResponse("/password", 303)
-    return page(request, "error.html", status, number=status, detail=detail, done="")
+    back = f"/sign-in?{urlencode({'back': _above(request)})}"
+    return page(
+        request, "error.html", status, number=status, detail=told(language_of(request), detail), back=back, done=""
+    )
+
+
+def _above(request: Request) -> str:
+    """The nearest page above a path that forms post to: where a reload, or a change of the language, leads from its answer."""
+    path = request.url.path
+    while path != "/":
+        path = path.rpartition("/")[0] or "/"
+        wanted = {**request.scope, "path": path, "method": "GET"}
+        if any(route.matches(wanted)[0] is Match.FULL for route in request.app.router.routes):
+            break
+    return path
 
 
 def _back(request: Request) -> str:
@@ -302,14 +334,12 @@ async def prefer(back: Text = "/", language: Text = "", theme: Text = "") -> Res
 async def overview(request: Request, office: In, who: Views) -> Response:
     stats = await api.stats(office)
     since = now() - 3_600_000
-    refused = await run_in_threadpool(journal.counts, office.settings, since)
-    last = await run_in_threadpool(journal.read, office.settings, journal.Wanted(since=since), 8)
+    last = await run_in_threadpool(journal.read, office.settings, journal.Wanted(since=since), _LOOKED_AT)
     return page(
         request,
         "overview.html",
         stats=stats,
-        refused=sorted(refused.items()),
-        last=_explained(request, reversed(last)),
+        last=_kinds(request, last),
         products=await run_in_threadpool(office.registry.count_products),
     )
 
@@ -317,6 +347,15 @@ async def overview(request: Request, office: In, who: Views) -> Response:
 def _explained(request: Request, refusals: Any) -> list[doc.RefusalDocument]:
     language = language_of(request)
     return [doc.RefusalDocument.of(each, language) for each in refusals]
+
+
+def _kinds(request: Request, refusals: list[journal.Refusal]) -> list[tuple[doc.RefusalDocument, int]]:
+    """The newest of each kind, newest first, and how often it came: a device that is refused says the same again and again."""
+    kinds: dict[tuple[Any, ...], list[journal.Refusal]] = {}
+    for each in sorted(refusals, key=lambda refusal: refusal.id, reverse=True):
+        kinds.setdefault((each.code, each.product_key, each.device_name, each.topic, each.reason), []).append(each)
+    shown = list(kinds.values())[:_KINDS]
+    return list(zip(_explained(request, (kind[0] for kind in shown)), map(len, shown), strict=True))
 
 
 @router.get("/search")
@@ -354,7 +393,9 @@ def _devices_named(office: Office, keys: list[str], prefix: str) -> list[Device]
 # -- products
 
 
-async def _products_page(request: Request, office: Office, fault: str = "", q: str = "") -> Response:
+async def _products_page(
+    request: Request, office: Office, fault: str = "", q: str = "", typed: Typed | None = None
+) -> Response:
     after = request.query_params.get("cursor", "")
     found = await run_in_threadpool(
         lambda: office.registry.product_page(text=q, after=api.number_in(after) or 0, limit=_PAGE + 1)
@@ -362,7 +403,8 @@ async def _products_page(request: Request, office: Office, fault: str = "", q: s
     shown = found[:_PAGE]
     more = urlencode(({"q": q} if q else {}) | {"cursor": shown[-1].id}) if len(found) > _PAGE else ""
     counts = {each.key: await run_in_threadpool(office.census, each.key) for each in shown}
-    return page(request, "products.html", products=shown, counts=counts, fault=fault, q=q, more=more, after=after)
+    facts: dict[str, Any] = {"products": shown, "counts": counts, "more": more, "after": after}
+    return page(request, "products.html", fault=fault, q=q, typed=typed or {}, **facts)
 
 
 @router.get("/products")
@@ -375,7 +417,7 @@ async def create_product(request: Request, office: In, who: Operates, name: Fiel
     return await _try(
         lambda: office.registry.create_product(name.strip(), key=key.strip() or None),
         lambda product: _go(f"/products/{product.key}", "product.create"),
-        lambda fault: _products_page(request, office, fault),
+        lambda fault: _products_page(request, office, fault, typed={"form": "product", "name": name, "key": key}),
     )
 
 
@@ -419,8 +461,14 @@ async def export_devices(office: In, who: Operates, product_key: str, prefix: Te
     return await run_in_threadpool(api.exported, office, product_key, prefix)
 
 
+# What forms of a product's pages post to.
+_FORMS = ("devices", "bulk", "delete")
+
+
 @router.get("/products/{product_key}/{tab}")
 async def product_tab(request: Request, office: In, who: Views, product_key: str, tab: str) -> Response:
+    if tab in _FORMS:
+        return _go(f"/products/{product_key}")
     if tab not in ("topics", "keys", "settings"):
         raise NotFound(f"a product has no page {tab!r}")
     return await _product_page(request, office, product_key, tab)
@@ -433,7 +481,9 @@ async def add_topic_class(
     return await _try(
         lambda: office.registry.add_topic_class(product_key, levels.strip(), right),
         lambda _: _go(f"/products/{product_key}/topics", "topic.add"),
-        lambda fault: _product_page(request, office, product_key, "topics", fault, levels=levels, right=right),
+        lambda fault: _product_page(
+            request, office, product_key, "topics", fault, typed={"levels": levels, "right": right}
+        ),
     )
 
 
@@ -515,7 +565,9 @@ async def create_device(
     return await _try(
         lambda: office.registry.create_device(product_key, name.strip() or None, secret=secret.strip() or None),
         lambda device: _go(f"/products/{product_key}/devices/{_path(device.name)}", "device.create"),
-        lambda fault: _product_page(request, office, product_key, "devices", fault),
+        lambda fault: _product_page(
+            request, office, product_key, "devices", fault, typed={"form": "device", "name": name}
+        ),
     )
 
 
@@ -536,36 +588,56 @@ async def create_many(
         "bulk-creation",
         f"{product_key}/{prefix.strip()}",
         "devices",
-        lambda fault: _product_page(request, office, product_key, "devices", fault),
+        lambda fault: _product_page(
+            request,
+            office,
+            product_key,
+            "devices",
+            fault,
+            typed={"form": "bulk", "prefix": prefix, "count": str(count), "start": str(start)},
+        ),
     )
+
+
+@router.get("/import")
+async def import_page(who: Views) -> Response:
+    return _go("/products")
 
 
 @router.post("/import")
 async def import_devices(request: Request, office: In, who: Operates) -> Response:
     """The form is read here and not declared: FastAPI would read all of it before it asks who sends it."""
     form = await request.form(max_files=1)
-    file = form.get("file")
-    if not isinstance(file, UploadFile):
-        return await _products_page(request, office, "choose a file to import")
+    file, skip_bad = form.get("file"), "1" if form.get("skip_bad") else ""
+    name = file.filename or "" if isinstance(file, UploadFile) else ""
 
     async def parts() -> AsyncGenerator[bytes]:
+        if not isinstance(file, UploadFile):
+            raise Rejected("choose a file to import")
         while part := await file.read(1 << 20):
             yield part
 
+    async def again(fault: str) -> Response:
+        return await _products_page(request, office, fault, typed={"form": "import", "skip_bad": skip_bad})
+
     try:
         stream, total = await api.uploaded(office, parts())
+    except Rejected as fault:
+        response = await again(str(fault))
+        response.status_code = status_of(fault)
+        return response
     finally:
         await request.close()
-    skip_bad = bool(form.get("skip_bad"))
-
-    async def again(fault: str) -> Response:
-        stream.close()
-        return await _products_page(request, office, fault)
 
     def act() -> tuple[Any, int]:
-        return fleetwork.fleet_import(office.registry, stream, total, skip_bad=skip_bad), total
+        return fleetwork.fleet_import(office.registry, stream, total, skip_bad=bool(skip_bad)), total
 
-    return await _begin(request, office, act, "import", file.filename or "", "bytes", again)
+    with contextlib.ExitStack() as kept:
+        kept.callback(stream.close)
+        response = await _begin(request, office, act, "import", name, "bytes", again)
+        if response.status_code == 303:
+            kept.pop_all()
+    return response
 
 
 async def _device_page(
@@ -575,7 +647,7 @@ async def _device_page(
     product = await run_in_threadpool(office.registry.product, product_key)
     classes = await run_in_threadpool(office.registry.topic_classes, product_key)
     refusals = await run_in_threadpool(
-        journal.read, office.settings, journal.Wanted(product=product_key, device=name), _LAST
+        journal.read, office.settings, journal.Wanted(product=product_key, device=name), _LOOKED_AT
     )
     messages, away = await _messages(office, Wanted(product_key=product_key, device_name=name), _LAST)
     published = [each.levels for each in classes if each.right.publishes] or ["user/update"]
@@ -598,9 +670,9 @@ async def _device_page(
         hears=[f"/{product_key}/{name}/{levels}" for levels in heard] or [f"/{product_key}/{name}/user/get"],
         messages=messages,
         away=away,
-        refusals=_explained(request, reversed(refusals)),
+        refusals=_kinds(request, refusals),
         fault=fault,
-        **{"secret": "", "sent": None, **facts},
+        **{"secret": "", "sent": None, "refused": "", **facts},
     )
 
 
@@ -707,15 +779,18 @@ async def act_on_device(
     try:
         if act == "reset":
             device = await run_in_threadpool(registry.reset_secret, product_key, name, version=seen)
-            return await again(secret=device.secret)
+            return await again(secret=device.secret, done="device.reset")
         if act == "secret":
             device = await run_in_threadpool(api.device_secret, office, product_key, name)
             return await again(secret=device.secret)
         if act == "send":
+            typed = {"topic": topic, "payload": payload}
             answer = await api.sent(office, topic.strip(), product_key, name, payload.encode(errors="surrogatepass"))
-            return await again(sent=answer)
+            return await again(sent=answer, typed=typed)
     except (Rejected, Unavailable) as fault:
-        response = await again(str(fault))
+        # The answer to what was sent stands beside its form, to which the browser scrolls.
+        refused = told(language_of(request), str(fault))
+        response = await (again(refused=refused, typed=typed) if act == "send" else again(str(fault)))
         response.status_code = status_of(fault)
         return response
     raise NotFound(f"a device has no {act!r}")
@@ -732,7 +807,13 @@ def _since(text: str) -> int | None:
 
 @router.get("/live")
 async def live_page(request: Request, who: Views) -> Response:
-    return page(request, "live.html", query=_filters(request))
+    query = _filters(request)
+    fault = ""
+    try:
+        check_query(Wanted(query["product"] or None, query["device"] or None, query["topic"] or None))
+    except Rejected as refused:
+        fault = str(refused)
+    return page(request, "live.html", query=query, fault=fault)
 
 
 def _filters(request: Request) -> dict[str, str]:
@@ -834,12 +915,25 @@ async def _workbench_again(request: Request, text: str, fault: str) -> Response:
 # -- applications, keys, users, the audit
 
 
-async def _access_page(request: Request, office: Office, fault: str = "", made: Any = None) -> Response:
+async def _access_page(
+    request: Request, office: Office, fault: str = "", made: Any = None, typed: Typed | None = None
+) -> Response:
     apps = await run_in_threadpool(office.registry.apps)
     products = await run_in_threadpool(office.registry.products)
     admin = request.state.principal.scope.covers(Scope.ADMIN)
     keys = await run_in_threadpool(office.registry.operators.api_keys) if admin else []
-    return page(request, "access.html", apps=apps, keys=keys, products=products, fault=fault, made=made)
+    return page(
+        request,
+        "access.html",
+        apps=apps,
+        keys=keys,
+        products=products,
+        names={product.key: product.name for product in products},
+        origin=str(request.base_url).rstrip("/"),
+        fault=fault,
+        made=made,
+        typed=typed or {},
+    )
 
 
 @router.get("/access")
@@ -847,13 +941,13 @@ async def access_page(request: Request, office: In, who: Views) -> Response:
     return await _access_page(request, office)
 
 
-async def _made(act: Callable[[], dict[str, str]], show: Callable[..., Awaitable[Response]]) -> Response:
-    """Make what has a secret, and show that this once."""
+async def _made(act: Callable[[], dict[str, str]], show: Callable[..., Awaitable[Response]], **typed: str) -> Response:
+    """Make what has a secret, and show that this once; or what was wrong, with what was `typed`."""
     try:
         made = await run_in_threadpool(act)
     except Rejected as fault:
-        response = await show(fault=str(fault))
-        response.status_code = 400
+        response = await show(fault=str(fault), typed=typed)
+        response.status_code = status_of(fault)
         return response
     return await show(made=made)
 
@@ -871,7 +965,7 @@ async def create_app(
         app, secret = office.registry.create_app(name.strip(), products=products, sends=bool(sends))
         return {"what": "app", "name": app.name, "key": app.key, "secret": secret}
 
-    return await _made(act, functools.partial(_access_page, request, office))
+    return await _made(act, functools.partial(_access_page, request, office), form="app", name=name)
 
 
 @router.post("/access/apps/{name}/products")
@@ -907,7 +1001,7 @@ async def create_key(
         made, key = office.registry.operators.create_key(name.strip(), scope)
         return {"what": "key", "name": made.name, "secret": key}
 
-    return await _made(act, functools.partial(_access_page, request, office))
+    return await _made(act, functools.partial(_access_page, request, office), form="key", name=name, scope=scope)
 
 
 @router.post("/access/keys/{name}/delete")
@@ -919,9 +1013,11 @@ async def delete_key(request: Request, office: In, who: Administers, name: str) 
     )
 
 
-async def _users_page(request: Request, office: Office, fault: str = "", made: Any = None) -> Response:
+async def _users_page(
+    request: Request, office: Office, fault: str = "", made: Any = None, typed: Typed | None = None
+) -> Response:
     users = await run_in_threadpool(office.registry.operators.users)
-    return page(request, "users.html", users=users, fault=fault, made=made)
+    return page(request, "users.html", users=users, fault=fault, made=made, typed=typed or {})
 
 
 @router.get("/users")
@@ -937,7 +1033,7 @@ async def create_user(
         made = api.new_user(office, name.strip(), role)
         return {"name": made.name, "password": made.password}
 
-    return await _made(act, functools.partial(_users_page, request, office))
+    return await _made(act, functools.partial(_users_page, request, office), name=name, role=role)
 
 
 @router.post("/users/{name}/{act}")

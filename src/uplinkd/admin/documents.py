@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic.alias_generators import to_camel
 
 from uplinkd.admin.jobs import Job, JobState
+from uplinkd.admin.words import told
 from uplinkd.core.errors import EXPLANATIONS, MESSAGES, Code
 from uplinkd.core.model import App, Census, Device, Message, Origin, Product, Right, State, TopicClass
 from uplinkd.core.operators import ApiKey, AuditEntry, Role, Scope, User
@@ -304,7 +305,7 @@ class RefusalDocument(_Document):
     device_name: str
     address: str
     topic: str
-    reason: str
+    reason: str = Field(description="why, in the language of the request")
     means: str = Field(description="what the code means, in the language of the request")
     advice: str = Field(description="what to do about it")
 
@@ -325,7 +326,7 @@ class RefusalDocument(_Document):
             device_name=refusal.device_name,
             address=refusal.address,
             topic=refusal.topic,
-            reason=refusal.reason,
+            reason=told(language, refusal.reason),
             means="" if code is Code.SUCCESS else means,
             advice="" if code is Code.SUCCESS else advice,
         )
@@ -482,12 +483,14 @@ class SettingDocument(_Document):
 
 
 class StatsDocument(_Document):
-    """`now` is what happened in the last second; `messages` and `bytes` are what is stored, null while the engine is away."""
+    """`now` is what happened in the last second; `messages` and `bytes` are what is stored, null while the engine is away;
+    `refused` counts the refusals of the last hour by code."""
 
     version: str
     started: int
     devices: CensusDocument
     now: dict[str, Any]
+    refused: dict[str, int]
     messages: int | None
     bytes: int | None
     engine: bool

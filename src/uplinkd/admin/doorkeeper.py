@@ -123,6 +123,10 @@ def needs(scope: Scope) -> Callable[[Request], Awaitable[Principal]]:
         if principal.user is not None and principal.user.one_time:
             raise Forbidden("choose a password of your own first")
         if not principal.scope.covers(scope):
+            if principal.user is not None and scope is Scope.ADMIN:
+                raise Forbidden("this is for admins")
+            if principal.user is not None:
+                raise Forbidden("this is for operators and admins")
             raise Forbidden(f"this needs the scope {scope}; you have {principal.scope}")
         return principal
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from uplinkd.core.errors import Unavailable
 from uplinkd.metrics import Reading
 
 __all__ = ["Figures", "Sample"]
@@ -22,7 +23,7 @@ _REPORTS = {"topic": "https", "mqtt_publish": "mqtt"}
 @dataclass(frozen=True, slots=True)
 class Sample:
     """What happened in the `seconds` before `at` (ms): rates a second, latencies in ms (None: nothing was answered), and how
-    things stood at its end."""
+    things stood at its end; `online` are devices, None while they cannot be counted."""
 
     at: int
     seconds: float
@@ -35,6 +36,7 @@ class Sample:
     connections: dict[str, int] = field(default_factory=dict)
     sessions: int = 0
     waiting: int = 0
+    online: int | None = None
 
     @property
     def document(self) -> dict[str, Any]:
@@ -42,11 +44,13 @@ class Sample:
 
 
 class Figures:
-    """`read` gives the counters of all workers together."""
+    """`read` gives the counters of all workers together, `count_online`, called in a thread, how many devices are online."""
 
     def __init__(self, read: Callable[[], Reading], clock: Callable[[], float] = time.time) -> None:
         self.read = read
+        self.count_online: Callable[[], int] | None = None
         self._clock = clock
+        self._online: int | None = None
         self._last: tuple[float, Reading] = clock(), read()
         self._minute = self._last
         self.seconds: deque[Sample] = deque(maxlen=_SECONDS_KEPT)
@@ -55,17 +59,28 @@ class Figures:
 
     async def run(self) -> None:
         """Sample until cancelled."""
-        while True:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._count())
+            while True:
+                await asyncio.sleep(_SECOND)
+                self.look()
+
+    async def _count(self) -> None:
+        """Beside the samples, which do not wait for a large fleet to be counted."""
+        while self.count_online is not None:
+            try:
+                self._online = await asyncio.to_thread(self.count_online)
+            except Unavailable:
+                self._online = None
             await asyncio.sleep(_SECOND)
-            self.look()
 
     def look(self) -> None:
         """Take one sample."""
         here = self._clock(), self.read()
-        self.seconds.append(sample(self._last, here))
+        self.seconds.append(sample(self._last, here, self._online))
         self._last = here
         if here[0] - self._minute[0] >= _MINUTE:
-            self.minutes.append(sample(self._minute, here))
+            self.minutes.append(sample(self._minute, here, self._online))
             self._minute = here
         fresh, self._fresh = self._fresh, asyncio.Event()
         fresh.set()
@@ -77,7 +92,7 @@ class Figures:
             yield self.seconds[-1]
 
 
-def sample(before: tuple[float, Reading], after: tuple[float, Reading]) -> Sample:
+def sample(before: tuple[float, Reading], after: tuple[float, Reading], online: int | None = None) -> Sample:
     """What happened between two readings, each with its time in s."""
     (began, old), (ended, new) = before, after
     seconds = max(ended - began, 0.001)
@@ -106,4 +121,5 @@ def sample(before: tuple[float, Reading], after: tuple[float, Reading]) -> Sampl
         connections=dict(new.connections),
         sessions=new.sessions,
         waiting=new.engine_waiting,
+        online=online,
     )

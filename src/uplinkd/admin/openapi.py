@@ -15,6 +15,9 @@ Send an API key as `Authorization: Bearer uplk_…`; `uplinkd apikey create NAME
 problem documents (RFC 9457). Lists give `next`, the `cursor` of the page that follows. What was changed since you saw it is not
 overwritten: send its ETag as If-Match. A creation that is sent twice with the same Idempotency-Key happens once."""
 
+# In the order in which people meet them.
+_TAGS = ("products", "devices", "topic classes", "messages", "logs", "jobs", "workbench", "stats", "apps", "access")
+
 
 def describe(app: FastAPI) -> None:
     """Give `app` its OpenAPI document."""
@@ -29,6 +32,7 @@ def describe(app: FastAPI) -> None:
 
 def _document(app: FastAPI) -> dict[str, Any]:
     document = get_openapi(title=app.title, version=app.version, description=_DESCRIPTION, routes=app.routes)
+    document["tags"] = [{"name": name} for name in _TAGS]
     document["components"]["securitySchemes"] = {"apiKey": {"type": "http", "scheme": "bearer"}}
     document["security"] = [{"apiKey": []}]
     for path in document["paths"].values():

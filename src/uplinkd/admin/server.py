@@ -92,6 +92,7 @@ async def _serve(task: ConsoleTask) -> None:
         mqtt=task.mqtt,
         open_reader=functools.partial(open_reader, task.access),
     )
+    figures.count_online = lambda: office.census().online
     server = _server(application(office), task.context)
 
     def stop() -> None:

@@ -6,13 +6,14 @@ Texts are English in the templates and in Python; locale/zh.po has the Chinese, 
 from __future__ import annotations
 
 import functools
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
 from babel.messages.pofile import read_po
 from fastapi import Request
 
-__all__ = ["LANGUAGES", "catalogue", "language_of", "moment", "size", "translated"]
+__all__ = ["LANGUAGES", "catalogue", "language_of", "moment", "size", "told", "translated"]
 
 LANGUAGES = {"en": "English", "zh": "中文"}
 LOCALE = Path(__file__).parent / "locale"
@@ -47,6 +48,26 @@ def catalogue(language: str) -> dict[str, str]:
 
 def translated(language: str, text: str) -> str:
     return catalogue(language).get(text, text)
+
+
+@functools.cache
+def _patterns(language: str) -> list[tuple[re.Pattern[str], str]]:
+    """The texts with values in them, `{}` for each, the most telling first."""
+    texts = sorted((text for text in catalogue(language) if "{}" in text), key=len, reverse=True)
+    return [
+        (re.compile("(.*)".join(map(re.escape, text.split("{}"))), re.DOTALL), catalogue(language)[text])
+        for text in texts
+    ]
+
+
+def told(language: str, fault: str) -> str:
+    """What went wrong, in `language`: such texts are made with their values far from here, in English, and known by their form."""
+    if fault in catalogue(language):
+        return catalogue(language)[fault]
+    for pattern, translation in _patterns(language):
+        if found := pattern.fullmatch(fault):
+            return translation.format(*found.groups())
+    return fault
 
 
 def size(count: int | None) -> str:

@@ -72,15 +72,15 @@ EXPLANATIONS: dict[Code, Explanation] = {
     ),
     Code.PARAM_ERROR: Explanation(
         "The request breaks a rule: a member missing or malformed, a wrong Content-Type, a malformed topic, a query string.",
-        "Correct the request; `uplinkd logs` names the value and the rule.",
+        "Correct the request; the reason, in `uplinkd logs` or the console, names the value and the rule.",
         "请求不合规则：参数缺失或格式错误、Content-Type 错误、Topic 格式错误、带有查询串。",
-        "修正请求；`uplinkd logs` 会指出具体的值和规则。",
+        "修正请求；`uplinkd logs` 或控制台中的原因会指出具体的值和规则。",
     ),
     Code.AUTH_CHECK_ERROR: Explanation(
         "The device was not recognised: unknown, disabled, wrong sign, or a timestamp too far from the server's clock.",
-        "Compare with `uplinkd logs`, which shows the exact content that the server signed, or how far the clock is off.",
+        "Compare with the reason, in `uplinkd logs` or the console: it has the content that the server signed, or the clock's error.",
         "设备鉴权失败：设备不存在、已禁用、签名错误，或时间戳与服务器时钟相差过大。",
-        "对照 `uplinkd logs`：其中给出服务器参与签名的原文，或时钟偏差。",
+        "对照 `uplinkd logs` 或控制台中的原因：其中给出服务器参与签名的原文，或时钟偏差。",
     ),
     Code.TOKEN_IS_EXPIRED: Explanation(
         "The token is too old, or stands no longer (device disabled or deleted, secret changed, signing key rotated out).",
@@ -108,9 +108,9 @@ EXPLANATIONS: dict[Code, Explanation] = {
     ),
     Code.PUBLISH_MESSAGE_ERROR: Explanation(
         "Not stored: the device may not publish to this topic, or the message engine did not take it.",
-        "`uplinkd logs` says which; for the first add a topic class, for the second retry.",
+        "The reason, in `uplinkd logs` or the console, says which; for the first add a topic class, for the second retry.",
         "消息未存储：设备无权向该 Topic 发布，或消息引擎未接收。",
-        "`uplinkd logs` 会说明是哪一种；前者添加 Topic 类，后者重试。",
+        "`uplinkd logs` 或控制台中的原因会说明是哪一种；前者添加 Topic 类，后者重试。",
     ),
     Code.REQUEST_TOO_MANY: Explanation(
         "Flow control: too many requests of this device, or too many refused logins from this address.",

@@ -301,8 +301,10 @@ def _refuse_malformed(path: bytes) -> None:
 
 
 def _check_characters(text: str) -> None:
-    if not text.startswith("/") or text == "/":
+    if text in ("", "/"):
         raise _malformed(text, "it is empty; the path is /topic/${productKey}/${deviceName}/…")
+    if not text.startswith("/"):
+        raise _malformed(text, "it does not begin with a slash; it is such as /${productKey}/${deviceName}/…")
     if "" in text[1:].split("/"):
         raise _malformed(text, "it has an empty level")
     for char in text:

@@ -1,4 +1,8 @@
 // Swagger UI over the API's own description; a signed-in browser may try what it reads.
+const theme = document.documentElement.dataset.theme;
+const dark = theme === "dark" || (theme === "auto" && matchMedia("(prefers-color-scheme: dark)").matches);
+document.documentElement.classList.toggle("dark-mode", dark);
+
 window.addEventListener("load", () => {
   const csrf = document.body.dataset.csrf;
   window.SwaggerUIBundle({

@@ -63,7 +63,8 @@ export class Chart {
       element("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(value), y2: y(value) }, svg);
       if (step % 2 === 0) element("text", { x: MARGIN.left - 6, y: y(value) + 4, "text-anchor": "end" }, svg).textContent = short(value);
     }
-    const clock = new Intl.DateTimeFormat(document.documentElement.lang, { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
+    const second = span < 600_000 ? { second: "2-digit" } : {};
+    const clock = new Intl.DateTimeFormat(document.documentElement.lang, { hour: "2-digit", minute: "2-digit", ...second, hourCycle: "h23" });
     for (let part = 0; part <= 3; part += 1) {
       const at = begin + (span * part) / 3;
       const anchor = ["start", "middle", "middle", "end"][part];
@@ -77,7 +78,8 @@ export class Chart {
       this.samples.forEach((sample, place) => {
         const value = values[place];
         if (value === null || value === undefined || sample.at < begin) { pen = "M"; return; }
-        path += `${pen}${x(sample.at).toFixed(1)} ${y(value).toFixed(1)}`;
+        // h0: a point without neighbours is seen, too.
+        path += `${pen}${x(sample.at).toFixed(1)} ${y(value).toFixed(1)}${pen === "M" ? "h0" : ""}`;
         pen = "L";
         first ??= sample.at;
         last = sample.at;

@@ -1,14 +1,21 @@
 // What every page has: times in the reader's zone, buttons that copy, questions before what cannot be undone, tabs.
 
 export function writeTimes(root) {
-  const format = new Intl.DateTimeFormat(document.documentElement.lang, {
-    year: "numeric", month: "2-digit", day: "2-digit", hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23",
-  });
+  // Sweden writes years first, as ISO 8601 does: one form that no reader of either language takes for another.
+  const format = new Intl.DateTimeFormat("sv-SE", { dateStyle: "short", timeStyle: "medium" });
   for (const each of root.querySelectorAll("time[data-ms]")) {
     const moment = new Date(Number(each.dataset.ms));
     each.dateTime = moment.toISOString();
     each.title = moment.toISOString();
     each.textContent = format.format(moment);
+  }
+}
+
+// On a phone a row is a block, and each cell says of which column it is.
+export function labelCells(table) {
+  const names = [...table.querySelectorAll("thead th")].map((each) => (each.querySelector(".hidden") ? "" : each.textContent));
+  for (const row of table.tBodies[0].rows) {
+    names.forEach((name, place) => { if (name && row.cells[place]) row.cells[place].dataset.label = name; });
   }
 }
 
@@ -89,4 +96,18 @@ for (const search of document.querySelectorAll("#q")) {
   });
 }
 
+// What drops down closes by Escape, and by a click elsewhere.
+const DROPPED = ".menu[open], .acts > .act[open]";
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape") return;
+  for (const each of document.querySelectorAll(DROPPED)) {
+    each.open = false;
+    each.querySelector("summary").focus();
+  }
+});
+document.addEventListener("click", (event) => {
+  for (const each of document.querySelectorAll(DROPPED)) if (!each.contains(event.target)) each.open = false;
+});
+
+for (const table of document.querySelectorAll(".scroll table")) labelCells(table);
 writeTimes(document);

@@ -1,5 +1,6 @@
 // New messages, or new refusals, as they come: by server-sent events, at most so many rows in the page.
-import { writeTimes } from "./console.js";
+import { labelCells, writeTimes } from "./console.js";
+import { stream } from "./stream.js";
 
 const MOST = 200;
 const feed = document.getElementById("feed");
@@ -42,7 +43,6 @@ function refusalBox(each) {
 }
 
 function follow(place, name, make) {
-  const source = new EventSource(`/api/v1/${name === "messages" ? "messages" : "logs"}/stream${location.search}`);
   const pause = document.getElementById("pause");
   const fill = (text, count) => text.replace("{n}", count.toLocaleString(document.documentElement.lang));
   let waiting = [];
@@ -58,17 +58,22 @@ function follow(place, name, make) {
     for (const each of items.slice(-MOST)) place.prepend(make(each));
     while (place.children.length > MOST) place.lastElementChild.remove();
     writeTimes(place);
+    if (place.localName === "tbody") labelCells(place.closest("table"));
   };
-  source.addEventListener("open", tell);
-  source.addEventListener("error", () => { feed.textContent = feed.dataset.away; });
-  source.addEventListener(name, (event) => {
-    const told = JSON.parse(event.data);
+  const take = (told) => {
     skipped += told.skipped ?? 0;
     if (paused) {
       waiting.push(...told.items);
       if (waiting.length > MOST) skipped += waiting.splice(0, waiting.length - MOST).length;
     } else show(told.items);
     tell();
+  };
+  stream(`/api/v1/${name === "messages" ? "messages" : "logs"}/stream${location.search}`, name, take, {
+    opened: tell,
+    away: (why) => {
+      feed.textContent = why || feed.dataset.away;
+      feed.classList.toggle("bad", Boolean(why));
+    },
   });
   pause?.addEventListener("click", () => {
     paused = !paused;
