@@ -13,7 +13,7 @@ serve: $(VENV)/run.stamp  ## run the server on https://127.0.0.1:8443 with a dem
 	@exec $(BIN)/uplinkd serve --demo
 
 test: $(VENV)/dev.stamp  ## run all tests but the slow ones
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 3 --dist loadgroup
 
 slow: $(VENV)/dev.stamp  ## run the slow tests: faults under load, large imports
 	$(BIN)/python -m pytest -m slow -v --timeout 600

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house import UPLINKD, environment
+from tests.house import UPLINKD, cli, environment
 from uplinkd.core.subjects import to_subject
 from uplinkd.engine import open_publisher
 from uplinkd.engine.embedded import Access, EmbeddedServer
@@ -42,13 +42,8 @@ def store(settings: Settings, access: Access, *messages: tuple[str, bytes]) -> l
     return asyncio.run(run())
 
 
-def messages(*arguments: str, data: Path) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [*UPLINKD, "messages", *arguments, "--data", str(data)],
-        capture_output=True, text=True, timeout=40, env=environment(), cwd=data.parent,
-    )  # fmt: skip
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
+def messages(*arguments: str, data: Path) -> subprocess.CompletedProcess[bytes]:
+    return cli("messages", *arguments, data=data, check=False)
 
 
 @pytest.fixture
@@ -92,7 +87,7 @@ def test_people_see_text_as_text_and_anything_else_as_hex(data: Path, server: Em
         b"\xff\x00": "ff00",
     }
     store(Settings(data=data), server.access, *((TOPICS[0], payload) for payload in payloads))
-    lines = messages("list", data=data).stdout.splitlines()
+    lines = messages("list", data=data).stdout.decode().splitlines()
     assert len(lines) == len(payloads)
     for line, shown in zip(lines, payloads.values(), strict=True):
         assert line.endswith(f"{TOPICS[0]}  {shown}")
@@ -136,8 +131,8 @@ def test_what_cannot_be_done_is_said_in_one_line(data: Path, arguments: tuple[st
     (data / "nats").mkdir(parents=True)
     started = time.monotonic()
     done = messages(*arguments, data=data)
-    assert (done.returncode, done.stdout) == (code, "")
-    assert words in done.stderr.splitlines()[-1]
+    assert (done.returncode, done.stdout) == (code, b"")
+    assert words in done.stderr.decode().splitlines()[-1]
     assert code == 2 or len(done.stderr.splitlines()) == 1
     assert time.monotonic() - started < 10
 

@@ -1,9 +1,10 @@
-"""One server for all tests of real clients on this xdist worker; sessions end with their test."""
+"""One server for all tests of real clients; sessions end with their test."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,14 @@ from tests.house import serving
 LIMITS = ("--workers", "2", "--device-rate", "1000", "--auth-rate", "0", "--address-auth-rate", "0")
 
 MakeSession = Callable[..., Session]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All on one xdist worker, for its server takes seconds to start."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("clients"))
 
 
 @pytest.fixture(scope="session")

@@ -51,6 +51,11 @@ def settings_of(implementation: str, folder: Path) -> Settings:
     return Settings(data=folder / "data")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def migrations() -> None:
+    """The real ones."""
+
+
 @pytest.fixture(params=["sqlite"])
 def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
     return settings_of(request.param, tmp_path)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from tests.browser import choose_password, chromium, one_time_password, sign_in, visit
 from tests.house import Server, environment, login_body
 
-pytestmark = pytest.mark.xdist_group("console")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("console")]
 
 
 def test_a_newcomer_finds_their_way_by_the_console_alone(tmp_path: Path) -> None:
@@ -74,10 +75,11 @@ def test_a_newcomer_finds_their_way_by_the_console_alone(tmp_path: Path) -> None
             request_id = json.loads(answer)["info"]["requestId"]
             page.fill("#q", request_id)
             page.press("#q", "Enter")
-            for _ in range(50):  # it is recorded a moment after the answer
-                if page.query_selector(f".refusal:has-text('{request_id}')"):
-                    break
-                page.wait_for_timeout(200)
+            page.wait_for_url("**/logs?**")
+            end = time.monotonic() + 10
+            while page.query_selector(f".refusal:has-text('{request_id}')") is None:  # it is recorded within a second
+                assert time.monotonic() < end, "the refusal is not found"
+                time.sleep(0.1)
                 page.reload()
             told = page.inner_text(".refusal")
             assert "20000" in told

@@ -71,51 +71,47 @@ def explain(given: str, secret: str, facts: Facts) -> Explained | None:
     wanted = _Given(given)
     if not wanted.hex or sum(len(name) + len(value) for name, value in facts.submitted) > _MAX_CONTENT:
         return None
-    contents = list(_contents(facts))
-    keys = list(_keys(secret, facts))
-    makers = list(_makers(facts))
+    made = _ways_to_make(secret, facts)
+    contents: dict[str, tuple[int, tuple[Mistake, ...]]] = {}
     for most in range(_MOST + 1):
-        for content_cost, detours, content in contents:
-            if content_cost > most:
-                break
+        for detours, content in _contents(facts, most):
+            contents.setdefault(content, (most, detours))
+        for content, (content_cost, detours) in contents.items():
             message = content.encode(errors="surrogatepass")
-            for way_to_key, key in keys:
-                cost = content_cost + (way_to_key.cost if way_to_key else 0)
-                for ways, make in makers:
-                    if cost + len(ways) != most:
-                        continue
-                    drawn = wanted.is_drawn_as(make(key, message))
-                    if drawn is not None:
-                        all_ways = (*detours, *((way_to_key,) if way_to_key else ()), *ways, *drawn)
-                        return Explained(all_ways, content)
+            for ways, key, make in made[most - content_cost]:
+                drawn = wanted.is_drawn_as(make(key, message))
+                if drawn is not None:
+                    return Explained((*detours, *ways, *drawn), content)
     return None
+
+
+def _ways_to_make(secret: str, facts: Facts) -> list[list[tuple[tuple[Mistake, ...], bytes, Make]]]:
+    """(detours, key, construction) by what they cost: at index 2 those of two mistakes."""
+    by_cost: list[list[tuple[tuple[Mistake, ...], bytes, Make]]] = [[] for _ in range(_MOST + 1)]
+    makers = list(_makers(facts))
+    for way_to_key, key in _keys(secret, facts):
+        for ways, make in makers:
+            if (cost := _cost(way_to_key, *ways)) <= _MOST:
+                by_cost[cost].append(((*((way_to_key,) if way_to_key else ()), *ways), key, make))
+    return by_cost
 
 
 # -- members, values, order, text
 
 
-def _contents(facts: Facts) -> list[tuple[int, tuple[Mistake, ...], str]]:
-    """(cost, detours, content) of every way to the text that is signed, the cheapest first, no text twice."""
-    found: list[tuple[int, tuple[Mistake, ...], str]] = []
+def _contents(facts: Facts, cost: int) -> Iterator[tuple[tuple[Mistake, ...], str]]:
+    """(detours, content) of every way to the text that is signed whose detours cost just this; a text may come twice."""
     for of_set, members in _sets(facts):
         for of_values, valued in _values(facts, members):
-            for of_order, ordered in _orders(facts, valued):
-                if _cost(of_set, of_values, of_order) > _MOST:
-                    continue
-                for of_text, text in _texts(ordered):
-                    if _cost(of_set, of_values, of_order, of_text) > _MOST:
-                        continue
-                    for of_end, ended in _ends(text):
-                        detours = (of_set, of_values, of_order, of_text, of_end)
-                        if (cost := _cost(*detours)) <= _MOST:
-                            found.append((cost, tuple(each for each in detours if each), ended))
-    if facts.pasted:
-        found.append((1, (_PASTED,), facts.pasted))
-    found.sort(key=lambda each: each[0])
-    cheapest: dict[str, tuple[int, tuple[Mistake, ...], str]] = {}
-    for each in found:
-        cheapest.setdefault(each[2], each)
-    return list(cheapest.values())
+            if (after_values := cost - _cost(of_set, of_values)) < 0:
+                continue
+            for of_order, ordered in _orders(facts, valued, after_values):
+                after_order = after_values - _cost(of_order)
+                for of_text, text in _texts(ordered, after_order):
+                    for of_end, ended in _ends(text, after_order - _cost(of_text)):
+                        yield tuple(each for each in (of_set, of_values, of_order, of_text, of_end) if each), ended
+    if facts.pasted and cost == 1:
+        yield (_PASTED,), facts.pasted
 
 
 def _cost(*ways: Mistake | None) -> int:
@@ -253,85 +249,121 @@ def _values(facts: Facts, members: Pairs) -> Iterator[tuple[Mistake | None, Pair
     )
 
 
-def _orders(facts: Facts, members: Pairs) -> Iterator[tuple[Mistake | None, Pairs]]:
+def _orders(facts: Facts, members: Pairs, left: int) -> Iterator[tuple[Mistake | None, Pairs]]:
+    """In which order they were signed; `left` is what this way and those that follow may cost."""
     yield None, members
-    rank = {name: index for index, (name, _) in enumerate(facts.submitted)}
-    text = "The members were not sorted by name ({}); they are signed in the order of their names."
-    text_zh = "各字段没有按名称排序（{}）；应按名称升序拼接。"
-
-    def unsorted(how: str, how_zh: str, cost: int = 1) -> Mistake:
-        return Mistake("unsorted", text.format(how), text_zh.format(how_zh), cost, of_content=True)
-
-    yield (
-        unsorted("signed in the order in which they were sent", "按提交顺序签名"),
-        tuple(sorted(members, key=lambda pair: rank.get(pair[0], len(rank)))),
-    )
-    yield (
-        unsorted("signed without regard to letter case", "排序时忽略了大小写"),
-        tuple(sorted(members, key=lambda pair: pair[0].lower())),
-    )
-    yield unsorted("signed backwards", "按名称降序签名"), members[::-1]
-    if len(members) <= 4:
+    if left >= 1:
+        rank = {name: index for index, (name, _) in enumerate(facts.submitted)}
+        yield _AS_SENT, tuple(sorted(members, key=lambda pair: rank.get(pair[0], len(rank))))
+        yield _CASELESS, tuple(sorted(members, key=lambda pair: pair[0].lower()))
+        yield _BACKWARDS, members[::-1]
+    if left >= 2 and len(members) <= 4:
         for order in itertools.permutations(members):
             names = [name for name, _ in order]
-            yield unsorted("signed as " + ", ".join(names), "按 " + "、".join(names) + " 的顺序签名", 2), order
+            yield _unsorted("signed as " + ", ".join(names), "按 " + "、".join(names) + " 的顺序签名", 2), order
 
 
-def _texts(members: Pairs) -> Iterator[tuple[Mistake | None, str]]:
+def _unsorted(how: str, how_zh: str, cost: int = 1) -> Mistake:
+    return Mistake(
+        "unsorted",
+        f"The members were not sorted by name ({how}); they are signed in the order of their names.",
+        f"各字段没有按名称排序（{how_zh}）；应按名称升序拼接。",
+        cost,
+        of_content=True,
+    )
+
+
+_AS_SENT = _unsorted("signed in the order in which they were sent", "按提交顺序签名")
+_CASELESS = _unsorted("signed without regard to letter case", "排序时忽略了大小写")
+_BACKWARDS = _unsorted("signed backwards", "按名称降序签名")
+
+
+def _texts(members: Pairs, left: int) -> Iterator[tuple[Mistake | None, str]]:
     """How names and values were put together."""
-    yield None, "".join(name + value for name, value in members)
-    for joint, between in itertools.product(("", "=", ":"), ("", "&", ",", ";", "|", " ", "\n")):
-        if not joint and not between:
-            continue
-        shown = f"name{joint}value{between}name{joint}value".replace("\n", "\\n")
-        mistake = Mistake(
-            "separators",
-            f"The members were joined as {shown}; names and values follow one another without separators.",
-            f"各字段拼接成了 {shown} 的形式；名与值应直接拼接，不加任何分隔符。",
-            of_content=True,
-        )
-        yield mistake, between.join(name + joint + value for name, value in members)
-    for between in ("", "&", ","):
-        mistake = Mistake(
-            "values_only",
-            f"The values were signed without their names{f', joined by {between}' if between else ''}; name and value are both signed.",
-            f"只签了值而没有名称{f'，以 {between} 连接' if between else ''}；名与值都要参与签名。",
-            of_content=True,
-        )
-        yield mistake, between.join(value for _, value in members)
+    yield None, "".join([name + value for name, value in members])
+    if not left:
+        return
+    for mistake, joint, between in _SEPARATED:
+        yield mistake, between.join([name + joint + value for name, value in members])
+    for mistake, between in _VALUES_ONLY:
+        yield mistake, between.join([value for _, value in members])
     for separators in ((",", ":"), (", ", ": ")):
-        mistake = Mistake(
-            "signed_json",
-            "The JSON text was signed; names and values are signed one after another, without braces, quotes and commas.",
-            "对 JSON 文本签名了；应把名与值直接拼接，不带花括号、引号和逗号。",
+        yield _JSON, json.dumps(dict(members), separators=separators, ensure_ascii=False)
+
+
+def _separated(joint: str, between: str) -> Mistake:
+    shown = f"name{joint}value{between}name{joint}value".replace("\n", "\\n")
+    return Mistake(
+        "separators",
+        f"The members were joined as {shown}; names and values follow one another without separators.",
+        f"各字段拼接成了 {shown} 的形式；名与值应直接拼接，不加任何分隔符。",
+        of_content=True,
+    )
+
+
+def _values_only(between: str) -> Mistake:
+    return Mistake(
+        "values_only",
+        f"The values were signed without their names{f', joined by {between}' if between else ''}; name and value are both signed.",
+        f"只签了值而没有名称{f'，以 {between} 连接' if between else ''}；名与值都要参与签名。",
+        of_content=True,
+    )
+
+
+_SEPARATED = tuple(
+    (_separated(joint, between), joint, between)
+    for joint, between in itertools.product(("", "=", ":"), ("", "&", ",", ";", "|", " ", "\n"))
+    if joint or between
+)
+_VALUES_ONLY = tuple((_values_only(between), between) for between in ("", "&", ","))
+_JSON = Mistake(
+    "signed_json",
+    "The JSON text was signed; names and values are signed one after another, without braces, quotes and commas.",
+    "对 JSON 文本签名了；应把名与值直接拼接，不带花括号、引号和逗号。",
+    of_content=True,
+)
+
+
+def _ends(text: str, left: int) -> Iterator[tuple[Mistake | None, str]]:
+    """What was done to the whole text, where all of `left` is spent by it."""
+    if left == 0:
+        yield None, text
+    elif left == 1:
+        for mistake, end in _TRAILING:
+            yield mistake, text + end
+        yield _LOWER, text.lower()
+        yield _UPPER, text.upper()
+
+
+_TRAILING = tuple(
+    (
+        Mistake(
+            "trailing_character",
+            f"The content was signed with {name} at its end (echo, or sizeof for strlen?); it ends with the last value.",
+            f"签名的 content 末尾多了{name_zh}（是否来自 echo，或把 sizeof 当作 strlen？）；content 到最后一个值为止。",
             of_content=True,
-        )
-        yield mistake, json.dumps(dict(members), separators=separators, ensure_ascii=False)
-
-
-def _ends(text: str) -> Iterator[tuple[Mistake | None, str]]:
-    yield None, text
+        ),
+        end,
+    )
     for end, name, name_zh in (
         ("\n", "a line feed", "换行符"),
         ("\r\n", "a carriage return and a line feed", "回车换行符"),
         ("\0", "the zero byte that ends a C string", "C 字符串结尾的零字节"),
         (" ", "a space", "空格"),
-    ):
-        mistake = Mistake(
-            "trailing_character",
-            f"The content was signed with {name} at its end (echo, or sizeof for strlen?); it ends with the last value.",
-            f"签名的 content 末尾多了{name_zh}（是否来自 echo，或把 sizeof 当作 strlen？）；content 到最后一个值为止。",
-            of_content=True,
-        )
-        yield mistake, text + end
-    for other, case, case_zh in ((text.lower(), "lower", "小写"), (text.upper(), "upper", "大写")):
-        mistake = Mistake(
-            "content_case",
-            f"The content was turned into {case} case before it was signed; its letters are signed as they are sent.",
-            f"签名前把 content 转成了{case_zh}；应保持提交时的大小写。",
-            of_content=True,
-        )
-        yield mistake, other
+    )
+)
+
+
+def _other_case(case: str, case_zh: str) -> Mistake:
+    return Mistake(
+        "content_case",
+        f"The content was turned into {case} case before it was signed; its letters are signed as they are sent.",
+        f"签名前把 content 转成了{case_zh}；应保持提交时的大小写。",
+        of_content=True,
+    )
+
+
+_LOWER, _UPPER = _other_case("lower", "小写"), _other_case("upper", "大写")
 
 
 # -- key and construction
