@@ -26,7 +26,7 @@ from tests.house import freeze, until
 from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.core.model import Origin
 from uplinkd.core.subjects import to_subject
-from uplinkd.engine import Publisher, Query, Reader, open_publisher, open_reader
+from uplinkd.engine import Publisher, Query, Reader, embedded, open_publisher, open_reader
 from uplinkd.engine.embedded import Access, EmbeddedServer, access_for, find_binary
 from uplinkd.engine.jetstream import JetStreamPublisher
 from uplinkd.engine.memory import MemoryEngine
@@ -371,6 +371,24 @@ async def test_a_killed_engine_loses_nothing_and_every_publish_is_answered_once(
     assert all(found.get(message_id) == b"%d" % number for message_id, number in acknowledged.items())
     await reader.close()
     await publisher.stop()
+
+
+async def test_another_server_at_the_port_is_not_taken_for_ours(
+    settings: Settings, server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was quicker; ours starts at the next port, and whoever uses it is let in."""
+    ports = iter([int(server.access.urls[0].rpartition(":")[2])])
+    free = embedded._free_port
+    monkeypatch.setattr(embedded, "_free_port", lambda host: next(ports, 0) or free(host))
+    other = EmbeddedServer.start(settings.model_copy(update={"data": tmp_path / "other"}))
+    try:
+        assert other.access.urls != server.access.urls
+        publisher = open_publisher(settings, other.access)
+        await publisher.start()
+        assert (await publish(publisher, b"x"))[1] == ""
+        await publisher.stop()
+    finally:
+        other.stop()
 
 
 async def test_a_frozen_engine_is_noticed_and_recovered_from(settings: Settings, server: EmbeddedServer) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -128,6 +129,7 @@ class EmbeddedServer:
         self._binary = binary
         self._lock: int | None = lock
         self._folder = _folder(settings)
+        self._name = f"uplinkd-{hashlib.sha256(bytes(self._folder.absolute())).hexdigest()[:16]}"
         self._password = secrets.token_urlsafe(24)
         self._system = secrets.token_urlsafe(24)
         self._host, self._port = address(settings.nats_listen) if self._for_apps else ("127.0.0.1", 0)
@@ -295,7 +297,8 @@ class EmbeddedServer:
         host = urlsplit(self.access.urls[0]).hostname
         while time.monotonic() < end:
             with contextlib.suppress(OSError), socket.create_connection((host, self._port), timeout=1) as probe:
-                if probe.recv(5) == b"INFO ":
+                # Another server may have taken the port since it was found free: its answer is not ours.
+                if self._name in probe.makefile().readline():
                     return
             if self._process is None or self._process.poll() is not None:
                 raise Unavailable(f"nats-server did not start: {self._last_words()}")
@@ -347,7 +350,7 @@ class EmbeddedServer:
             tls = f'tls {{ handshake_first: "auto", certs: [\n{pairs}] }}\nallow_non_tls: true'
         return f"""# Written by uplinkd at each start.
 listen: {quoted(listen)}
-server_name: "uplinkd"
+server_name: {self._name}
 accounts {{
   SYS {{ {user("system", self._system)} }}
   {_ACCOUNT} {{
