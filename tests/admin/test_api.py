@@ -50,6 +50,20 @@ async def test_a_product_and_a_device_are_made_shown_changed_and_deleted(house: 
         assert (await api.get(f"{V1}/products/{key}")).status_code == 404
 
 
+async def test_an_application_that_was_changed_meanwhile_is_neither_changed_nor_deleted(house: House) -> None:
+    """By whoever has not seen the change."""
+    lamps, pumps = house.registry.create_product("my lamps"), house.registry.create_product("my pumps")
+    async with house.key() as api:
+        url = f"{V1}/apps/billing"
+        made = await api.post(f"{V1}/apps", json={"name": "billing", "products": [lamps.key]})
+        seen = {"If-Match": made.headers["ETag"]}
+        changed = await api.patch(url, json={"products": [lamps.key, pumps.key]}, headers=seen)
+        assert changed.status_code == 200
+        assert (await api.patch(url, json={"products": []}, headers=seen)).status_code == 412
+        assert (await api.delete(url, headers=seen)).status_code == 412
+        assert (await api.delete(url, headers={"If-Match": changed.headers["ETag"]})).status_code == 204
+
+
 async def test_no_list_and_no_audit_holds_a_secret(house: House) -> None:
     """Secrets are shown on demand, to operators, and the audit says to whom."""
     product = house.registry.create_product("my lamps")

@@ -675,9 +675,9 @@ def change_app(
 
 
 @router.delete("/apps/{name}", tags=["apps"], status_code=204)
-def delete_app(office: In, who: Administers, name: Name) -> None:
+def delete_app(office: In, who: Administers, name: Name, if_match: IfMatch = None) -> None:
     """Revoke its credentials; within a second its connections are closed."""
-    office.registry.delete_app(name)
+    office.registry.delete_app(name, version=_version(if_match))
 
 
 # -- access

@@ -278,6 +278,7 @@ class Registry(Management, Protocol):
         skip_bad: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> ImportReport: ...
+    def delete_app(self, name: str, *, version: str | None = None) -> None: ...
     def set_app(self, name: str, products: Sequence[str], *, version: str | None = None) -> App:
         """Let the application reach exactly `products`."""
 

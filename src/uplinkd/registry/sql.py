@@ -660,11 +660,12 @@ class SqlRegistry:
             audit.note(connection, "app.withdraw", name, ", ".join(products))
             return _app_named(connection, name)
 
-    def delete_app(self, name: str) -> None:
+    def delete_app(self, name: str, *, version: str | None = None) -> None:
         with self._writing() as connection:
-            app_id = _app_named(connection, name).id
-            connection.execute(delete(apps).where(apps.c.id == app_id))
-            _announce(connection, app_id=app_id)
+            app = _app_named(connection, name)
+            _check_version(f"application {name!r}", app.version, version)
+            connection.execute(delete(apps).where(apps.c.id == app.id))
+            _announce(connection, app_id=app.id)
             audit.note(connection, "app.delete", name)
 
     def find_app(self, key: str) -> App | None:
