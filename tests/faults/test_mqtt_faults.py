@@ -19,7 +19,7 @@ import pytest
 from tests.clients.fleet import Fleet, Login, Thing, make_fleet, until
 from tests.clients.session import TRANSPORTS, Session
 from tests.clients.workers import worker_of
-from tests.house import Server, cli, cli_json, freeze, serving, stored
+from tests.house import Server, cli, cli_json, command, freeze, serving, stored
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]
 
@@ -191,8 +191,8 @@ class Operator(threading.Thread):
                 if not self.running:
                     return
                 thing, text = next(self._things), f"{self._label}/{count}"
-                command = ("send", thing.product, thing.name, thing.topic("user/get"), text)
-                if cli(*command, data=thing.server.data, check=False).returncode == 0:
+                words = ("send", thing.product, thing.name, thing.topic("user/get"), text)
+                if command(*words, data=thing.server.data).returncode == 0:
                     self.acknowledged.append((thing.name, text))
                 else:
                     self.refused += 1
