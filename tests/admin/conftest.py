@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from argon2 import PasswordHasher
 from fastapi import FastAPI
 
 from uplinkd.admin.access import hash_password
@@ -25,11 +26,18 @@ from uplinkd.engine import Told
 from uplinkd.engine.memory import MemoryBus, MemoryEngine
 from uplinkd.journal import Journal, Refusal
 from uplinkd.metrics import Metrics
-from uplinkd.registry import open_registry
+from uplinkd.registry import open_registry, passwords
 from uplinkd.settings import Settings
 
 PASSWORD = "correct horse battery"
 URL = "http://localhost"
+
+
+@pytest.fixture(autouse=True)
+def cheap_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A password that is worth its 64 MiB takes an eighth of a second, and tests sign in often. A check goes by what the hash
+    says of itself."""
+    monkeypatch.setattr(passwords, "hasher", PasswordHasher(time_cost=1, memory_cost=8, parallelism=1))
 
 
 @dataclass

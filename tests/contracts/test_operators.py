@@ -13,6 +13,7 @@ from uplinkd.core.errors import Conflict, NotFound, Rejected, Stale
 from uplinkd.core.model import Census, Right, State
 from uplinkd.core.operators import Actor, Role, Scope, acting
 from uplinkd.registry import Answer, ImportRow, Registry, Sighting, audit, open_registry
+from uplinkd.registry.passwords import hash_password
 from uplinkd.settings import Settings
 
 
@@ -26,6 +27,12 @@ def registry(settings: Settings) -> Iterator[Registry]:
     registry = open_registry(settings)
     yield registry
     registry.close()
+
+
+def test_a_password_is_kept_as_argon2id_of_64_mib() -> None:
+    """RFC 9106's second recommendation; another each time."""
+    assert hash_password("correct horse").startswith("$argon2id$v=19$m=65536,t=3,p=4$")
+    assert hash_password("correct horse") != hash_password("correct horse")
 
 
 def test_users_have_a_role_a_password_and_sessions(registry: Registry) -> None:
