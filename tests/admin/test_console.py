@@ -105,6 +105,24 @@ async def test_the_overview_counts_devices_and_refusals(house: House) -> None:
     await asyncio.gather(running, return_exceptions=True)
 
 
+async def test_an_application_reaches_one_of_very_many_products(house: House) -> None:
+    """The first are offered by name, the others are named by their keys; what it reaches already stays chosen."""
+    keys = [house.registry.create_product(f"product {number:03}").key for number in range(60)]
+    async with house.signed_in() as browser:
+        assert (
+            await browser.post("/access/apps", name="billing", further=f"{keys[57]}, {keys[58]}")
+        ).status_code == 200
+        page = (await browser.get("/access")).text
+        assert page.count('name="products"') == 50 + 2 + 50
+        assert [f'value="{key}" checked' in page for key in keys[57:]] == [True, True, False]
+        version = house.registry.app("billing").version
+        chosen = {"products": [keys[0], keys[58]], "further": keys[59], "version": version}
+        assert (await browser.post("/access/apps/billing/products", **chosen)).status_code == 303
+        assert set(house.registry.app("billing").products) == {keys[0], keys[58], keys[59]}
+        unknown = await browser.post("/access/apps", name="other", further="a1nowhere")
+        assert (unknown.status_code, 'name="further" value="a1nowhere"' in unknown.text) == (404, True)
+
+
 async def test_roles_decide_what_is_shown_and_done(house: House) -> None:
     """A viewer looks, and sees no button that would be refused; forms posted all the same are refused."""
     pk = product_with_device(house)

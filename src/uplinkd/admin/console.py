@@ -58,6 +58,8 @@ _PAGE = 50
 _YEAR = 365 * 86400
 _LAST = 10
 _SEARCHED = 200
+# So many products are offered by name where some are chosen; the others by their keys.
+_CHOICES = 50
 # Of so many refusals the last kinds are shown, each once.
 _LOOKED_AT, _KINDS = 200, 5
 _ENGINE_PATIENCE = 1.5
@@ -919,7 +921,7 @@ async def _access_page(
     request: Request, office: Office, fault: str = "", made: Any = None, typed: Typed | None = None
 ) -> Response:
     apps = await run_in_threadpool(office.registry.apps)
-    products = await run_in_threadpool(office.registry.products)
+    products = await run_in_threadpool(lambda: office.registry.product_page(limit=_CHOICES + 1))
     admin = request.state.principal.scope.covers(Scope.ADMIN)
     keys = await run_in_threadpool(office.registry.operators.api_keys) if admin else []
     return page(
@@ -927,8 +929,9 @@ async def _access_page(
         "access.html",
         apps=apps,
         keys=keys,
-        products=products,
-        names={product.key: product.name for product in products},
+        products=products[:_CHOICES],
+        more_products=len(products) > _CHOICES,
+        names={product.key: product.name for product in products[:_CHOICES]},
         origin=str(request.base_url).rstrip("/"),
         fault=fault,
         made=made,
@@ -959,13 +962,20 @@ async def create_app(
     who: Administers,
     name: Field,
     products: Annotated[list[str], Form()] = [],  # noqa: B006 - FastAPI copies it
+    further: Field = "",
     sends: Field = "",
 ) -> Response:
     def act() -> dict[str, str]:
-        app, secret = office.registry.create_app(name.strip(), products=products, sends=bool(sends))
+        chosen = [*products, *_keys_in(further)]
+        app, secret = office.registry.create_app(name.strip(), products=chosen, sends=bool(sends))
         return {"what": "app", "name": app.name, "key": app.key, "secret": secret}
 
-    return await _made(act, functools.partial(_access_page, request, office), form="app", name=name)
+    return await _made(act, functools.partial(_access_page, request, office), form="app", name=name, further=further)
+
+
+def _keys_in(text: str) -> list[str]:
+    """ProductKeys that were typed, apart by commas or white space."""
+    return re.findall(r"[^\s,]+", text)
 
 
 @router.post("/access/apps/{name}/products")
@@ -976,9 +986,10 @@ async def set_app_products(
     name: str,
     version: Field,
     products: Annotated[list[str], Form()] = [],  # noqa: B006 - FastAPI copies it
+    further: Field = "",
 ) -> Response:
     return await _try(
-        lambda: office.registry.set_app(name, products, version=version),
+        lambda: office.registry.set_app(name, [*products, *_keys_in(further)], version=version),
         lambda _: _go("/access", "app.products"),
         lambda fault: _access_page(request, office, fault),
     )
