@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -389,6 +390,28 @@ async def test_another_server_at_the_port_is_not_taken_for_ours(
         await publisher.stop()
     finally:
         other.stop()
+
+
+def test_another_program_at_the_port_is_not_taken_for_ours(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it says: a database greets with bytes that are no text."""
+    with socket.create_server(("127.0.0.1", 0)) as quicker:
+
+        def greet() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    with quicker.accept()[0] as one:
+                        one.sendall(b"\xff\xfe\x00" + b"x" * 10_000 + b"\n")
+
+        threading.Thread(target=greet, daemon=True).start()
+        port = quicker.getsockname()[1]
+        ports, free = iter([port]), embedded._free_port
+        monkeypatch.setattr(embedded, "_free_port", lambda host: next(ports, 0) or free(host))
+        server = EmbeddedServer.start(settings)
+        try:
+            assert not server.access.urls[0].endswith(f":{port}")
+        finally:
+            server.stop()
+            quicker.shutdown(socket.SHUT_RDWR)
 
 
 async def test_a_frozen_engine_is_noticed_and_recovered_from(settings: Settings, server: EmbeddedServer) -> None:

@@ -73,6 +73,7 @@ _HEALTH_SECONDS = 2.0
 _SIGN_IN_SECONDS = 1.5
 _ROOM_BYTES = 4 * 1024**2
 _PORT_TAKEN = "address already in use"
+_GREETING_BYTES = 4096
 _FAILED_TO_STORE = b"JetStream failed to store"
 _PR_SET_PDEATHSIG = 1
 
@@ -298,7 +299,7 @@ class EmbeddedServer:
         while time.monotonic() < end:
             with contextlib.suppress(OSError), socket.create_connection((host, self._port), timeout=1) as probe:
                 # Another server may have taken the port since it was found free: its answer is not ours.
-                if self._name in probe.makefile().readline():
+                if self._name.encode() in probe.makefile("rb").readline(_GREETING_BYTES):
                     return
             if self._process is None or self._process.poll() is not None:
                 raise Unavailable(f"nats-server did not start: {self._last_words()}")
