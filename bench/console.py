@@ -24,7 +24,8 @@ _STREAMS = ("stats/stream", "messages/stream", "logs/stream")
 
 
 def measure(folder: Path, options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
-    """`{"console": {"without": …, "with": …, "ratio": …, "events": …}}`: reports a second over HTTPS, on one server in turn."""
+    """`{"console": {"without": …, "with": …, "ratio": …, "cpu_without": …, "cpu_with": …, "events": …}}`: reports a second over HTTPS
+    on one server in turn, and µs of its CPU for each."""
     port = free_port()
     with uplinkd(folder, options.connections, "--console-listen", f"127.0.0.1:{port}") as peer:
         command = [sys.executable, "-m", "uplinkd", "apikey", "create", "bench", "--scope", "read", "--json"]

@@ -26,6 +26,7 @@ __all__ = [
     "Origins",
     "Settings",
     "address",
+    "is_address",
     "is_list",
     "is_loopback",
     "load",
@@ -98,6 +99,15 @@ def reachable(host: str) -> str:
     """`host` of a listener as it stands in a URL: what one can connect to, an IPv6 address in brackets."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - turns it into what one can connect to
     return f"[{host}]" if ":" in host else host
+
+
+def is_address(name: str) -> bool:
+    """Whether it is an IP address, and no name that is looked up."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:

@@ -23,7 +23,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from uplinkd.core.errors import Rejected
 from uplinkd.files import FileState, file_state
 from uplinkd.metrics import Meter
-from uplinkd.settings import Settings, address
+from uplinkd.settings import Settings, address, is_address
 
 __all__ = [
     "CIPHERS",
@@ -264,7 +264,7 @@ def _wanted_names(settings: Settings) -> list[str]:
 
 def _ascii(name: str) -> str:
     """`name` as certificates have it; UnicodeError for what cannot be a name."""
-    if _is_address(name):
+    if is_address(name):
         return str(ipaddress.ip_address(name))
     text = name.encode("idna").decode().lower()
     if not _NAME.fullmatch(text):
@@ -314,10 +314,10 @@ def _issue(key: _Key, names: list[str], authority: x509.Certificate, authority_k
     # The mbedTLS of iotkit-embedded 3.0.1 compares an IP host, as text, with the DNS entries alone; so addresses stand among
     # these as well. A common name cannot help it: mbedTLS does not look at it where there are alternative names. It is for
     # clients that look nowhere else.
-    common = next((name for name in names if not _is_address(name) and name != "localhost"), "localhost")
+    common = next((name for name in names if not is_address(name) and name != "localhost"), "localhost")
     alternatives: list[x509.GeneralName] = []
     for name in names:
-        if _is_address(name):
+        if is_address(name):
             alternatives.append(x509.IPAddress(ipaddress.ip_address(name)))
         if ":" not in name:
             alternatives.append(x509.DNSName(name))
@@ -441,11 +441,3 @@ def _write(path: Path, content: bytes, *, mode: int = 0o600) -> None:
         file.flush()
         os.fsync(file.fileno())
     fresh.replace(path)
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True

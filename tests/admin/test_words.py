@@ -51,13 +51,21 @@ TOGETHER = re.compile(r"malformed topic |no topic class |the topic class |stale 
 
 def reasons() -> set[str]:
     """The texts of refusals that stand in the code as they are shown."""
-    found = set()
-    for path in REFUSING:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in REFUSALS:
-                found |= {form for argument in node.args if (form := form_of(argument))}
+    found = said(REFUSING, REFUSALS)
     return {text for text in found if not TOGETHER.match(text)} - {
         "{} reaches beyond the products of the application {}: {}"
+    }
+
+
+def said(paths: Iterable[Path], calls: set[str]) -> set[str]:
+    """The texts that calls of these names are given, with `{}` for each value."""
+    return {
+        form
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in calls
+        for argument in node.args
+        if (form := form_of(argument))
     }
 
 
@@ -72,13 +80,8 @@ def written(paths: Iterable[Path]) -> set[str]:
 
 
 def faults() -> set[str]:
-    """The texts of faults in the code, with `{}` for each value."""
-    found = set()
-    for path in FAULTY:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FAULTS:
-                found |= {form for argument in node.args if (form := form_of(argument))}
-    return found
+    """The texts of faults in the code."""
+    return said(FAULTY, FAULTS)
 
 
 def form_of(node: ast.expr) -> str:

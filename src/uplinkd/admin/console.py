@@ -217,6 +217,13 @@ def _go(path: str, done: str = "") -> RedirectResponse:
     return RedirectResponse(path, 303)
 
 
+async def _refused(fault: Rejected | Unavailable, shown: Awaitable[Response]) -> Response:
+    """The page that is `shown` for it, with the status that the fault has in the API."""
+    response = await shown
+    response.status_code = status_of(fault)
+    return response
+
+
 async def _try(
     act: Callable[[], T], then: Callable[[T], Response], again: Callable[[str], Awaitable[Response]]
 ) -> Response:
@@ -224,9 +231,7 @@ async def _try(
     try:
         result = await run_in_threadpool(act)
     except (Rejected, Unavailable) as fault:
-        response = await again(str(fault))
-        response.status_code = status_of(fault)
-        return response
+        return await _refused(fault, again(str(fault)))
     return then(result)
 
 
@@ -265,9 +270,7 @@ async def begin_session(
         async with office.attempts.turn():
             found = await run_in_threadpool(sign_in, operators, office.attempts, name, password, address)
     except (Denied, TooOften, Unavailable) as fault:
-        response = await again(str(fault))
-        response.status_code = status_of(fault)
-        return response
+        return await _refused(fault, again(str(fault)))
     return accept(found)
 
 
@@ -314,9 +317,7 @@ async def set_password(request: Request, office: In, old: Field, new: Field, aga
         async with office.attempts.turn():
             return await _try(act, lambda _: _go("/sign-in", "password"), once_more)
     except TooOften as fault:
-        response = await once_more(str(fault))
-        response.status_code = status_of(fault)
-        return response
+        return await _refused(fault, once_more(str(fault)))
 
 
 @router.get("/prefer")
@@ -551,9 +552,7 @@ async def _begin(
         work, total = await run_in_threadpool(act)
         job = office.jobs.start(kind, target, unit, work, total=total)
     except (Rejected, Unavailable) as fault:
-        response = await again(str(fault))
-        response.status_code = status_of(fault)
-        return response
+        return await _refused(fault, again(str(fault)))
     return _go(f"/jobs/{job.id}")
 
 
@@ -625,9 +624,7 @@ async def import_devices(request: Request, office: In, who: Operates) -> Respons
     try:
         stream, total = await api.uploaded(office, parts())
     except Rejected as fault:
-        response = await again(str(fault))
-        response.status_code = status_of(fault)
-        return response
+        return await _refused(fault, again(str(fault)))
     finally:
         await request.close()
 
@@ -792,9 +789,8 @@ async def act_on_device(
     except (Rejected, Unavailable) as fault:
         # The answer to what was sent stands beside its form, to which the browser scrolls.
         refused = told(language_of(request), str(fault))
-        response = await (again(refused=refused, typed=typed) if act == "send" else again(str(fault)))
-        response.status_code = status_of(fault)
-        return response
+        shown = again(refused=refused, typed=typed) if act == "send" else again(str(fault))
+        return await _refused(fault, shown)
     raise NotFound(f"a device has no {act!r}")
 
 
@@ -921,7 +917,8 @@ async def _access_page(
     request: Request, office: Office, fault: str = "", made: Any = None, typed: Typed | None = None
 ) -> Response:
     apps = await run_in_threadpool(office.registry.apps)
-    products = await run_in_threadpool(lambda: office.registry.product_page(limit=_CHOICES + 1))
+    found = await run_in_threadpool(lambda: office.registry.product_page(limit=_CHOICES + 1))
+    products = found[:_CHOICES]
     admin = request.state.principal.scope.covers(Scope.ADMIN)
     keys = await run_in_threadpool(office.registry.operators.api_keys) if admin else []
     return page(
@@ -929,9 +926,9 @@ async def _access_page(
         "access.html",
         apps=apps,
         keys=keys,
-        products=products[:_CHOICES],
-        more_products=len(products) > _CHOICES,
-        names={product.key: product.name for product in products[:_CHOICES]},
+        products=products,
+        more_products=len(found) > _CHOICES,
+        names={product.key: product.name for product in products},
         origin=str(request.base_url).rstrip("/"),
         fault=fault,
         made=made,
@@ -949,9 +946,7 @@ async def _made(act: Callable[[], dict[str, str]], show: Callable[..., Awaitable
     try:
         made = await run_in_threadpool(act)
     except Rejected as fault:
-        response = await show(fault=str(fault), typed=typed)
-        response.status_code = status_of(fault)
-        return response
+        return await _refused(fault, show(fault=str(fault), typed=typed))
     return await show(made=made)
 
 

@@ -9,7 +9,6 @@ carries that name as its Host, so a console without TLS, which is of this machin
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections.abc import Collection, MutableMapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from uplinkd.admin.problems import problem
+from uplinkd.settings import is_address
 
 __all__ = ["Guard"]
 
@@ -96,8 +96,8 @@ class Guard:
             await send(message)
 
         fault = None
-        name = name_of(headers.get("host", ""))
-        if not (self._tls or is_here(name) or name in self._names):
+        name = _name_of(headers.get("host", ""))
+        if not (self._tls or _is_here(name) or name in self._names):
             fault = (
                 421,
                 f"this console does not go by the name {name[:255]!r}; if that is a name of it, add it to tls_name",
@@ -111,22 +111,16 @@ class Guard:
             await answer(scope, receive, with_headers)
 
 
-def name_of(host: str) -> str:
+def _name_of(host: str) -> str:
     """The name or the address in a Host header, without its port."""
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.partition(":")[0].rstrip(".").lower()
 
 
-def is_here(name: str) -> bool:
+def _is_here(name: str) -> bool:
     """Whether no name server says where `name` is: an address, localhost, or none at all, which no browser sends."""
-    if name in ("", "localhost") or name.endswith(".localhost"):
-        return True
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
+    return name in ("", "localhost") or name.endswith(".localhost") or is_address(name)
 
 
 def _is_foreign(headers: Headers) -> bool:

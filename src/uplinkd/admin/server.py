@@ -117,12 +117,11 @@ async def _serve(task: ConsoleTask) -> None:
 
 
 async def _prepare(office: Office) -> None:
-    """What the first visitor of a page would wait for: compiled templates, a connection to the engine, the census."""
+    """What the first visitor of a page would wait for: compiled templates, a connection to the engine. The figures take care of the
+    census."""
     await asyncio.to_thread(console.prepare)
     with contextlib.suppress(Unavailable):
-        await (await office.reader()).state()
-    with contextlib.suppress(Unavailable):
-        await asyncio.to_thread(office.census)
+        await office.stored()
 
 
 def application(office: Office) -> FastAPI:
