@@ -1,21 +1,39 @@
-"""Asking the gateways to send a message down: what the command line and the management API say, and what is answered."""
+"""Asking the gateways to send a message down, and what goes on there: what the command line and the management API say, and what is
+answered."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from uplinkd.core import topics
 from uplinkd.core.errors import NotFound, Rejected, Unavailable
 from uplinkd.core.subjects import SENDING, to_subject
+from uplinkd.engine import Bus
 
-__all__ = ["PATIENCE_SECONDS", "Ask", "check_down_topic", "send_down", "send_subject"]
+__all__ = [
+    "LIVE",
+    "PATIENCE_SECONDS",
+    "Ask",
+    "Consumer",
+    "HookState",
+    "Live",
+    "check_down_topic",
+    "live_now",
+    "send_down",
+    "send_subject",
+]
 
 PATIENCE_SECONDS = 10.0
 
 Ask = Callable[[str, bytes], Awaitable[bytes]]
 """Asks a NATS subject, and gives the answer; it raises Unavailable when there is none within PATIENCE_SECONDS."""
+
+LIVE = "uplinkd.groups.live"
+"""Where every process that delivers to consumer groups answers what goes on there."""
+_LIVE_SECONDS = 0.3
 
 _KINDS = {"rejected": Rejected, "not_found": NotFound, "unavailable": Unavailable}
 
@@ -54,3 +72,53 @@ def check_down_topic(topic: str, product_key: str, device_name: str | None) -> N
             f"topic {topic!r} is not of the device {device_name!r} of {product_key}: it is such as "
             f"/{product_key}/{device_name}/user/get"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """A connection that takes messages of `group` over AMQP: of the application `app`, from `address`, since `since` (ms); `client` is
+    what it calls itself. It holds `held` messages, and would take `credit` more."""
+
+    group: str
+    app: str
+    client: str
+    address: str
+    since: int
+    held: int
+    credit: int
+
+
+@dataclass(frozen=True, slots=True)
+class HookState:
+    """How the webhook of `group` fares: `open` while its target counts as dead (the circuit is open) and is tried at `next_try` alone.
+    Times are ms, 0 before there was one; `accepted` messages and `failed` attempts since the process started."""
+
+    group: str
+    open: bool
+    accepted: int
+    failed: int
+    last_success: int
+    last_failure: int
+    fault: str
+    next_try: int
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What goes on in the processes that deliver, all together."""
+
+    consumers: list[Consumer] = field(default_factory=list)
+    hooks: list[HookState] = field(default_factory=list)
+
+    def document(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+
+async def live_now(bus: Bus) -> Live:
+    """What every process tells that answers within a moment; raise Unavailable when the engine is away."""
+    live = Live()
+    for told in await bus.ask_each(LIVE, patience=_LIVE_SECONDS):
+        answer = json.loads(told.payload)
+        live.consumers.extend(Consumer(**each) for each in answer["consumers"])
+        live.hooks.extend(HookState(**each) for each in answer["hooks"])
+    return live

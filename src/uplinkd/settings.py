@@ -152,6 +152,15 @@ def _nats_url(text: str) -> str:
     return text
 
 
+def _networks(texts: tuple[str, ...]) -> tuple[str, ...]:
+    for text in texts:
+        try:
+            ipaddress.ip_network(text)
+        except ValueError as error:
+            raise ValueError(f"a network is such as 10.0.0.0/8 or fd00::/8; {error}") from error
+    return texts
+
+
 def _database_url(text: str) -> str:
     if text and not text.startswith("sqlite:///"):
         raise ValueError("this version keeps its registry in SQLite: sqlite:///path/to/registry.sqlite")
@@ -200,6 +209,14 @@ class Settings(BaseModel):
     )
     console_tls: Switch = Field(
         False, description="serve the console over HTTPS, with the certificate of the HTTPS door"
+    )
+    amqp_listen: Annotated[str, AfterValidator(_optional_address)] = Field(
+        "",
+        description="address of the AMQP 1.0 door (TLS) for consumer groups, usually port 5671; needs uplinkd[amqp]; empty: none",
+    )
+    webhook_networks: Annotated[tuple[str, ...], BeforeValidator(_list), AfterValidator(_networks)] = Field(
+        (),
+        description="private networks that webhooks may reach beside the internet, such as 10.0.0.0/8 or 127.0.0.0/8",
     )
     workers: int = Field(0, ge=0, le=256, description="worker processes; 0: one for each core")
     database_url: Annotated[str, AfterValidator(_database_url)] = Field(

@@ -133,7 +133,9 @@ async def _serve(task: Task) -> None:
     ]
     if task.access.file and settings.nats_listen:
         callout = Callout(registry, task.access, account_key(task.access.file.parent))
-        cache.on_change(lambda change: None if change.product_key else callout.changed(change.app_id or 0))
+        cache.on_change(
+            lambda change: None if change.product_key or change.group_id else callout.changed(change.app_id or 0)
+        )
         duties.append(asyncio.create_task(callout.run()))
     if context := next((context for _, context in [*task.https, *task.mqtt] if context), None):
         duties.append(asyncio.create_task(renew(context, task.certificates)))

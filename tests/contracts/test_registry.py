@@ -595,7 +595,7 @@ def test_a_database_of_a_newer_uplinkd_is_refused(settings: Settings) -> None:
     connection.execute("UPDATE alembic_version SET version_num = '9999'")
     connection.commit()
     connection.close()
-    with pytest.raises(Rejected, match=r"newer uplinkd.*9999.*0003"):
+    with pytest.raises(Rejected, match=r"newer uplinkd.*9999.*0004"):
         open_registry(settings)
 
 

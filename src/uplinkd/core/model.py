@@ -12,6 +12,8 @@ __all__ = [
     "Census",
     "Device",
     "DeviceName",
+    "LifecycleAction",
+    "LifecycleChange",
     "Message",
     "Origin",
     "Product",
@@ -175,12 +177,33 @@ class StatusChange:
     address: str
 
 
+class LifecycleAction(StrEnum):
+    """What the owner did to a device; the words are the platform's."""
+
+    CREATE = "create"
+    DELETE = "delete"
+    ENABLE = "enable"
+    DISABLE = "disable"
+
+
+@dataclass(frozen=True, slots=True)
+class LifecycleChange:
+    """A device was made, deleted, enabled or disabled at `at` (ms)."""
+
+    id: int
+    product_key: ProductKey
+    device_name: DeviceName
+    action: LifecycleAction
+    at: int
+
+
 class Origin(StrEnum):
     """Which way a stored message came."""
 
     HTTPS = "https"
     MQTT = "mqtt"
     STATUS = "status"
+    LIFECYCLE = "lifecycle"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import secrets
 import string
@@ -17,6 +18,7 @@ __all__ = [
     "check_app_name",
     "check_device_name",
     "check_device_secret",
+    "check_group_name",
     "check_levels",
     "check_product_key",
     "check_product_name",
@@ -30,6 +32,7 @@ __all__ = [
     "make_password",
     "make_product_key",
     "make_product_secret",
+    "make_webhook_secret",
 ]
 
 MAX_TOPIC_BYTES = 128
@@ -90,6 +93,11 @@ def make_api_key() -> str:
     return "uplk_" + secrets.token_urlsafe(32)
 
 
+def make_webhook_secret() -> str:
+    """A key that signs webhooks, as Standard Webhooks writes them: 256 random bits in base64 behind `whsec_`."""
+    return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
+
+
 def make_password() -> str:
     """A one-time password, in groups that can be typed: about 95 bits."""
     alphabet = "abcdefghjkmnpqrstuvwxyz23456789"
@@ -132,6 +140,12 @@ def check_device_secret(text: str) -> str:
 def check_app_name(text: str) -> str:
     if not _APP_NAME.fullmatch(text):
         raise Rejected(f"application name {text!r}: it has 1 to 64 letters, digits and - _ .")
+    return text
+
+
+def check_group_name(text: str) -> str:
+    if not _APP_NAME.fullmatch(text):
+        raise Rejected(f"consumer group {text!r}: its name has 1 to 64 letters, digits and - _ .")
     return text
 
 

@@ -3,10 +3,11 @@ gateways tell each other. A Protocol for each of these four."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from uplinkd.core.groups import Group
 from uplinkd.core.model import Message, Origin
 
 if TYPE_CHECKING:
@@ -17,15 +18,21 @@ if TYPE_CHECKING:
 __all__ = [
     "ORIGIN_HEADER",
     "Bus",
+    "DeadLetter",
+    "Deliveries",
     "Done",
     "Downlink",
+    "Feed",
     "Glimpse",
+    "GroupDesk",
+    "GroupState",
     "Handler",
     "Publisher",
     "Query",
     "Reader",
     "SessionRecord",
     "StreamState",
+    "Taken",
     "Told",
     "Waiting",
     "open_publisher",
@@ -129,8 +136,11 @@ class Bus(Protocol):
     def on_connected(self, act: Callable[[], Awaitable[None]]) -> None:
         """Have `act` awaited each time that the connection stands anew: what was told meanwhile was missed."""
 
-    def tell(self, subject: str, payload: bytes, headers: Mapping[str, str] | None = None) -> None:
-        """Send; lost while the engine is away."""
+    def tell(self, subject: str, payload: bytes, headers: Mapping[str, str] | None = None, *, reply: str = "") -> None:
+        """Send; lost while the engine is away. Answers go to `reply`."""
+
+    def tell_each(self, told: Sequence[tuple[str, bytes]]) -> None:
+        """Send many at once, (subject, payload); lost while the engine is away."""
 
     def listen(self, subject: str, handler: Handler, *, queue: str = "") -> Callable[[], None]:
         """Hear what matches `subject` from now on, whatever becomes of the connection; the result ends that.
@@ -145,6 +155,92 @@ class Bus(Protocol):
         self, subject: str, payload: bytes = b"", headers: Mapping[str, str] | None = None, *, patience: float = 2.0
     ) -> Told:
         """The answer; raise Unavailable when there is nobody or none came within `patience` seconds."""
+
+    async def ask_each(self, subject: str, payload: bytes = b"", *, patience: float) -> list[Told]:
+        """The answers of all who gave one within `patience` seconds; raise Unavailable while the engine is away."""
+
+
+class Taken(Protocol):
+    """A message that a consumer of a group holds, until it says what became of it. `tries` counts how often it was offered, this
+    time included."""
+
+    @property
+    def message(self) -> Message: ...
+    @property
+    def tries(self) -> int: ...
+
+    def accept(self) -> None:
+        """It is done with. An acceptance that gets lost on its way makes the message come again."""
+
+    def again(self, after: float = 0.0) -> None:
+        """Offer it again, to any consumer of the group, in so many seconds at the earliest."""
+
+    def working(self) -> None:
+        """It is still worked on: its time begins anew."""
+
+    async def bury(self, reason: str) -> None:
+        """Put it to the dead letters, and be done with it; raise Unavailable, and then it is still held."""
+
+
+class Feed(Protocol):
+    """The messages of a group as one consumer gets them: never more than it has asked for."""
+
+    def want(self, count: int) -> None:
+        """Ask for `count` messages more."""
+
+    def close(self) -> None:
+        """No message comes after this; what was on its way is offered to others."""
+
+
+class Deliveries(Protocol):
+    """Takes messages for consumer groups. An outage of the engine is waited out."""
+
+    def feed(self, group: Group, take: Callable[[Taken], None]) -> Feed:
+        """Have `take` called in the event loop with each message of the group that the feed was asked for; it must not block."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupState:
+    """Where a group stands: messages that it has not accepted yet (`lag`), those of them that a consumer holds (`held`), when the
+    oldest of them was stored (ms; None without any), how many deliveries have come to an end (`settled`, it only rises, until
+    the position is set anew), dead letters, and those of them that are offered again."""
+
+    lag: int
+    held: int
+    oldest: int | None
+    settled: int
+    dead: int
+    retrying: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A message that a group did not accept: `number` orders those of a group, `at` is when it was given up (ms)."""
+
+    number: int
+    message: Message
+    tries: int
+    reason: str
+    at: int
+
+
+class GroupDesk(Protocol):
+    """What operators look at and do to groups' messages. All of it raises Unavailable."""
+
+    async def close(self) -> None: ...
+
+    async def state(self, group: Group) -> GroupState: ...
+
+    async def dead(self, group: Group, *, after: int = 0, limit: int = 100) -> list[DeadLetter]:
+        """The oldest dead letters with numbers beyond `after`, oldest first."""
+
+    async def dead_letter(self, group: Group, number: int) -> DeadLetter | None: ...
+
+    async def retry(self, group: Group, numbers: Sequence[int] | None = None) -> int:
+        """Offer these dead letters, or all, to the group's consumers again, with all their tries; how many there were."""
+
+    async def purge(self, group: Group, numbers: Sequence[int] | None = None) -> int:
+        """Throw these dead letters, or all, away; how many there were."""
 
 
 @dataclass(frozen=True, slots=True)

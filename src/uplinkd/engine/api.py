@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -19,7 +20,20 @@ from uplinkd.engine.embedded import Access
 if TYPE_CHECKING:
     from nats.aio.client import Client
 
-__all__ = ["ApiError", "NotThere", "call", "connect", "document_of", "in_words", "words"]
+    from uplinkd.engine import Bus, Told
+
+__all__ = [
+    "ApiError",
+    "NotThere",
+    "ask_api",
+    "call",
+    "connect",
+    "document_of",
+    "get_stored",
+    "in_words",
+    "moment_of",
+    "words",
+]
 
 _CONNECT_SECONDS = 2
 _PING_SECONDS = 2
@@ -84,6 +98,30 @@ async def call(client: Client, action: str, body: dict[str, Any] | None = None, 
     """One call of the JetStream API; raise as `document_of`, or what the client raises."""
     payload = json.dumps(body).encode() if body else b""
     return document_of((await client.request(f"$JS.API.{action}", payload, timeout=patience)).data)
+
+
+async def ask_api(bus: Bus, action: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """One call of the JetStream API over the bus; raise as `document_of`."""
+    return document_of((await bus.ask(f"$JS.API.{action}", json.dumps(body).encode() if body else b"")).payload)
+
+
+async def get_stored(bus: Bus, stream: str, wanted: Mapping[str, Any]) -> Told | None:
+    """A stored message, with the headers Nats-Sequence, Nats-Subject and Nats-Time-Stamp; None when there is none. Raise
+    Unavailable, also for a stream that is not there."""
+    found = await bus.ask(f"$JS.API.DIRECT.GET.{stream}", json.dumps(wanted).encode())
+    if found.headers.get("Nats-Sequence"):
+        return found
+    status = found.headers.get("Status", "")
+    if status == "404":
+        return None
+    raise Unavailable(f"the engine answered {status} {found.headers.get('Description', '')}".strip())
+
+
+def moment_of(text: str) -> int:
+    """ms since 1970 of what JetStream writes as `2026-11-27T06:31:36.123456789Z`; Python reads six digits."""
+    fraction = re.search(r"\.(\d{1,3})", text)
+    seconds = round(datetime.fromisoformat(re.sub(r"\.\d+", "", text)).timestamp())
+    return seconds * 1000 + (int(fraction[1].ljust(3, "0")) if fraction else 0)
 
 
 def document_of(answer: bytes) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -94,9 +94,13 @@ class NatsBus:
         if self._warn():
             log.warning("%s", fault)
 
-    def tell(self, subject: str, payload: bytes, headers: Mapping[str, str] | None = None) -> None:
+    def tell(self, subject: str, payload: bytes, headers: Mapping[str, str] | None = None, *, reply: str = "") -> None:
         if self._client is not None:
-            self._do(self._tell(self._client, subject, payload, headers))
+            self._do(self._client.publish(subject, payload, reply, headers=dict(headers) if headers else None))
+
+    def tell_each(self, told: Sequence[tuple[str, bytes]]) -> None:
+        if self._client is not None:
+            self._do(_publish_each(self._client, told))
 
     def listen(self, subject: str, handler: Handler, *, queue: str = "") -> Callable[[], None]:
         ear = _Ear(subject, queue, handler)
@@ -139,6 +143,18 @@ class NatsBus:
             raise Unavailable(f"the engine does not answer: {words(error)}") from error
         return _told(answer)
 
+    async def ask_each(self, subject: str, payload: bytes = b"", *, patience: float) -> list[Told]:
+        if self._client is None:
+            raise Unavailable(self._away)
+        inbox, answers = self._client.new_inbox(), list[Told]()
+        end = self.listen(inbox, answers.append)
+        try:
+            self.tell(subject, payload, reply=inbox)
+            await asyncio.sleep(patience)
+        finally:
+            end()
+        return [each for each in answers if "Status" not in each.headers]  # NATS says itself when nobody is there
+
     async def _hear(self, client: Client, ear: _Ear) -> None:
         async def take(message: Msg) -> None:
             try:
@@ -150,9 +166,6 @@ class NatsBus:
         if ear not in self._ears:  # it was ended meanwhile
             await _unsubscribe(ear.subscription)
 
-    async def _tell(self, client: Client, subject: str, payload: bytes, headers: Mapping[str, str] | None) -> None:
-        await client.publish(subject, payload, headers=dict(headers) if headers else None)
-
     def _do(self, act: Awaitable[None]) -> None:
         """Have `act` done soon; a connection that ends meanwhile is noticed elsewhere."""
 
@@ -161,6 +174,11 @@ class NatsBus:
                 await act
 
         spawn(guarded(), self._tasks)
+
+
+async def _publish_each(client: Client, told: Sequence[tuple[str, bytes]]) -> None:
+    for subject, payload in told:
+        await client.publish(subject, payload)
 
 
 async def _unsubscribe(subscription: Subscription) -> None:

@@ -302,6 +302,7 @@ async def _call(engine: Client, action: str, body: dict[str, Any] | None = None)
 
 
 def _name_of(app: App) -> str:
-    """The name that its connections bear at nats-server: another one when it may do something else, or read other products."""
-    facts = json.dumps([rights_of(app), app.products]).encode()
+    """The name that its connections bear at nats-server: another one when it may do something else, read other products, or has
+    another secret."""
+    facts = json.dumps([rights_of(app), app.products, app.secret_hash.hex()]).encode()
     return f"{app.key}/{hashlib.sha256(facts).hexdigest()[:16]}"

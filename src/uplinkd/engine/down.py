@@ -16,7 +16,7 @@ from urllib.parse import quote, unquote
 
 from uplinkd.core.errors import Unavailable
 from uplinkd.engine import Bus, SessionRecord, Told, Waiting
-from uplinkd.engine.api import ApiError, NotThere, document_of
+from uplinkd.engine.api import ApiError, NotThere, ask_api, document_of, get_stored
 from uplinkd.engine.stream import base_of_metadata, new_base, with_base
 from uplinkd.settings import Settings
 
@@ -71,7 +71,7 @@ class JetStreamDownlink:
 
     async def next(self, device_id: int, after: int = 0) -> Waiting | None:
         base = self._known_base()
-        found = await self._get(DOWN, {"seq": after + 1, "next_by_subj": f"{_DOWN_SUBJECT}{device_id}"})
+        found = await get_stored(self._bus, DOWN, {"seq": after + 1, "next_by_subj": f"{_DOWN_SUBJECT}{device_id}"})
         if found is None:
             if not after:
                 self.waiting.discard(device_id)
@@ -87,7 +87,7 @@ class JetStreamDownlink:
                 raise
 
     async def session(self, device_id: int) -> SessionRecord | None:
-        found = await self._get(SESSIONS, {"last_by_subj": f"{_SESSION_SUBJECT}{device_id}"})
+        found = await get_stored(self._bus, SESSIONS, {"last_by_subj": f"{_SESSION_SUBJECT}{device_id}"})
         if found is None:
             return None
         facts = json.loads(found.payload)
@@ -186,15 +186,5 @@ class JetStreamDownlink:
             info = await self._call(f"STREAM.UPDATE.{stream}", changed)
         return info
 
-    async def _get(self, stream: str, wanted: dict[str, Any]) -> Told | None:
-        """A stored message, with the headers Nats-Sequence and Nats-Subject; None when there is none."""
-        found = await self._bus.ask(f"$JS.API.DIRECT.GET.{stream}", json.dumps(wanted).encode())
-        if found.headers.get("Nats-Sequence"):
-            return found
-        status = found.headers.get("Status", "")
-        if status == "404":
-            return None
-        raise Unavailable(f"the engine answered {status} {found.headers.get('Description', '')}".strip())
-
     async def _call(self, action: str, body: dict[str, Any]) -> dict[str, Any]:
-        return document_of((await self._bus.ask(f"$JS.API.{action}", json.dumps(body).encode())).payload)
+        return await ask_api(self._bus, action, body)

@@ -5,17 +5,29 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
 from uplinkd.core.errors import Unavailable
+from uplinkd.core.groups import Group, wants
 from uplinkd.core.model import DeviceName, Message, Origin, ProductKey
 from uplinkd.core.subjects import from_subject
 from uplinkd.core.topics import owner
-from uplinkd.engine import ORIGIN_HEADER, Done, Glimpse, Handler, Query, SessionRecord, StreamState, Told, Waiting
+from uplinkd.engine import (
+    ORIGIN_HEADER,
+    Done,
+    Glimpse,
+    Handler,
+    Query,
+    SessionRecord,
+    StreamState,
+    Taken,
+    Told,
+    Waiting,
+)
 from uplinkd.engine.reader import check, matches
 from uplinkd.engine.stream import new_base
 
-__all__ = ["MemoryBus", "MemoryDownlink", "MemoryEngine"]
+__all__ = ["MemoryBus", "MemoryDeliveries", "MemoryDownlink", "MemoryEngine"]
 
 
 class MemoryEngine:
@@ -118,9 +130,13 @@ class MemoryBus:
         for act in self._acts:
             await act()
 
-    def tell(self, subject: str, payload: bytes, headers: Mapping[str, str] | None = None) -> None:
+    def tell(self, subject: str, payload: bytes, headers: Mapping[str, str] | None = None, *, reply: str = "") -> None:
         if self.connected:
-            asyncio.get_running_loop().call_soon(self._deliver, Told(subject, payload, dict(headers or {})))
+            asyncio.get_running_loop().call_soon(self._deliver, Told(subject, payload, dict(headers or {}), reply))
+
+    def tell_each(self, told: Sequence[tuple[str, bytes]]) -> None:
+        for subject, payload in told:
+            self.tell(subject, payload)
 
     def listen(self, subject: str, handler: Handler, *, queue: str = "") -> Callable[[], None]:
         ear = (subject.split("."), queue, handler)
@@ -147,6 +163,17 @@ class MemoryBus:
         finally:
             end()
 
+    async def ask_each(self, subject: str, payload: bytes = b"", *, patience: float) -> list[Told]:
+        if not self.connected:
+            raise Unavailable("the engine is away")
+        self._replies += 1
+        inbox, answers = f"_INBOX.memory.{self._replies}", list[Told]()
+        end = self.listen(inbox, answers.append)
+        self._deliver(Told(subject, payload, {}, inbox))
+        await asyncio.sleep(patience)
+        end()
+        return answers
+
     def _deliver(self, told: Told) -> int:
         served: set[str] = set()
         heard = 0
@@ -157,6 +184,93 @@ class MemoryBus:
                 handler(told)
                 heard += 1
         return heard
+
+
+class MemoryDeliveries:
+    """`engine.Deliveries` of one group: what is offered goes to its feeds in turn. Pauses pass `haste` times as fast."""
+
+    def __init__(self, *, haste: float = 1.0) -> None:
+        self._haste = haste
+        self._waiting: deque[tuple[Message, int]] = deque()
+        self._feeds: deque[_MemoryFeed] = deque()
+        self.accepted: list[Message] = []
+        self.again: list[tuple[Message, float]] = []
+        self.buried: list[tuple[Message, str]] = []
+        self.working = 0
+        self.connected = True
+
+    def offer(self, *messages: Message) -> None:
+        self._waiting.extend((message, 1) for message in messages)
+        self.distribute()
+
+    def feed(self, group: Group, take: Callable[[Taken], None]) -> _MemoryFeed:
+        feed = _MemoryFeed(self, group, take)
+        self._feeds.append(feed)
+        return feed
+
+    def put_back(self, message: Message, tries: int, after: float = 0.0) -> None:
+        def come() -> None:
+            self._waiting.append((message, tries))
+            self.distribute()
+
+        asyncio.get_running_loop().call_later(after / self._haste, come)
+
+    def drop(self, feed: _MemoryFeed) -> None:
+        if feed in self._feeds:
+            self._feeds.remove(feed)
+
+    def distribute(self) -> None:
+        asyncio.get_running_loop().call_soon(self._distribute)
+
+    def _distribute(self) -> None:
+        for _ in range(len(self._waiting)):
+            message, tries = self._waiting[0]
+            feed = next((each for each in self._feeds if each.wanted > 0 and wants(each.group.plan, message)), None)
+            if feed is None:
+                return
+            self._waiting.popleft()
+            self._feeds.remove(feed)
+            self._feeds.append(feed)
+            feed.wanted -= 1
+            feed.take(_MemoryTaken(self, message, tries))
+
+
+class _MemoryFeed:
+    def __init__(self, owner: MemoryDeliveries, group: Group, take: Callable[[Taken], None]) -> None:
+        self._owner = owner
+        self.group = group
+        self.take = take
+        self.wanted = 0
+
+    def want(self, count: int) -> None:
+        self.wanted += count
+        self._owner.distribute()
+
+    def close(self) -> None:
+        self._owner.drop(self)
+
+
+class _MemoryTaken:
+    def __init__(self, owner: MemoryDeliveries, message: Message, tries: int) -> None:
+        self._owner = owner
+        self.message = message
+        self.tries = tries
+
+    def accept(self) -> None:
+        self._owner.accepted.append(self.message)
+
+    def again(self, after: float = 0.0) -> None:
+        self._owner.again.append((self.message, after))
+        self._owner.put_back(self.message, self.tries + 1, after)
+
+    def working(self) -> None:
+        self._owner.working += 1
+
+    async def bury(self, reason: str) -> None:
+        await asyncio.sleep(0)
+        if not self._owner.connected:
+            raise Unavailable("the engine is away")
+        self._owner.buried.append((self.message, reason))
 
 
 class MemoryDownlink:

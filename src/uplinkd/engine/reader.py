@@ -26,16 +26,15 @@ from uplinkd.core.errors import Refused, Rejected, Unavailable
 from uplinkd.core.model import DeviceName, Message, Origin, ProductKey
 from uplinkd.core.subjects import filters_of, from_subject, to_subject
 from uplinkd.core.topics import owner, parse
-from uplinkd.engine import ORIGIN_HEADER, Glimpse, Query, StreamState
-from uplinkd.engine.api import NotThere, call, connect, in_words
+from uplinkd.engine import ORIGIN_HEADER, Glimpse, Query, StreamState, Told
+from uplinkd.engine.api import NotThere, call, connect, in_words, moment_of
 from uplinkd.engine.embedded import Access
 from uplinkd.engine.stream import STREAM, base_of
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
-    from nats.aio.msg import Msg
 
-__all__ = ["JetStreamReader", "check", "matches"]
+__all__ = ["JetStreamReader", "check", "delivered", "matches"]
 
 _REQUEST_SECONDS = 5.0
 _PULL_SECONDS = 2.0
@@ -354,7 +353,8 @@ class JetStreamReader:
                     return
                 if status:
                     raise Unavailable(f"JetStream ended the look at the messages ({status})")
-                yield _message(message, base)
+                told = Told(message.subject, message.data, message.headers or {}, message.reply)
+                yield delivered(told, base)[0]
         finally:
             if not client.is_closed:
                 await subscription.unsubscribe()
@@ -377,24 +377,26 @@ class JetStreamReader:
         return self._client
 
 
-def _message(message: Msg, base: int) -> Message:
-    """The reply subject is `$JS.ACK.<stream>.<consumer>.<delivered>.<sequence>.<consumer sequence>.<nanoseconds>.<pending>`;
-    newer servers may put a domain and an account in front, and a token behind."""
-    tokens = message.reply.split(".")
+def delivered(told: Told, base: int) -> tuple[Message, int]:
+    """A message that a consumer of the stream was given, and how often it was.
+
+    The reply subject is `$JS.ACK.<stream>.<consumer>.<delivered>.<sequence>.<consumer sequence>.<nanoseconds>.<pending>`; newer
+    servers may put a domain and an account in front, and a token behind.
+    """
+    tokens = told.reply.split(".")
     at = tokens.index(STREAM)
-    origin = (message.headers or {}).get(ORIGIN_HEADER)
-    return _made(base + int(tokens[at + 3]), message.subject, int(tokens[at + 5]) // 10**6, message.data, origin)
+    origin = told.headers.get(ORIGIN_HEADER)
+    message_id, moment = base + int(tokens[at + 3]), int(tokens[at + 5]) // 10**6
+    return _made(message_id, told.subject, moment, told.payload, origin), int(tokens[at + 2])
 
 
 def _stored_message(document: dict[str, Any], base: int) -> Message:
     """From what STREAM.MSG.GET answers: headers and data are base64, the time has nanoseconds."""
     headers = base64.b64decode(document.get("hdrs", "")).decode(errors="replace")
     origin = re.search(rf"^{ORIGIN_HEADER}: *(\w+)", headers, re.MULTILINE)
-    moment = datetime.fromisoformat(re.sub(r"\.\d+", "", document["time"]))
-    fraction = re.search(r"\.(\d{1,3})", document["time"])
-    milliseconds = round(moment.timestamp()) * 1000 + (int(fraction[1].ljust(3, "0")) if fraction else 0)
     payload = base64.b64decode(document.get("data", ""))
-    return _made(base + document["seq"], document["subject"], milliseconds, payload, origin and origin[1])
+    moment = moment_of(document["time"])
+    return _made(base + document["seq"], document["subject"], moment, payload, origin and origin[1])
 
 
 def _made(message_id: int, subject: str, at: int, payload: bytes, origin: str | None) -> Message:

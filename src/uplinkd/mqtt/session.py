@@ -141,6 +141,8 @@ class Door:
         if change.app_id is not None:
             self.spawn(self._renew_apps([change.app_id]))
             return
+        if change.group_id is not None:
+            return
         if change.device_id is not None:
             concerned = [change.device_id] if self.roster.here(change.device_id) else []
         elif change.product_key:

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
+from uplinkd.core.groups import Group, Plan
 from uplinkd.core.model import (
     App,
     Census,
     Device,
+    LifecycleChange,
     Product,
     ProductKey,
     Right,
@@ -29,6 +31,8 @@ __all__ = [
     "AccessManagement",
     "Answer",
     "Change",
+    "GroupManagement",
+    "Groups",
     "ImportProgress",
     "ImportReport",
     "ImportRow",
@@ -43,12 +47,13 @@ __all__ = [
 @dataclass(frozen=True, slots=True)
 class Change:
     """Something a gateway may hold in its cache has changed: one device, or (device_id None) a whole product, that is its
-    topic classes or its existence; or, where app_id is given, an application. An empty product_key without an app_id means:
-    forget everything, the changes in between are not known."""
+    topic classes or its existence; or, where app_id or group_id is given, an application or a consumer group. An empty product_key
+    without either means: forget everything, the changes in between are not known."""
 
     product_key: ProductKey
     device_id: int | None
     app_id: int | None = None
+    group_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +181,37 @@ class Operators(AccessManagement, Protocol):
     def forget_answer(self, key: str) -> None: ...
 
 
+class GroupManagement(Protocol):
+    """Consumer groups as operators look after them, here or at a server elsewhere. It raises as Registry does; what changes is in
+    the audit."""
+
+    def create(self, name: str, plan: Plan, *, start: int | None = None) -> Group:
+        """A new group, whose messages are those stored from `start` on (ms), or from now on. One with a webhook has a secret."""
+
+    def all(self) -> list[Group]:
+        """In the order in which they were made."""
+
+    def get(self, name: str) -> Group: ...
+    def change(self, name: str, plan: Plan, *, version: str | None = None) -> Group:
+        """Take `plan` instead of the one before; the position stays. A first webhook comes with a secret."""
+
+    def reset(self, name: str, start: int, *, version: str | None = None) -> Group:
+        """Give it the messages stored from `start` (ms) on, again those that it had; what was under way is forgotten."""
+
+    def renew_secret(self, name: str, *, version: str | None = None) -> Group:
+        """A new secret for its webhook; the old one signs nothing any more."""
+
+    def delete(self, name: str, *, version: str | None = None) -> None:
+        """Delete the group, and with it its dead letters."""
+
+
+class Groups(GroupManagement, Protocol):
+    """The same and what delivers to groups needs."""
+
+    def by_id(self, group_id: int) -> Group | None: ...
+    def by_name(self, name: str) -> Group | None: ...
+
+
 class ImportProgress(Protocol):
     """Hears how far an import is: what is done now, such as `importing`; which share of it, 0 to 1; how many rows. None where
     that is not known."""
@@ -192,6 +228,8 @@ class Management(Protocol):
 
     @property
     def operators(self) -> AccessManagement: ...
+    @property
+    def groups(self) -> GroupManagement: ...
 
     def close(self) -> None: ...
 
@@ -232,6 +270,9 @@ class Management(Protocol):
     def withdraw_app(self, name: str, products: Sequence[str]) -> App:
         """Take `products` from the application; NotFound, and nothing changes, when it does not have one of them."""
 
+    def renew_app_secret(self, name: str) -> tuple[App, str]:
+        """A new secret, in clear; within a second the old one is worth nothing and its connections are closed."""
+
     def delete_app(self, name: str) -> None: ...
 
 
@@ -241,6 +282,8 @@ class Registry(Management, Protocol):
 
     @property
     def operators(self) -> Operators: ...
+    @property
+    def groups(self) -> Groups: ...
 
     def product_page(self, *, text: str = "", after: int = 0, limit: int) -> list[Product]:
         """In the order in which they were made, those with ids above `after`, whose name or key has `text` in it."""
@@ -285,6 +328,10 @@ class Registry(Management, Protocol):
     # what gateways need
     def find_app(self, key: str) -> App | None: ...
     def find_app_by_id(self, app_id: int) -> App | None: ...
+    def app_secret(self, key: str) -> str | None:
+        """The secret in clear, by which AMQP clients sign; None for an unknown key, empty for an application that was made before
+        they were kept."""
+
     def find_device(self, product_key: str, name: str) -> Device | None: ...
     def find_device_by_id(self, device_id: int) -> Device | None: ...
     def activate(self, logins: Sequence[tuple[int, int]]) -> None:
@@ -316,6 +363,12 @@ class Registry(Management, Protocol):
 
     def told(self, changes: Sequence[int]) -> list[StatusChange]:
         """The status changes with these ids are published: forget them. The next ones of their devices, to be published now."""
+
+    def lifecycle(self, limit: int) -> list[LifecycleChange]:
+        """What happened to devices and was not published yet, oldest first."""
+
+    def lifecycle_told(self, upto: int) -> None:
+        """Those with ids up to `upto` are published: forget them."""
 
     def signing_keys(self) -> list[SigningKey]: ...
     def changes_cursor(self) -> int:

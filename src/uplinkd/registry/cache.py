@@ -135,7 +135,7 @@ class DeviceCache:
                 act(change)
 
     def _apply(self, change: Change) -> None:
-        if change.app_id is not None:
+        if change.app_id is not None or change.group_id is not None:
             return
         if not change.product_key:
             self.forget()

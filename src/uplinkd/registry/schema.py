@@ -6,6 +6,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -27,6 +28,10 @@ __all__ = [
     "audit",
     "changes",
     "devices",
+    "group_apps",
+    "group_products",
+    "groups",
+    "lifecycle_changes",
     "metadata",
     "products",
     "sessions",
@@ -36,7 +41,7 @@ __all__ = [
     "users",
 ]
 
-REVISIONS: tuple[str, ...] = ("0001", "0002", "0003")
+REVISIONS: tuple[str, ...] = ("0001", "0002", "0003", "0004")
 """Every Alembic revision, oldest first: known here so that an up-to-date registry opens without Alembic (160 ms)."""
 
 # SQLite numbers rows by itself only where the type is INTEGER, which there has 64 bits.
@@ -119,6 +124,7 @@ changes = Table(
     Column("product_key", String(30), nullable=False),
     Column("device_id", BigInteger),
     Column("app_id", BigInteger),
+    Column("group_id", BigInteger),
     sqlite_autoincrement=True,
 )
 
@@ -129,6 +135,8 @@ apps = Table(
     Column("key", String(32), nullable=False, unique=True),
     Column("name", String(64), nullable=False, unique=True),
     Column("secret_hash", LargeBinary, nullable=False),
+    # Sealed, for AMQP, where clients prove that they know it; none of an application that was made before there was AMQP.
+    Column("secret", LargeBinary),
     Column("sends", Boolean, nullable=False),
     Column("created", BigInteger, nullable=False),
     sqlite_autoincrement=True,
@@ -207,4 +215,54 @@ answers = Table(
     Column("request_hash", LargeBinary, nullable=False),
     Column("created", BigInteger, nullable=False),
     Column("answer", LargeBinary),
+)
+
+groups = Table(
+    "groups",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("name", String(64), nullable=False, unique=True),
+    Column("all_products", Boolean, nullable=False),
+    Column("topic", String(128), nullable=False),
+    Column("kinds", String(64), nullable=False),
+    Column("ack_wait", Float, nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("paused", Boolean, nullable=False),
+    Column("start", BigInteger, nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("created", BigInteger, nullable=False),
+    # Its webhook, all of it null without one.
+    Column("url", String(500)),
+    Column("form", String(16)),
+    Column("batch", Integer),
+    Column("linger", Float),
+    Column("lanes", Integer),
+    Column("timeout", Float),
+    Column("secret", LargeBinary),
+    sqlite_autoincrement=True,
+)
+
+group_products = Table(
+    "group_products",
+    metadata,
+    Column("group_id", _Id, ForeignKey("groups.id", ondelete="CASCADE"), primary_key=True),
+    Column("product_id", _Id, ForeignKey("products.id", ondelete="CASCADE"), primary_key=True),
+)
+
+group_apps = Table(
+    "group_apps",
+    metadata,
+    Column("group_id", _Id, ForeignKey("groups.id", ondelete="CASCADE"), primary_key=True),
+    Column("app_id", _Id, ForeignKey("apps.id", ondelete="CASCADE"), primary_key=True),
+)
+
+lifecycle_changes = Table(
+    "lifecycle_changes",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("product_key", String(30), nullable=False),
+    Column("device_name", String(64), nullable=False),
+    Column("action", String(8), nullable=False),
+    Column("at", BigInteger, nullable=False),
+    sqlite_autoincrement=True,
 )

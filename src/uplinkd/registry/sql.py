@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Self, TypeVar
 from sqlalchemy import (
     ColumnElement,
     Select,
+    Table,
     bindparam,
     case,
     create_engine,
@@ -27,6 +28,7 @@ from sqlalchemy import (
     exists,
     func,
     insert,
+    literal,
     select,
     true,
     update,
@@ -44,6 +46,8 @@ from uplinkd.core.model import (
     Census,
     Device,
     DeviceName,
+    LifecycleAction,
+    LifecycleChange,
     Product,
     ProductKey,
     Right,
@@ -54,6 +58,7 @@ from uplinkd.core.model import (
 )
 from uplinkd.registry import Change, ImportProgress, ImportReport, ImportRow, Sighting, audit
 from uplinkd.registry.fleet import read_fleet, size_of, written_fleet
+from uplinkd.registry.groups import SqlGroups, announce_groups
 from uplinkd.registry.operators import SqlOperators
 from uplinkd.registry.schema import (
     REVISIONS,
@@ -61,6 +66,9 @@ from uplinkd.registry.schema import (
     apps,
     changes,
     devices,
+    group_apps,
+    group_products,
+    lifecycle_changes,
     products,
     signing_keys,
     status_changes,
@@ -178,6 +186,7 @@ class SqlRegistry:
         self._vault = vault
         self._where = where
         self.operators = SqlOperators(self._reading, self._writing, vault)
+        self.groups = SqlGroups(self._reading, self._writing, vault)
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
@@ -259,6 +268,8 @@ class SqlRegistry:
                 raise Conflict(f"product {key!r} has {what}; delete them with it by --with-devices (withDevices=true)")
             mine = devices.c.product_id == product_id
             _shut_out(connection, mine & _IS_ONLINE)
+            _happened(connection, mine, LifecycleAction.DELETE)
+            announce_groups(connection, _groups_with(connection, group_products, product_id))
             readers = select(app_products.c.app_id).where(app_products.c.product_id == product_id)
             for app_id in connection.execute(readers).scalars().all():
                 _announce(connection, app_id=app_id)
@@ -278,6 +289,8 @@ class SqlRegistry:
                 raise Conflict(f"product {product_key!r} has a device {device_name!r} already")
             sealed = self._seal_device(product_key, device_name, device_secret)
             connection.execute(insert(devices), _new_device(product_id, device_name, sealed, _now()))
+            made = (devices.c.product_id == product_id) & (devices.c.name == device_name)
+            _happened(connection, made, LifecycleAction.CREATE)
             audit.note(connection, "device.create", f"{product_key}/{device_name}")
             return self._device(_device_row(connection, product_key, device_name))
 
@@ -326,7 +339,9 @@ class SqlRegistry:
             _check_version(f"device {name!r}", device.version, version)
             if device.enabled == enabled:
                 return device
-            audit.note(connection, f"device.{'enable' if enabled else 'disable'}", f"{product_key}/{name}")
+            action = LifecycleAction.ENABLE if enabled else LifecycleAction.DISABLE
+            _happened(connection, devices.c.id == device.id, action)
+            audit.note(connection, f"device.{action}", f"{product_key}/{name}")
             generation = device.generation if enabled else device.generation + 1
             return self._update_device(connection, device, enabled=enabled, generation=generation)
 
@@ -549,6 +564,10 @@ class SqlRegistry:
                     report.bad.append((row.line, f"{where} exists with another DeviceSecret"))
             if fresh:
                 connection.execute(insert(devices), fresh)
+                facts = {"product_key": product_key, "action": LifecycleAction.CREATE.value, "at": now}
+                connection.execute(
+                    insert(lifecycle_changes), [{**facts, "device_name": device["name"]} for device in fresh]
+                )
             report.created += len(fresh)
             if progress:
                 progress(report.read)
@@ -616,7 +635,7 @@ class SqlRegistry:
         with self._writing() as connection:
             if connection.execute(select(apps.c.id).where(apps.c.name == name)).first():
                 raise Conflict(f"there is an application named {name!r} already; names are unique")
-            facts = {"key": key, "name": name, "secret_hash": hash_secret(secret), "sends": sends, "created": _now()}
+            facts = {"key": key, "name": name, "sends": sends, "created": _now(), **self._app_secret(key, secret)}
             result = connection.execute(insert(apps), facts)
             assert result.inserted_primary_key is not None
             audit.note(connection, "app.create", name, f"{'sends' if sends else 'reads only'}; {', '.join(products)}")
@@ -660,10 +679,20 @@ class SqlRegistry:
             audit.note(connection, "app.withdraw", name, ", ".join(products))
             return _app_named(connection, name)
 
+    def renew_app_secret(self, name: str) -> tuple[App, str]:
+        secret = names.make_app_secret()
+        with self._writing() as connection:
+            app = _app_named(connection, name)
+            connection.execute(update(apps).where(apps.c.id == app.id).values(self._app_secret(app.key, secret)))
+            _announce(connection, app_id=app.id)
+            audit.note(connection, "app.renew-secret", name)
+            return _app_named(connection, name), secret
+
     def delete_app(self, name: str, *, version: str | None = None) -> None:
         with self._writing() as connection:
             app = _app_named(connection, name)
             _check_version(f"application {name!r}", app.version, version)
+            announce_groups(connection, _groups_with(connection, group_apps, app.id))
             connection.execute(delete(apps).where(apps.c.id == app.id))
             _announce(connection, app_id=app.id)
             audit.note(connection, "app.delete", name)
@@ -675,6 +704,33 @@ class SqlRegistry:
     def find_app_by_id(self, app_id: int) -> App | None:
         with self._reading() as connection:
             return next(iter(_apps(connection, _APP_BY_ID, app_id=app_id)), None)
+
+    def app_secret(self, key: str) -> str | None:
+        with self._reading() as connection:
+            row = connection.execute(select(apps.c.secret).where(apps.c.key == key)).first()
+        if row is None:
+            return None
+        return self._vault.open(row.secret, owner=_app_owner(key)).decode() if row.secret is not None else ""
+
+    # what happens to devices
+
+    def lifecycle(self, limit: int) -> list[LifecycleChange]:
+        with self._reading() as connection:
+            rows = connection.execute(select(lifecycle_changes).order_by(lifecycle_changes.c.id).limit(limit)).all()
+        return [
+            LifecycleChange(
+                row.id,
+                ProductKey(row.product_key),
+                DeviceName(row.device_name),
+                LifecycleAction(row.action),
+                row.at,
+            )
+            for row in rows
+        ]
+
+    def lifecycle_told(self, upto: int) -> None:
+        with self._writing() as connection:
+            connection.execute(delete(lifecycle_changes).where(lifecycle_changes.c.id <= upto))
 
     # what gateways need beside devices
 
@@ -702,11 +758,11 @@ class SqlRegistry:
             if after > newest or after < oldest - 1:
                 return newest, [_FORGET_EVERYTHING]
             rows = connection.execute(
-                select(changes.c.product_key, changes.c.device_id, changes.c.app_id)
+                select(changes.c.product_key, changes.c.device_id, changes.c.app_id, changes.c.group_id)
                 .where(changes.c.seq > after, changes.c.seq <= newest)
                 .distinct()
             ).all()
-        return newest, [Change(ProductKey(product_key), device_id, app_id) for product_key, device_id, app_id in rows]
+        return newest, [Change(ProductKey(row.product_key), row.device_id, row.app_id, row.group_id) for row in rows]
 
     # within
 
@@ -758,6 +814,12 @@ class SqlRegistry:
             if len(rows) < _PAGE:
                 return
             last = rows[-1].name
+
+    def _app_secret(self, key: str, secret: str) -> dict[str, bytes]:
+        return {
+            "secret_hash": hash_secret(secret),
+            "secret": self._vault.seal(secret.encode(), owner=_app_owner(key)),
+        }
 
     def _seal_device(self, product_key: str, name: str, secret: str) -> bytes:
         return self._vault.seal(secret.encode(), owner=_device_owner(product_key, name))
@@ -851,7 +913,21 @@ def _shut_out(connection: Connection, which: ColumnElement[bool]) -> None:
 
 def _delete_devices(connection: Connection, which: ColumnElement[bool]) -> None:
     _shut_out(connection, which)
+    _happened(connection, which, LifecycleAction.DELETE)
     connection.execute(delete(devices).where(which))
+
+
+def _happened(connection: Connection, which: ColumnElement[bool], action: LifecycleAction) -> None:
+    """Keep what happens to `which` devices until it is published."""
+    facts = select(products.c.key, devices.c.name, literal(action.value), literal(_now())).join_from(devices, products)
+    columns = ["product_key", "device_name", "action", "at"]
+    connection.execute(insert(lifecycle_changes).from_select(columns, facts.where(which)))
+
+
+def _groups_with(connection: Connection, table: Table, other_id: int) -> list[int]:
+    """The consumer groups that name a product or an application."""
+    (other,) = (column for column in table.columns if column.name != "group_id")
+    return list(connection.execute(select(table.c.group_id).where(other == other_id)).scalars())
 
 
 def _record(connection: Connection, sightings: list[Sighting], now: int) -> None:
@@ -922,6 +998,10 @@ def _product_owner(key: str) -> str:
 
 def _device_owner(product_key: str, name: str) -> str:
     return f"device/{product_key}/{name}"
+
+
+def _app_owner(key: str) -> str:
+    return f"app/{key}"
 
 
 def _signing_key_owner(key_id: int) -> str:

@@ -1,0 +1,278 @@
+"""Takes messages for consumer groups: each feed pulls from its group's durable consumer what was asked for, and from what is offered
+to the group again.
+
+A pull is one request for several messages, which come one by one. The feed counts what is still on its way, and asks anew when
+that is less than what is wanted; after an outage, or a silence that is too long, it begins again. What a consumer holds
+outlives the connection: its answer goes wherever the engine is then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from uplinkd.core.errors import Unavailable
+from uplinkd.core.groups import Group, wants
+from uplinkd.core.model import Message
+from uplinkd.engine import Bus, Taken, Told
+from uplinkd.engine.groups import RETRIED, RETRY, buried, bury, consumer_name, ensure, retry_name
+from uplinkd.engine.reader import delivered
+from uplinkd.engine.stream import STREAM
+from uplinkd.observe import Occasionally
+from uplinkd.tasks import spawn
+
+__all__ = ["JetStreamDeliveries"]
+
+log = logging.getLogger("uplinkd.engine")
+
+_EXPIRES = 30.0
+_HEARTBEAT = 5.0
+_SILENCE = 3 * _HEARTBEAT
+_LOOK_SECONDS = 2.0
+_RETRY_LOOKS = 5  # in so many looks once for what is offered again: a note tells of most
+_LARGEST_PULL, _LARGEST_BYTES = 1000, 4 * 1024**2
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+_CLOSING_SECONDS = 1.0
+# Answers that wait for an engine that is away; those beyond are lost, and their messages come again.
+_MOST_ANSWERS = 200_000
+_ACK, _WORKING = b"+ACK", b"+WPI"
+
+
+class JetStreamDeliveries:
+    """`engine.Deliveries` of one process, over its bus. Made in the event loop."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        self._feeds: set[_Feed] = set()
+        self._answers: deque[tuple[str, bytes]] = deque(maxlen=_MOST_ANSWERS)
+        self._scheduled = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        bus.on_connected(self._connected)
+
+    def feed(self, group: Group, take: Callable[[Taken], None]) -> _Feed:
+        feed = _Feed(self, group, take)
+        self._feeds.add(feed)
+        feed.begin()
+        return feed
+
+    def answer(self, reply: str, payload: bytes) -> None:
+        """Say what became of a message; what is said in one turn of the event loop leaves together."""
+        self._answers.append((reply, payload))
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def forget(self, feed: _Feed) -> None:
+        self._feeds.discard(feed)
+
+    def spawn(self, feed: _Feed) -> asyncio.Task[None]:
+        return spawn(feed.run(), self._tasks)
+
+    async def close(self) -> None:
+        """Close every feed, and let what was said leave."""
+        for feed in list(self._feeds):
+            feed.close()
+        self._flush()
+
+    def _flush(self) -> None:
+        self._scheduled = False
+        if self._answers and self.bus.connected:
+            self.bus.tell_each(list(self._answers))
+            self._answers.clear()
+
+    async def _connected(self) -> None:
+        self._flush()
+        for feed in self._feeds:
+            feed.reconnected()
+
+
+@dataclass(slots=True, eq=False)
+class _Feed:
+    """Of one consumer. `wanted` more messages may be taken; `asked` are on their way; `spare` came though nobody wanted them."""
+
+    owner: JetStreamDeliveries
+    group: Group
+    take: Callable[[Taken], None]
+    wanted: int = 0
+    asked: int = 0
+    spare: deque[_Taken] = field(default_factory=deque)
+    base: int = 0
+    heard: float = 0.0
+    ready: bool = False
+    closed: bool = False
+    inbox: str = field(default_factory=lambda: f"_INBOX.group.{secrets.token_hex(8)}")
+    stirred: asyncio.Event = field(default_factory=asyncio.Event)
+    ends: list[Callable[[], None]] = field(default_factory=list)
+    task: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        listen = self.owner.bus.listen
+        self.ends = [
+            listen(f"{self.inbox}.*", self._told),
+            listen(f"{RETRIED}{self.group.id}", lambda _: self._pull_retries()),
+        ]
+        self.task = self.owner.spawn(self)
+
+    def want(self, count: int) -> None:
+        self.wanted += count
+        while self.spare and self.wanted > 0:
+            self._give(self.spare.popleft())
+        self._pull()
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self.owner.forget(self)
+        while self.spare:
+            self.spare.popleft().again()
+        if self.task:
+            self.task.cancel()
+        # What is on its way now is given back; later nobody hears, and JetStream sends nothing.
+        asyncio.get_running_loop().call_later(_CLOSING_SECONDS, self._end)
+
+    def _end(self) -> None:
+        for end in self.ends:
+            end()
+
+    def reconnected(self) -> None:
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self.ready = False
+        self.stirred.set()
+
+    async def run(self) -> None:
+        """See that the consumer is there, and look after what was asked for, until cancelled."""
+        clock = asyncio.get_running_loop().time
+        pause, warn, look = _FIRST_PAUSE, Occasionally(30), 0
+        while True:
+            if not self.ready:
+                try:
+                    self.base = await ensure(self.owner.bus, self.group)
+                except Unavailable as fault:
+                    if warn() and self.owner.bus.connected:
+                        log.warning("consumer group %s: %s", self.group.name, fault)
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 2, _LONGEST_PAUSE)
+                    continue
+                pause = _FIRST_PAUSE
+                self.ready, self.asked, self.heard = True, 0, clock()
+                self.stirred.clear()
+                self._pull()
+                self._pull_retries()
+            try:
+                async with asyncio.timeout(_LOOK_SECONDS):
+                    await self.stirred.wait()
+            except TimeoutError:
+                look += 1
+                if look % _RETRY_LOOKS == 0:
+                    self._pull_retries()
+                if self.asked > 0 and clock() - self.heard > _SILENCE:
+                    self.ready = False
+
+    def _pull(self) -> None:
+        missing = min(self.wanted - self.asked, _LARGEST_PULL)
+        # Not for each message that is done with: requests double until as many are on their way as are wanted.
+        if not self.ready or self.closed or missing <= 0 or (self.asked > missing):
+            return
+        if self.asked == 0:
+            self.heard = asyncio.get_running_loop().time()
+        self.asked += missing
+        body = {
+            "batch": missing,
+            "max_bytes": _LARGEST_BYTES,
+            "expires": round(_EXPIRES * 1e9),
+            "idle_heartbeat": round(_HEARTBEAT * 1e9),
+        }
+        self._request(STREAM, consumer_name(self.group), body, "m")
+
+    def _pull_retries(self) -> None:
+        if self.ready and not self.closed and self.wanted > 0:
+            body = {"batch": min(self.wanted, _LARGEST_PULL), "max_bytes": _LARGEST_BYTES, "no_wait": True}
+            self._request(RETRY, retry_name(self.group), body, "r")
+
+    def _request(self, stream: str, consumer: str, body: Mapping[str, object], which: str) -> None:
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
+        self.owner.bus.tell(subject, json.dumps(body).encode(), reply=f"{self.inbox}.{which}")
+
+    def _told(self, told: Told) -> None:
+        self.heard = asyncio.get_running_loop().time()
+        if told.reply.startswith("$JS.ACK."):
+            self._came(told)
+        elif told.subject.endswith(".m"):
+            self._status(told.headers.get("Status", ""), told.headers.get("Nats-Pending-Messages", ""))
+
+    def _status(self, status: str, left: str) -> None:
+        """What JetStream says of a request: it goes on (100), has ended with so many messages missing, or nobody knows it."""
+        if status == "100":
+            return
+        if left.isdecimal() and status in ("404", "408", "409"):
+            self.asked = max(0, self.asked - int(left))
+            self._pull()
+        elif not self.closed:
+            self._begin_anew()
+
+    def _came(self, told: Told) -> None:
+        if RETRY in told.reply.split(".", 5):
+            tokens = told.reply.split(".")
+            taken = _Taken(self, buried(told), int(tokens[tokens.index(RETRY) + 2]), told.reply, retried=True)
+        else:
+            self.asked = max(0, self.asked - 1)
+            message, tries = delivered(told, self.base)
+            taken = _Taken(self, message, tries, told.reply)
+        plan = self.group.plan
+        if self.closed:
+            taken.again()
+        elif not taken.retried and not wants(plan, taken.message):
+            taken.accept()  # its subject is a filter's that had to be wider than the plan
+        elif plan.webhook is None and taken.tries > plan.tries:
+            spawn(self._give_up(taken), self.owner._tasks)
+        elif self.wanted > 0:
+            self._give(taken)
+        else:
+            self.spare.append(taken)
+        self._pull()
+
+    def _give(self, taken: _Taken) -> None:
+        self.wanted -= 1
+        try:
+            self.take(taken)
+        except Exception:
+            log.exception("a fault of ours while handing on a message of consumer group %s", self.group.name)
+
+    async def _give_up(self, taken: _Taken) -> None:
+        try:
+            await taken.bury(f"it was offered {taken.tries - 1} times and not accepted")
+        except Unavailable:
+            taken.again(_LONGEST_PAUSE)
+
+
+@dataclass(slots=True, eq=False)
+class _Taken:
+    feed: _Feed
+    message: Message
+    tries: int
+    reply: str
+    retried: bool = False
+
+    def accept(self) -> None:
+        self.feed.owner.answer(self.reply, _ACK)
+
+    def again(self, after: float = 0.0) -> None:
+        delay = b' {"delay": %d}' % round(after * 1e9) if after > 0 else b""
+        self.feed.owner.answer(self.reply, b"-NAK" + delay)
+        if self.retried and not self.feed.closed:  # nobody waits for it there
+            asyncio.get_running_loop().call_later(after + 0.1, self.feed._pull_retries)
+
+    def working(self) -> None:
+        self.feed.owner.answer(self.reply, _WORKING)
+
+    async def bury(self, reason: str) -> None:
+        await bury(self.feed.owner.bus, self.feed.group, self.message, self.tries, reason)
+        self.accept()

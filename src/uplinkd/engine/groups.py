@@ -1,0 +1,362 @@
+"""Consumer groups in JetStream: a durable consumer of the stream for each, dead letters and those that are offered again in streams
+of their own.
+
+A consumer's name holds the generation of its group: where the position is set anew, there is another consumer, and whoever
+still asks the old one gets nothing from it once it is gone. What a consumer must be follows from the group alone, so any
+process may make it, at any time: it begins at a time, not at the moment when it is made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import quote, unquote
+
+from uplinkd.core.errors import Unavailable
+from uplinkd.core.groups import LONGEST_PAUSE, Group, subjects_of
+from uplinkd.core.model import DeviceName, Message, Origin, ProductKey
+from uplinkd.core.topics import owner
+from uplinkd.engine import ORIGIN_HEADER, Bus, DeadLetter, GroupState, Told
+from uplinkd.engine.api import ApiError, NotThere, ask_api, document_of, get_stored, moment_of
+from uplinkd.engine.bus import NatsBus
+from uplinkd.engine.embedded import Access
+from uplinkd.engine.stream import STREAM, base_of
+from uplinkd.tasks import end_tasks
+
+__all__ = [
+    "RETRIED",
+    "RETRY",
+    "JetStreamDesk",
+    "buried",
+    "bury",
+    "consumer_name",
+    "ensure",
+    "open_desk",
+    "retry_name",
+    "sweep",
+]
+
+DEAD, RETRY = "UPLINKD_DEAD", "UPLINKD_RETRY"
+_DEAD_SUBJECT, _RETRY_SUBJECT = "uplinkd.dead.", "uplinkd.retry."
+RETRIED = "uplinkd.retried."
+"""Told, with a group's id behind it, when something is offered to it again."""
+
+_MINE = "uplinkd.group"
+_NAME = re.compile(r"group-(\d+)-(\d+)")
+_MAX_ACK_PENDING = 20_000
+# Dead letters go after this time, and the oldest of a group beyond this number.
+_DEAD_AGE, _MOST_DEAD = 30 * 86400 * 10**9, 100_000
+_DUPLICATE_WINDOW = 120 * 10**9
+_AT_ONCE = 200
+# The oldest message of a group is looked for under each of its subject filters; under all at once where they are more.
+_MOST_FILTERS = 16
+_CONNECT_SECONDS = 3.0
+_TOPIC, _ID, _TIME = "Uplinkd-Topic", "Uplinkd-Id", "Uplinkd-Time"
+_TRIES, _REASON, _AT = "Uplinkd-Tries", "Uplinkd-Reason", "Uplinkd-At"
+_LONGEST_REASON = 2000
+
+
+def consumer_name(group: Group) -> str:
+    return f"group-{group.id}-{group.generation}"
+
+
+def retry_name(group: Group) -> str:
+    """The consumer of what is offered to the group again."""
+    return f"group-{group.id}"
+
+
+async def ensure(bus: Bus, group: Group) -> int:
+    """See that the group's consumer is there and as its plan wants it; the base of the stream's ids. Raise Unavailable."""
+    stream = await ask_api(bus, f"STREAM.INFO.{STREAM}")
+    name = consumer_name(group)
+    begin = datetime.fromtimestamp(group.start / 1000, UTC).isoformat(timespec="milliseconds")
+    config = {
+        **_pace(group),
+        "durable_name": name,
+        "deliver_policy": "by_start_time",
+        "opt_start_time": begin.replace("+00:00", "Z"),
+        "filter_subjects": subjects_of(group.plan),
+    }
+    await _create(bus, STREAM, name, config)
+    return base_of(stream["config"])
+
+
+async def bury(bus: Bus, group: Group, message: Message, tries: int, reason: str) -> None:
+    """Store a message as a dead letter of the group; raise Unavailable. Twice within two minutes is once."""
+    headers = {
+        _TOPIC: quote(message.topic, safe="/"),
+        _ID: str(message.id),
+        _TIME: str(message.generate_time),
+        ORIGIN_HEADER: message.origin.value,
+        _TRIES: str(tries),
+        _REASON: quote(reason[:_LONGEST_REASON], safe=" /,:;'()="),
+        _AT: str(round(time.time() * 1000)),
+        "Nats-Msg-Id": f"dead-{group.id}-{message.id}",
+    }
+    subject = f"{_DEAD_SUBJECT}{group.id}"
+    try:
+        document_of((await bus.ask(subject, message.payload, headers)).payload)
+    except Unavailable:
+        await _ensure_streams(bus)  # usually it is there
+        document_of((await bus.ask(subject, message.payload, headers)).payload)
+
+
+async def sweep(bus: Bus, groups: Sequence[Group]) -> int:
+    """Remove the consumers and dead letters of groups that are not among `groups` or have another generation by now; how many
+    consumers there were. Raise Unavailable."""
+    wanted = {consumer_name(group) for group in groups}
+    alive = {group.id for group in groups}
+    stale = [name for name in await _consumers(bus, STREAM) if name not in wanted]
+    gone = {int(match[1]) for name in stale if (match := _NAME.fullmatch(name))} - alive
+    for group_id in gone:
+        with contextlib.suppress(NotThere):
+            await ask_api(bus, f"STREAM.PURGE.{DEAD}", {"filter": f"{_DEAD_SUBJECT}{group_id}"})
+        with contextlib.suppress(NotThere):
+            await ask_api(bus, f"STREAM.PURGE.{RETRY}", {"filter": f"{_RETRY_SUBJECT}{group_id}"})
+        await _forget(bus, RETRY, f"group-{group_id}")
+    for name in stale:
+        await _forget(bus, STREAM, name)
+    return len(stale)
+
+
+async def open_desk(access: Access) -> JetStreamDesk:
+    """A desk with a connection of its own; raise Unavailable when the engine does not answer."""
+    bus = NatsBus(access, "uplinkd groups")
+    there = asyncio.Event()
+
+    async def connected() -> None:
+        there.set()
+
+    bus.on_connected(connected)
+    running = asyncio.create_task(bus.run())
+    try:
+        await asyncio.wait_for(there.wait(), _CONNECT_SECONDS)
+    except TimeoutError:
+        await end_tasks(running)
+        await bus.ask("uplinkd")  # says why it is away
+    return JetStreamDesk(bus, lambda: end_tasks(running))
+
+
+class JetStreamDesk:
+    """`engine.GroupDesk` over a bus that somebody else looks after, unless `close` is given."""
+
+    def __init__(self, bus: Bus, close: Callable[[], Any] | None = None) -> None:
+        self._bus = bus
+        self._close = close
+
+    async def close(self) -> None:
+        if self._close:
+            await self._close()
+
+    async def state(self, group: Group) -> GroupState:
+        info = await self._info(group)
+        held, pending = int(info["num_ack_pending"]), int(info["num_pending"])
+        oldest = None
+        if held or pending:
+            oldest = await self._oldest(info["config"]["filter_subjects"], int(info["ack_floor"]["stream_seq"]) + 1)
+        dead, retrying = await asyncio.gather(
+            self._count(DEAD, f"{_DEAD_SUBJECT}{group.id}"), self._count(RETRY, f"{_RETRY_SUBJECT}{group.id}")
+        )
+        settled = int(info["delivered"]["consumer_seq"]) - held
+        return GroupState(held + pending + retrying, held, oldest, settled, dead, retrying)
+
+    async def dead(self, group: Group, *, after: int = 0, limit: int = 100) -> list[DeadLetter]:
+        found: list[DeadLetter] = []
+        while len(found) < limit:
+            letter = await self._next(group, found[-1].number if found else after)
+            if letter is None:
+                break
+            found.append(letter)
+        return found
+
+    async def dead_letter(self, group: Group, number: int) -> DeadLetter | None:
+        told = await self._dead({"seq": number})
+        return _letter(told) if told and told.headers.get("Nats-Subject") == f"{_DEAD_SUBJECT}{group.id}" else None
+
+    async def retry(self, group: Group, numbers: Sequence[int] | None = None) -> int:
+        await _ensure_streams(self._bus)
+        config = {**_pace(group), "durable_name": retry_name(group), "filter_subject": f"{_RETRY_SUBJECT}{group.id}"}
+        await _create(self._bus, RETRY, retry_name(group), config)
+        count = after = 0
+        while True:
+            if numbers is None:
+                letters = await self.dead(group, after=after, limit=_AT_ONCE)
+            else:
+                part, numbers = numbers[:_AT_ONCE], numbers[_AT_ONCE:]
+                found = await asyncio.gather(*(self.dead_letter(group, number) for number in part))
+                letters = [each for each in found if each]
+            await asyncio.gather(*(self._offer(group, letter) for letter in letters))
+            self._bus.tell(f"{RETRIED}{group.id}", b"")
+            count += len(letters)
+            if numbers is None and letters:
+                after = letters[-1].number
+            elif not numbers:
+                return count
+
+    async def purge(self, group: Group, numbers: Sequence[int] | None = None) -> int:
+        if numbers is None:
+            try:
+                gone = await ask_api(self._bus, f"STREAM.PURGE.{DEAD}", {"filter": f"{_DEAD_SUBJECT}{group.id}"})
+            except NotThere:
+                return 0
+            return int(gone["purged"])
+        count = 0
+        for number in numbers:
+            if await self.dead_letter(group, number):
+                await self._remove(number)
+                count += 1
+        return count
+
+    async def _info(self, group: Group) -> dict[str, Any]:
+        action = f"CONSUMER.INFO.{STREAM}.{consumer_name(group)}"
+        try:
+            return await ask_api(self._bus, action)
+        except NotThere:  # nothing was delivered yet
+            await ensure(self._bus, group)
+            return await ask_api(self._bus, action)
+
+    async def _oldest(self, filters: Sequence[str], sequence: int) -> int | None:
+        """When the first message from `sequence` on was stored that one of `filters` matches, ms."""
+        some = filters if len(filters) <= _MOST_FILTERS else ["/.>"]
+        found = await asyncio.gather(
+            *(get_stored(self._bus, STREAM, {"seq": sequence, "next_by_subj": each}) for each in some)
+        )
+        first = min((told for told in found if told), key=_sequence_of, default=None)
+        return moment_of(first.headers["Nats-Time-Stamp"]) if first else None
+
+    async def _count(self, stream: str, subject: str) -> int:
+        try:
+            info = await ask_api(self._bus, f"STREAM.INFO.{stream}", {"subjects_filter": subject})
+        except NotThere:
+            return 0
+        return int((info["state"].get("subjects") or {}).get(subject, 0))
+
+    async def _next(self, group: Group, after: int) -> DeadLetter | None:
+        told = await self._dead({"seq": after + 1, "next_by_subj": f"{_DEAD_SUBJECT}{group.id}"})
+        return _letter(told) if told else None
+
+    async def _dead(self, wanted: Mapping[str, Any]) -> Told | None:
+        try:
+            return await get_stored(self._bus, DEAD, wanted)
+        except Unavailable:
+            try:
+                await ask_api(self._bus, f"STREAM.INFO.{DEAD}")
+            except NotThere:  # the stream comes with the first dead letter
+                return None
+            raise
+
+    async def _offer(self, group: Group, letter: DeadLetter) -> None:
+        message = letter.message
+        headers = {
+            _TOPIC: quote(message.topic, safe="/"),
+            _ID: str(message.id),
+            _TIME: str(message.generate_time),
+            ORIGIN_HEADER: message.origin.value,
+            "Nats-Msg-Id": f"retry-{letter.number}",
+        }
+        document_of((await self._bus.ask(f"{_RETRY_SUBJECT}{group.id}", message.payload, headers)).payload)
+        await self._remove(letter.number)
+
+    async def _remove(self, number: int) -> None:
+        try:
+            await ask_api(self._bus, f"STREAM.MSG.DELETE.{DEAD}", {"seq": number, "no_erase": True})
+        except ApiError as error:
+            if error.code not in (400, 404):  # somebody else was quicker
+                raise
+
+
+def buried(told: Told) -> Message:
+    """The message in a dead letter, or in one that is offered again."""
+    headers = told.headers
+    topic = unquote(headers.get(_TOPIC, ""))
+    product_key, device_name = owner(topic)
+    return Message(
+        int(headers[_ID]),
+        topic,
+        ProductKey(product_key),
+        DeviceName(device_name),
+        int(headers[_TIME]),
+        told.payload,
+        Origin(headers.get(ORIGIN_HEADER, Origin.HTTPS)),
+    )
+
+
+def _letter(told: Told) -> DeadLetter:
+    headers = told.headers
+    reason = unquote(headers.get(_REASON, ""))
+    return DeadLetter(_sequence_of(told), buried(told), int(headers[_TRIES]), reason, int(headers[_AT]))
+
+
+def _pace(group: Group) -> dict[str, Any]:
+    """What both consumers of a group have: how long a message may be held before it comes again, longer each time."""
+    waits = [group.plan.ack_wait]
+    while waits[-1] < LONGEST_PAUSE:
+        waits.append(min(waits[-1] * 2, LONGEST_PAUSE))
+    return {
+        "description": f"consumer group {group.name}",
+        "ack_policy": "explicit",
+        "ack_wait": round(group.plan.ack_wait * 1e9),
+        "backoff": [round(each * 1e9) for each in waits],
+        "max_deliver": -1,  # what was offered too often goes to the dead letters, and is accepted only then
+        "max_ack_pending": _MAX_ACK_PENDING,
+        "metadata": {_MINE: str(group.id)},
+    }
+
+
+async def _create(bus: Bus, stream: str, name: str, config: Mapping[str, Any]) -> None:
+    body = {"stream_name": stream, "config": {"name": name, **config}}
+    await ask_api(bus, f"CONSUMER.CREATE.{stream}.{name}", body)
+
+
+async def _ensure_streams(bus: Bus) -> None:
+    for name, subject, more in (
+        (
+            DEAD,
+            f"{_DEAD_SUBJECT}*",
+            {"retention": "limits", "max_age": _DEAD_AGE, "max_msgs_per_subject": _MOST_DEAD, "discard": "old"},
+        ),
+        (RETRY, f"{_RETRY_SUBJECT}*", {"retention": "workqueue"}),
+    ):
+        config = {
+            "name": name,
+            "subjects": [subject],
+            "storage": "file",
+            "num_replicas": 1,
+            "allow_direct": True,
+            "duplicate_window": _DUPLICATE_WINDOW,
+            **more,
+        }
+        try:
+            await ask_api(bus, f"STREAM.INFO.{name}")
+        except NotThere:
+            with contextlib.suppress(ApiError):  # another process was quicker
+                await ask_api(bus, f"STREAM.CREATE.{name}", config)
+
+
+async def _consumers(bus: Bus, stream: str) -> list[str]:
+    """The names of all consumers that were made for groups."""
+    found: list[str] = []
+    offset, total = 0, 1
+    while offset < total:
+        try:
+            answer = await ask_api(bus, f"CONSUMER.LIST.{stream}", {"offset": offset})
+        except NotThere:
+            return []
+        listed = answer.get("consumers") or []
+        found += [each["name"] for each in listed if _MINE in (each["config"].get("metadata") or {})]
+        offset, total = offset + len(listed), answer["total"] if listed else 0
+    return found
+
+
+async def _forget(bus: Bus, stream: str, consumer: str) -> None:
+    with contextlib.suppress(NotThere):
+        await ask_api(bus, f"CONSUMER.DELETE.{stream}.{consumer}")
+
+
+def _sequence_of(told: Told) -> int:
+    return int(told.headers["Nats-Sequence"])
