@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help serve test slow lint check docs bench lock clean
+.PHONY: help serve amqp test slow lint check docs bench lock clean
 
 help:  ## say what each command does
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
 serve: $(VENV)/run.stamp  ## run the server on https://127.0.0.1:8443 with a demo device, state under ./data
 	@exec $(BIN)/uplinkd serve --demo
+
+amqp: $(VENV)/run.stamp  ## install what the AMQP door needs: compiles for half a minute, with gcc and Python's headers
+	@echo "compiling python-qpid-proton (about half a minute) …"
+	@$(AMQP) >$(VENV)/amqp.log 2>&1 || { echo "$(NO_AMQP)"; exit 1; }
 
 test: $(VENV)/dev.stamp  ## run all tests but the slow ones
 	$(BIN)/python -m pytest -n 3 --dist loadgroup
@@ -40,6 +44,7 @@ lock: $(VENV)/bin/python  ## resolve the dependencies anew into requirements/*.t
 	@$(BIN)/python -m pip install -q uv
 	$(COMPILE) --group build -o requirements/build.txt
 	$(COMPILE) pyproject.toml -o requirements/run.txt
+	$(COMPILE) pyproject.toml --extra amqp -o requirements/amqp.txt
 	$(COMPILE) pyproject.toml --group dev -o requirements/dev.txt
 	$(COMPILE) --group linkkit -o requirements/linkkit.txt
 
@@ -54,9 +59,13 @@ $(VENV)/run.stamp: requirements/run.txt requirements/build.txt pyproject.toml | 
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
-$(VENV)/dev.stamp: requirements/dev.txt $(VENV)/run.stamp
+$(VENV)/dev.stamp: requirements/dev.txt requirements/amqp.txt $(VENV)/run.stamp
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@$(AMQP) >$(VENV)/amqp.log 2>&1 || echo "tests of the AMQP door are skipped: $(NO_AMQP)"
 	@touch $@
+
+AMQP := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/amqp.txt
+NO_AMQP := python-qpid-proton could not be compiled; it needs gcc and Python's headers (see $(VENV)/amqp.log)
 
 clean:  ## remove the virtual environment and caches, never ./data
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -34,10 +34,13 @@ _EXPIRES = 30.0
 _HEARTBEAT = 5.0
 _SILENCE = 3 * _HEARTBEAT
 _LOOK_SECONDS = 2.0
+_GONE_SECONDS = 1.0
 _RETRY_LOOKS = 5  # in so many looks once for what is offered again: a note tells of most
 _LARGEST_PULL, _LARGEST_BYTES = 1000, 4 * 1024**2
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
-_CLOSING_SECONDS = 1.0
+# A feed that is closed hears on for a moment, and gives back what is on its way. Not at once: JetStream would send it here again,
+# as long as somebody hears.
+_CLOSING_SECONDS, _GIVEN_BACK_SECONDS = 0.1, 0.3
 # Answers that wait for an engine that is away; those beyond are lost, and their messages come again.
 _MOST_ANSWERS = 200_000
 _ACK, _WORKING = b"+ACK", b"+WPI"
@@ -130,10 +133,9 @@ class _Feed:
         self.closed = True
         self.owner.forget(self)
         while self.spare:
-            self.spare.popleft().again()
+            self.spare.popleft().again(_GIVEN_BACK_SECONDS)
         if self.task:
             self.task.cancel()
-        # What is on its way now is given back; later nobody hears, and JetStream sends nothing.
         asyncio.get_running_loop().call_later(_CLOSING_SECONDS, self._end)
 
     def _end(self) -> None:
@@ -215,8 +217,8 @@ class _Feed:
         if left.isdecimal() and status in ("404", "408", "409"):
             self.asked = max(0, self.asked - int(left))
             self._pull()
-        elif not self.closed:
-            self._begin_anew()
+        elif not self.closed:  # the consumer is gone, perhaps with the group: whoever opened this feed may close it now
+            asyncio.get_running_loop().call_later(_GONE_SECONDS, self._begin_anew)
 
     def _came(self, told: Told) -> None:
         if RETRY in told.reply.split(".", 5):
@@ -228,7 +230,7 @@ class _Feed:
             taken = _Taken(self, message, tries, told.reply)
         plan = self.group.plan
         if self.closed:
-            taken.again()
+            taken.again(_GIVEN_BACK_SECONDS)
         elif not taken.retried and not wants(plan, taken.message):
             taken.accept()  # its subject is a filter's that had to be wider than the plan
         elif plan.webhook is None and taken.tries > plan.tries:
