@@ -186,7 +186,7 @@ class Server:
         return self.data / "tls" / "ca.pem"
 
     def children(self, name: str) -> list[int]:
-        """Its child processes by name: `nats-server`, or `python` for the workers."""
+        """Its child processes by name: `nats-server`, `uplinkd-worker`, `uplinkd-deliver`, `uplinkd-console`."""
         found = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError, ValueError):
@@ -304,8 +304,10 @@ def make_devices(server: Server, count: int) -> list[Device]:
 
 
 def stored(data: Path, product: str, limit: int = 10_000) -> dict[int, bytes]:
-    """messageId → payload of what devices have reported; status changes are left out."""
+    """messageId → payload of what devices have reported."""
     messages = cli_json("messages", "list", "--product", product, "--limit", str(limit), data=data)
     return {
-        int(each["messageId"]): base64.b64decode(each["payload"]) for each in messages if each["origin"] != "status"
+        int(each["messageId"]): base64.b64decode(each["payload"])
+        for each in messages
+        if each["origin"] not in ("status", "lifecycle")
     }

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 
 from uplinkd.core.errors import Rejected, Unavailable
+from uplinkd.delivery.amqp import check_available
 from uplinkd.engine.embedded import Access, EmbeddedServer
 from uplinkd.flow import Flow
 from uplinkd.listener import Port
@@ -60,6 +61,7 @@ class Started:
     plain: tuple[str, int] | None
     mqtt: tuple[str, int] | None
     mqtt_plain: tuple[str, int] | None
+    amqp: tuple[str, int] | None
     authority: Path | None
     engine: str
     nats: str
@@ -97,9 +99,12 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
                 ("mqtt_plain_listen", settings.mqtt_plain_listen),
             )
         )
-        console = None
+        console = amqp = None
         if settings.console_listen:
             (console,) = _bind(address(settings.console_listen), 1, "console_listen", stack)
+        if settings.amqp_listen:
+            check_available()
+            (amqp,) = _bind(address(settings.amqp_listen), 1, "amqp_listen", stack)
         engine = None
         if settings.nats_url:
             access = Access.of(settings)
@@ -114,7 +119,7 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
 
         doors = _Doors([(tls, context), (plain, None)], [(mqtt, context), (mqtt_plain, None)], count)
         places = tls[0].getsockname()[:2], _where(mqtt)
-        supervisor = _Supervisor(settings, doors, certificates, flow, metrics, access, engine, console, places)
+        supervisor = _Supervisor(settings, doors, certificates, flow, metrics, access, engine, console, amqp, places)
         with supervisor.signals():
             supervisor.start()
             authority = None if settings.tls_cert else settings.data / "tls" / "ca.pem"
@@ -126,6 +131,7 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
                     _where(plain),
                     places[1],
                     _where(mqtt_plain),
+                    _where([amqp] if amqp else []),
                     authority,
                     "NATS JetStream, looked after by uplinkd" if engine else "your NATS servers",
                     access.urls[0] if engine and settings.nats_listen else "",
@@ -155,7 +161,7 @@ def _console_url(settings: Settings, console: socket.socket | None) -> str:
 
 @dataclass(slots=True)
 class _Worker:
-    """A process that the supervisor looks after: a worker, or the console."""
+    """A process that the supervisor looks after: a worker, the one that delivers, or the console."""
 
     process: BaseProcess
     ready: multiprocessing.connection.Connection
@@ -197,6 +203,7 @@ class _Supervisor:
     access: Access
     engine: EmbeddedServer | None
     console: socket.socket | None
+    amqp: socket.socket | None
     places: tuple[tuple[str, int], tuple[str, int] | None]
     """Where devices reach the HTTPS and the MQTT door."""
     workers: list[_Worker | None] = field(default_factory=list)
@@ -207,7 +214,8 @@ class _Supervisor:
     def start(self) -> None:
         self.lifeline = os.pipe()
         gc.collect()
-        self.workers = [self._spawn(slot) for slot in range(self.doors.workers + (self.console is not None))]
+        count = self.doors.workers + 1 + (self.console is not None)
+        self.workers = [self._spawn(slot) for slot in range(count)]
         end = time.monotonic() + _READY_SECONDS
         for worker in self.workers:
             assert worker
@@ -262,29 +270,38 @@ class _Supervisor:
 
     def _spawn(self, slot: int) -> _Worker:
         reading, writing = _fork.Pipe(duplex=False)
-        console = slot == self.doors.workers
-        name = "the console" if console else f"worker {slot + 1}"
-        process = _fork.Process(target=self._console if console else self._child, args=(slot, writing), name=name)
+        """The process of a slot: the workers', then the one that delivers, then the console's."""
+        target, name = {
+            self.doors.workers: (self._delivery, "the delivery"),
+            self.doors.workers + 1: (self._console, "the console"),
+        }.get(slot, (self._child, f"worker {slot + 1}"))
+        process = _fork.Process(target=target, args=(slot, writing), name=name)
         process.start()
         writing.close()
         return _Worker(process, reading, time.monotonic())
 
     def _child(self, slot: int, ready: multiprocessing.connection.Connection) -> None:
         """In the new process: keep only this worker's own sockets, then serve."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.close(self.lifeline[1])
-        if self.console:
-            self.console.close()
+        self._begin("uplinkd-worker", self.console, self.amqp)
         https, mqtt = self.doors.of(slot)
         meter, files = self.metrics.meter(slot), self.certificates
         run(Task(slot, self.settings, https, mqtt, files, self.flow, self.access, meter, ready, self.lifeline[0]))
 
-    def _console(self, slot: int, ready: multiprocessing.connection.Connection) -> None:
-        """In the new process: look after operators. What it needs is imported here; no worker pays for it."""
+    def _delivery(self, _slot: int, ready: multiprocessing.connection.Connection) -> None:
+        """In the new process: deliver to backends. What it needs is imported here; no worker pays for it."""
+        from uplinkd.delivery.server import DeliveryTask, run
+
+        self._begin("uplinkd-deliver", self.console)
+        self.doors.close()
+        context = operator_context(self.certificates) if self.amqp else None
+        lifeline = self.lifeline[0]
+        run(DeliveryTask(self.settings, self.amqp, context, self.certificates, self.access, ready, lifeline))
+
+    def _console(self, _slot: int, ready: multiprocessing.connection.Connection) -> None:
+        """The same for operators."""
         from uplinkd.admin.server import ConsoleTask, run
 
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.close(self.lifeline[1])
+        self._begin("uplinkd-console", self.amqp)
         self.doors.close()
         context = operator_context(self.certificates) if self.settings.console_tls else None
         assert self.console
@@ -301,6 +318,16 @@ class _Supervisor:
                 self.lifeline[0],
             )
         )
+
+    def _begin(self, name: str, *others: socket.socket | None) -> None:
+        """In a new process: bear a name of its own in `ps` and `top`, and let go of what is the supervisor's or `others`'."""
+        with contextlib.suppress(OSError):  # only Linux has it
+            Path("/proc/self/comm").write_text(name)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.close(self.lifeline[1])
+        for sock in others:
+            if sock:
+                sock.close()
 
     def _restart_workers(self) -> None:
         now = time.monotonic()

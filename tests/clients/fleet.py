@@ -94,10 +94,10 @@ class Thing:
         return until(lambda: self.shown() | wanted == self.shown(), within=4)
 
     def stored(self) -> list[dict[str, Any]]:
-        """The messages that are stored of it, the oldest first; `payload` as bytes."""
+        """What it has reported, and its status, the oldest first; `payload` as bytes."""
         own = ("--product", self.product, "--device", self.name)
         rows = ask("messages", "list", *own, "--limit", "1000", data=self.server.data)
-        return [row | {"payload": base64.b64decode(row["payload"])} for row in rows]
+        return [row | {"payload": base64.b64decode(row["payload"])} for row in rows if row["origin"] != "lifecycle"]
 
     def stored_payloads(self, origin: str = "mqtt") -> list[bytes]:
         return [row["payload"] for row in self.stored() if row["origin"] == origin]

@@ -25,12 +25,16 @@ def app(fleet: Fleet) -> Login:
 def test_an_application_reads_the_uplink_of_its_products(
     session: MakeSession, app: Login, thing: Thing, transport: Transport
 ) -> None:
-    """Reports over HTTPS and MQTT, system topics and status, each once."""
+    """What the owner does to the device, reports over HTTPS and MQTT, system topics and status, each once."""
     reader = session(app, transport).opened()
     pattern = f"/{thing.product}/{thing.name}/#"
     system = f"/sys/{thing.product}/#"
     status = f"/as/mqtt/status/{thing.product}/{thing.name}"
     assert reader.subscribe_all((pattern, 1), (system, 1), (status, 1)) == [1, 1, 1]
+    ask("device", "disable", thing.product, thing.name, data=thing.server.data)
+    ask("device", "enable", thing.product, thing.name, data=thing.server.data)
+    while (told := reader.next()).topic != thing.topic("thing/lifecycle") or b'"enable"' not in told.payload:
+        assert b'"create"' in told.payload or b'"disable"' in told.payload
     device = session(thing).opened()
     assert reader.next().topic == status
     assert device.publish(thing.topic(), b"by mqtt")
@@ -49,6 +53,8 @@ def test_an_application_sends_down_to_a_device(session: MakeSession, app: Login,
     device = session(thing).opened()
     device.subscribe(thing.topic("user/get"))
     sender = session(app).opened()
+    assert sender.publish(thing.topic("user/get"), b"text, which may wait until this worker has heard of the session")
+    assert device.next().payload.startswith(b"text")
     assert sender.publish(thing.topic("user/get"), b"\x00\xff bytes")
     assert device.next() == Message(thing.topic("user/get"), b"\x00\xff bytes")
     device.disconnect()

@@ -29,7 +29,7 @@ def _holders(server: Server, port: int) -> Iterator[int]:
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     near = f"0100007F:{port:04X}"
     inodes = {f"socket:[{row[9]}]" for row in rows if row[2] == near}
-    for pid in server.children("python"):
+    for pid in server.children("uplinkd-worker"):
         for link in Path(f"/proc/{pid}/fd").glob("*"):
             with contextlib.suppress(OSError):
                 if os.readlink(link) in inodes:

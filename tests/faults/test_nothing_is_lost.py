@@ -84,13 +84,13 @@ async def test_a_killed_worker_is_replaced_and_loses_nothing(tmp_path: Path) -> 
     """Its connections break, its successor takes over, the other worker does not notice."""
     with serving(tmp_path / "data", *LIMITS) as server:
         load = start_load(server)
-        before = server.children("python")
+        before = server.children("uplinkd-worker")
 
         def fault() -> None:
             os.kill(before[0], signal.SIGKILL)
 
         await load.run(4, fault, after=1.5)
-        after = server.children("python")
+        after = server.children("uplinkd-worker")
         assert len(after) == 2
         assert before[0] not in after
         assert before[1] in after

@@ -32,7 +32,7 @@ DELETED = f"$JS.EVENT.ADVISORY.STREAM.DELETED.{STREAM}"
 
 _BASE = "uplinkd.base"
 _BASE_SHIFT = 20
-# Nothing here sends Nats-Msg-Id. The window is named because it may not be longer than max_age, and is the server's own
+# Only lifecycle messages have a Nats-Msg-Id. The window is named because it may not be longer than max_age, and is the server's own
 # default where there is no max_age: 0 would come back as something else and look like a change for ever.
 _DUPLICATE_WINDOW = 120 * 10**9
 
