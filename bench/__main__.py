@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import console, mqtt, pages, report
+from bench import console, delivery, mqtt, pages, report
 from bench.load import Measured, auth_load, idle_memory, publish_load, raise_file_limit
 from bench.peers import Peer, fastapi, nginx, start_uplinkd, uplinkd
 from uplinkd.engine.embedded import access_for
@@ -25,7 +25,7 @@ from uplinkd.settings import Settings
 
 NEEDED = {"wrk": "wrk", "nginx": "nginx-light", "taskset": "util-linux", "curl": "curl", "setpriv": "util-linux"}
 SERVERS = ("nginx", "fastapi", "uplinkd")
-PARTS = ("https", "mqtt", "console")
+PARTS = ("https", "mqtt", "console", "delivery")
 PAYLOAD = 200
 Load = Callable[[Peer, float], Measured]
 
@@ -88,6 +88,8 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     if "console" in options.part:
         facts |= console.measure(folder / "console", options, say)
         facts |= pages.measure(folder / "pages", say)
+    if "delivery" in options.part:
+        facts |= delivery.measure(folder / "delivery", options, say)
     return facts
 
 

@@ -72,7 +72,7 @@ async def _messages(settings: Settings) -> None:
     try:
         publisher = open_publisher(settings, engine.access)
         await publisher.start()
-        while not publisher.connected:  # noqa: ASYNC110 - the publisher has no event for it
+        while not publisher.connected:
             await asyncio.sleep(0.05)
         stored = 0
 
@@ -86,9 +86,9 @@ async def _messages(settings: Settings) -> None:
             subject = to_subject(f"/{PRODUCT}/{_name(2 * number % DEVICES)}/user/update").encode()
             publisher.publish(subject, b'{"temperature":21.5,"number":%d}' % number, done)
             if number - stored > _UNDER_WAY:
-                while number - stored > _UNDER_WAY // 4:  # noqa: ASYNC110 - polled, as the publisher calls back for each
+                while number - stored > _UNDER_WAY // 4:
                     await asyncio.sleep(0.002)
-        while stored < MESSAGES:  # noqa: ASYNC110 - the same
+        while stored < MESSAGES:
             await asyncio.sleep(0.01)
         await publisher.stop()
     finally:

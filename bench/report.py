@@ -142,6 +142,31 @@ def _mqtt_rows(figures: Mapping[str, Any], sessions: int) -> list[tuple[str, str
     return rows
 
 
+def _delivery_rows(way: str, measured: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    rows = [
+        (
+            way,
+            f"{int(rate):,}",
+            f"{each['delivered']:,.0f}",
+            f"{each['p50']:.1f}",
+            f"{each['p99']:.1f}",
+            f"{each['left']:,}",
+            "",
+        )
+        for rate, each in measured["rates"].items()
+    ]
+    backlog = measured["backlog"]
+    return [*rows, (f"{way}, a backlog", "", f"{backlog['rate']:,.0f}", "", "", "", f"{backlog['cpu_micros']:.0f}")]
+
+
+def _beside_rows(beside: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("HTTPS publish without / with a group that is posted", f"{beside['without']:,.0f} / {beside['with']:,.0f}"),
+        ("the median of the ratios", f"{beside['ratio']:.3f} ×"),
+        ("server µs a publish, its delivery included", f"{beside['cpu_without']:.1f} / {beside['cpu_with']:.1f}"),
+    ]
+
+
 def faults(facts: Mapping[str, Any]) -> list[str]:
     """What makes the figures worthless: answers that were not right, messages that were acknowledged and are not there."""
     found = [
@@ -187,6 +212,11 @@ def render(facts: Mapping[str, Any]) -> str:
             ("events that the windows got meanwhile", f"{beside['events']:,}"),
         ]
         lines += ["", table(("console", ""), figures_of_console)]
+    if ways := facts.get("delivery"):
+        columns = ("delivery", "published/s", "delivered/s", "p50 ms", "p99 ms", "left", "deliverer µs")
+        lines += ["", table(columns, [row for way, each in ways.items() for row in _delivery_rows(way, each)])]
+    if beside := facts.get("beside delivery"):
+        lines += ["", table(("devices beside delivery", ""), _beside_rows(beside))]
     if visited := facts.get("pages"):
         rows = [(path, f"{each['median']:.0f} ms", f"{each['worst']:.0f} ms") for path, each in visited.items()]
         lines += ["", table(("pages beside a large fleet", "median", "worst"), rows)]

@@ -14,7 +14,9 @@ def told(data: Path, product: str) -> list[tuple[str, dict[str, Any]]]:
     """(topic, content) of the lifecycle messages that are stored, oldest first."""
     found = cli_json("messages", "list", "--product", product, "--limit", "1000", data=data)
     return [
-        (each["topic"], json.loads(base64.b64decode(each["payload"]))) for each in found if each["origin"] == "lifecycle"
+        (each["topic"], json.loads(base64.b64decode(each["payload"])))
+        for each in found
+        if each["origin"] == "lifecycle"
     ]
 
 

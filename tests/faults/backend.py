@@ -1,0 +1,86 @@
+"""Backends that take what is delivered, and count: over HTTP as a webhook's target, over AMQP with the Proton client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from uplinkd.core.topics import owner
+
+
+@dataclass
+class Target:
+    """An HTTP server that answers as `answer` says (it is given how many requests there were), and remembers what it accepted."""
+
+    port: int = 0
+    answer: Callable[[int], int] = lambda _: 204
+    requests: int = 0
+    got: list[tuple[int, str]] = field(default_factory=list)
+    _runner: web.AppRunner | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/uplinkd"
+
+    async def start(self) -> None:
+        app = web.Application(client_max_size=16 * 1024**2)
+        app.router.add_post("/uplinkd", self._post)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
+        await site.start()
+        self.port = self._runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        if self._runner:
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def _post(self, request: web.Request) -> web.Response:
+        self.requests += 1
+        body = await request.read()
+        status = self.answer(self.requests)
+        if status < 300:
+            if request.content_type == "application/cloudevents-batch+json":
+                self.got += [(int(each["id"]), each["subject"]) for each in json.loads(body)]
+            else:
+                self.got.append((int(request.headers["ce-id"]), request.headers["ce-subject"]))
+        return web.Response(status=status)
+
+
+def missing(acknowledged: dict[int, bytes], got: list[tuple[int, str]]) -> set[int]:
+    return acknowledged.keys() - {number for number, _ in got}
+
+
+def duplicates(got: list[tuple[int, str]]) -> int:
+    """How many deliveries were of a message that had come before."""
+    return sum(count - 1 for count in Counter(number for number, _ in got).values())
+
+
+def out_of_order(got: list[tuple[int, str]]) -> list[int]:
+    """Messages whose first delivery came after that of a later message of the same device."""
+    latest: dict[str, int] = {}
+    seen: set[int] = set()
+    late = []
+    for number, topic in got:
+        if number in seen:
+            continue
+        seen.add(number)
+        device = owner(topic)[1]
+        if number < latest.get(device, 0):
+            late.append(number)
+        latest[device] = max(number, latest.get(device, 0))
+    return late
+
+
+async def all_there(acknowledged: dict[int, bytes], got: list[tuple[int, str]], seconds: float) -> None:
+    """Wait until everything that was acknowledged has come."""
+    end = asyncio.get_running_loop().time() + seconds
+    while left := missing(acknowledged, got):
+        assert asyncio.get_running_loop().time() < end, f"{len(left)} of {len(acknowledged)} did not come"
+        await asyncio.sleep(0.05)
