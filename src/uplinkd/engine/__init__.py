@@ -178,8 +178,9 @@ class Taken(Protocol):
     def working(self) -> None:
         """It is still worked on: its time begins anew."""
 
-    async def bury(self, reason: str) -> None:
-        """Put it to the dead letters, and be done with it; raise Unavailable, and then it is still held."""
+    async def bury(self, reason: str, tries: int | None = None) -> None:
+        """Put it to the dead letters, and be done with it; `tries` where somebody else has counted them. Raise Unavailable, and then
+        it is still held."""
 
 
 class Feed(Protocol):

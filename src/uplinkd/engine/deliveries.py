@@ -250,7 +250,8 @@ class _Feed:
 
     async def _give_up(self, taken: _Taken) -> None:
         try:
-            await taken.bury(f"it was offered {taken.tries - 1} times and not accepted")
+            offered = taken.tries - 1
+            await taken.bury(f"it was offered {offered} times and not accepted", offered)
         except Unavailable:
             taken.again(_LONGEST_PAUSE)
 
@@ -275,6 +276,6 @@ class _Taken:
     def working(self) -> None:
         self.feed.owner.answer(self.reply, _WORKING)
 
-    async def bury(self, reason: str) -> None:
-        await bury(self.feed.owner.bus, self.feed.group, self.message, self.tries, reason)
+    async def bury(self, reason: str, tries: int | None = None) -> None:
+        await bury(self.feed.owner.bus, self.feed.group, self.message, tries or self.tries, reason)
         self.accept()

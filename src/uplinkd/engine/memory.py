@@ -266,7 +266,7 @@ class _MemoryTaken:
     def working(self) -> None:
         self._owner.working += 1
 
-    async def bury(self, reason: str) -> None:
+    async def bury(self, reason: str, tries: int | None = None) -> None:
         await asyncio.sleep(0)
         if not self._owner.connected:
             raise Unavailable("the engine is away")
