@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import shutil
 import sys
 import threading
@@ -170,6 +171,16 @@ def test_the_example_with_proton_reads_a_group(porch: Porch, tmp_path: Path) -> 
         cwd=tmp_path,
     )
     assert "/pk/lamp/user/update payload 1\n" in printed
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_documents_have_the_examples(language: str) -> None:
+    """What was tried is what is read there, but for the comment at its head."""
+    document = (ROOT / "docs" / language / "amqp.md").read_text()
+    for name, comment in (("read_group.py", "#"), ("read_group.mjs", "//")):
+        lines = (EXAMPLES / name).read_text().splitlines(keepends=True)
+        code = "".join(itertools.dropwhile(lambda line, mark=comment: line.startswith(mark), lines))  # type: ignore[misc]
+        assert code in document, f"docs/{language}/amqp.md has another {name}"
 
 
 # -- rhea

@@ -18,7 +18,7 @@ from tests.house import until
 from uplinkd.core.apps import hash_secret
 from uplinkd.core.groups import Group, Plan
 from uplinkd.core.model import App, DeviceName, Message, ProductKey
-from uplinkd.delivery.amqp import AmqpDoor
+from uplinkd.delivery.amqp import AmqpDoor, Lookups
 from uplinkd.engine import Deliveries
 from uplinkd.engine.memory import MemoryDeliveries
 from uplinkd.journal import Refusal
@@ -113,6 +113,7 @@ class Doorway:
 async def doorway(
     *,
     known: Known | None = None,
+    registry: Lookups | None = None,
     deliveries: Deliveries | None = None,
     settings: Settings = SETTINGS,
     tls: ssl.SSLContext | None = None,
@@ -120,12 +121,12 @@ async def doorway(
     memory = MemoryDeliveries(haste=20)
     known = known or Known()
     refusals: list[Refusal] = []
-    door = AmqpDoor(settings, known, deliveries or memory, refusals.append)
+    door = AmqpDoor(settings, registry or known, deliveries or memory, refusals.append)
     server = await asyncio.get_running_loop().create_server(door.connection, "127.0.0.1", 0, ssl=tls)
     opened = Doorway(door, known, memory, refusals, server.sockets[0].getsockname()[1])
     yield opened
     server.close()
-    await door.drain(0.1)
+    await door.drain(0.02)
     for peer in opened.peers:
         peer.leave()
     await asyncio.sleep(0.01)

@@ -127,8 +127,10 @@ class AmqpDoor:
 
     def changed(self, change: Change) -> None:
         """The registry has changed: whom it may concern is looked at anew, and has to connect again when something is different."""
+        everything = change.group_id is None and change.app_id is None
+        if everything and change.product_key:
+            return  # a product's or a device's, and there are many
         self.changes += 1
-        everything = change.group_id is None and change.app_id is None and not change.product_key
         concerned = [
             connection
             for connection in self.connections
@@ -484,8 +486,8 @@ class Connection(asyncio.Protocol):
     def _attached(self, link: proton.Link) -> None:
         assert self.member
         group = self.member[1]
-        if self._stage != _OPEN:
-            return
+        if self._stage != _OPEN or self._door.draining or _paused(group):
+            return  # the connection is about to be closed
         if not isinstance(link, proton.Sender):
             self._refuse_link(
                 link, _NOT_ALLOWED, "consumers only receive here: a client opens no link on which it sends"
