@@ -41,8 +41,8 @@ _STRETCH = 5000
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One no. `endpoint` is auth, topic, http (before it was known), mqtt or send, `status` HTTP's or a CONNACK's, `at` in ms
-    since 1970.
+    """One no. `endpoint` is auth, topic, http (before it was known), mqtt, send or amqp, `status` HTTP's, a CONNACK's or a SASL
+    outcome's, `at` in ms since 1970.
 
     A note has the code 0: nothing was refused (a will was ignored, say). One about the journal itself has the endpoint journal.
     `id` is where it stands in the record, 0 before it does: a later one has a larger id.
