@@ -25,7 +25,6 @@ from pathlib import Path
 from types import FrameType
 
 from uplinkd.core.errors import Rejected, Unavailable
-from uplinkd.delivery.amqp import check_available
 from uplinkd.engine.embedded import Access, EmbeddedServer
 from uplinkd.flow import Flow
 from uplinkd.listener import Port
@@ -103,7 +102,9 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
         if settings.console_listen:
             (console,) = _bind(address(settings.console_listen), 1, "console_listen", stack)
         if settings.amqp_listen:
-            check_available()
+            from uplinkd.delivery.amqp import check_available  # its engine is for those who have the door
+
+            check_available(settings)
             (amqp,) = _bind(address(settings.amqp_listen), 1, "amqp_listen", stack)
         engine = None
         if settings.nats_url:

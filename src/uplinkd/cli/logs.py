@@ -139,4 +139,6 @@ def _status(refusal: Refusal) -> str:
     """How the refusal looked on the wire, where that is not plain from the code."""
     if refusal.endpoint == "mqtt":
         return f" (CONNACK {refusal.status})" if refusal.status else " (MQTT)"
+    if refusal.endpoint == "amqp":
+        return f" (SASL outcome {refusal.status})" if refusal.status else " (AMQP)"
     return f" (HTTP {refusal.status})" if refusal.status != 200 else ""
