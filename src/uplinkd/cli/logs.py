@@ -124,9 +124,8 @@ def _show(refusal: Refusal) -> None:
     if refusal.endpoint == "journal":
         click.echo(f"{local_time(refusal.at)}  {printable(refusal.reason)}")
         return
-    who = (
-        "/".join(filter(None, (refusal.product_key, refusal.device_name))) if refusal.device_name else "unknown device"
-    )
+    stranger = "a consumer" if refusal.endpoint == "amqp" else "unknown device"
+    who = "/".join(filter(None, (refusal.product_key, refusal.device_name))) if refusal.device_name else stranger
     where = f"  from {refusal.address}" if refusal.address else ""
     what = f"{refusal.code} {_message(refusal)}{_status(refusal)}" if refusal.code else "note"
     click.echo(f"{local_time(refusal.at)}  {refusal.request_id}  {what}  {printable(who)}{where}")
