@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 import zlib
@@ -82,6 +83,7 @@ class _Lane:
     alone: int = 0  # so many messages go one by one
     failures: int = 0  # of the target, in a row
     busy: bool = False
+    queue_next: bool = False  # what was put aside does not go twice while others wait
 
 
 class Pump:
@@ -242,20 +244,21 @@ class Pump:
         """The messages of the next request; the first of a device that was put aside when its time has come."""
         clock = asyncio.get_running_loop().time
         while True:
-            now, due = clock(), None
+            now = clock()
+            ready = self._ready(lane, now) if lane.queue else math.inf
+            due = math.inf
             if lane.aside:
                 first = min(lane.aside.values(), key=lambda each: each.due)
-                if first.due <= now:
-                    return [first.waiting[0]]
                 due = first.due
-            if lane.queue:
-                ready = self._ready(lane, now)
-                if ready <= now:
-                    return self._gathered(lane)
-                due = ready if due is None else min(due, ready)
+                if due <= now and not (lane.queue_next and ready <= now):
+                    lane.queue_next = True
+                    return [first.waiting[0]]
+            if ready <= now:
+                lane.queue_next = False
+                return self._gathered(lane)
             lane.stirred.clear()
             try:
-                async with asyncio.timeout_at(due):
+                async with asyncio.timeout_at(None if (then := min(due, ready)) == math.inf else then):
                     await lane.stirred.wait()
             except TimeoutError:
                 pass
@@ -348,6 +351,7 @@ class Pump:
     def _put_aside(self, lane: _Lane, one: _Held, pause: float) -> None:
         """Try it again after `pause`, and nothing of its device before."""
         lane.under_way = [each for each in lane.under_way if each is not one]
+        lane.queue_next = True
         due = asyncio.get_running_loop().time() + _jittered(pause) / self._haste
         if aside := lane.aside.get(one.device):
             aside.due = due
