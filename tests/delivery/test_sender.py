@@ -156,12 +156,19 @@ async def test_an_answer_is_read_up_to_a_bound() -> None:
 
 async def test_an_attempt_takes_no_longer_than_its_time() -> None:
     """Whichever part of the answer does not come."""
+    for part in (b"HTTP/1.1 200 OK\r\nContent-", b"HTTP/1.1 500 X\r\nContent-Length: 5\r\n\r\nab"):
+        async with receiving(lambda got, part=part: part) as receiver:  # type: ignore[misc]
+            assert (await posted(Sender(HERE), receiver.url, timeout=0.1)).fault == "it did not answer within 0.1 s"
 
-    async def part(got: Got) -> bytes:
-        return b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nab"
 
-    async with receiving(part) as receiver:
-        assert (await posted(Sender(HERE), receiver.url, timeout=0.1)).fault == "it did not answer within 0.1 s"
+async def test_an_acceptance_is_one_whatever_follows() -> None:
+    """The status says it; a rest that breaks off, or does not come, makes no repetition."""
+    said = iter([b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nab", answer(202, "x" * 200_000), answer(204)])
+    async with receiving(lambda got: next(said)) as receiver:
+        sender = Sender(HERE)
+        assert [(await sender.post(receiver.url, {}, b"", timeout=0.2)).status for _ in range(3)] == [200, 202, 204]
+        await sender.close()
+        assert receiver.connections == 3
 
 
 async def test_a_connection_that_was_closed_meanwhile_costs_no_failure() -> None:

@@ -30,6 +30,7 @@ __all__ = ["Answer", "Lookup", "Sender"]
 
 _MOST_ANSWER = 64 * 1024
 _MOST_TEXT = 2048
+_PASS_OVER_SECONDS = 0.5
 # Beyond this aiohttp warns about a body that is sent at once; from a file it takes it in parts.
 _LARGE_BODY = 1024**2
 # A name that nobody answers for keeps a thread for as long as the system's resolver has patience; it is looked up once at a time.
@@ -80,17 +81,19 @@ class Sender:
         clock = time.monotonic
         begin = clock()
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(timeout) as limit:
                 try:
-                    answer = await self._post(url, headers, body)
+                    answer = await self._post(url, headers, body, limit)
                 except (aiohttp.ServerDisconnectedError, ConnectionResetError):
                     # Mostly an idle connection that it has closed at the same moment; it knows a repetition by its id.
-                    answer = await self._post(url, headers, body)
+                    answer = await self._post(url, headers, body, limit)
         except (TimeoutError, OSError, aiohttp.ClientError, ValueError) as fault:
             return Answer(0, _explained(fault, timeout), seconds=clock() - begin)
         return Answer(*answer, seconds=clock() - begin)
 
-    async def _post(self, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, str, str, float | None]:
+    async def _post(
+        self, url: str, headers: Mapping[str, str], body: bytes, limit: asyncio.Timeout
+    ) -> tuple[int, str, str, float | None]:
         target = URL(url, encoded=True)
         data = body if len(body) <= _LARGE_BODY else io.BytesIO(body)
         async with self._session(target.scheme).post(
@@ -98,7 +101,8 @@ class Sender:
         ) as response:
             status = response.status
             if 200 <= status < 300:
-                await _read(response)
+                limit.reschedule(None)  # it has accepted, whatever becomes of the rest of its answer
+                await _pass_over(response)
                 return status, "", "", None
             text = one_line((await _read(response))[:_MOST_TEXT].decode(errors="replace"))
             again = response.headers.get("Retry-After")
@@ -195,6 +199,16 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
             response.close()
             break
     return b"".join(parts)
+
+
+async def _pass_over(response: aiohttp.ClientResponse) -> None:
+    """Have the connection free for the next request, if that is soon."""
+    if not response.content.at_eof():
+        try:
+            async with asyncio.timeout(_PASS_OVER_SECONDS):
+                await _read(response)
+        except (TimeoutError, aiohttp.ClientError):
+            response.close()
 
 
 def _said(status: int) -> str:
