@@ -13,9 +13,10 @@ from typing import Any
 from uplinkd.core.groups import Group, Plan, Webhook
 from uplinkd.core.model import DeviceName, Message, ProductKey
 from uplinkd.core.names import make_webhook_secret
+from uplinkd.settings import Settings
 from uplinkd.tasks import end_tasks
 
-HERE = ["127.0.0.0/8"]
+HERE = Settings(webhook_networks=("127.0.0.0/8",))
 PRODUCT = ProductKey("a1hook00000")
 
 

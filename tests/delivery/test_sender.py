@@ -17,8 +17,10 @@ from cryptography.x509.oid import NameOID
 
 from tests.delivery.receiver import HERE, Got, Receiver, answer, receiving
 from uplinkd.delivery.sender import Answer, Sender
+from uplinkd.settings import Settings
 
 NAME = "hooks.example.com"
+NOWHERE = Settings()
 
 
 def names(**known: list[str]) -> Callable[[str, int], asyncio.Future[list[str]]]:
@@ -65,7 +67,7 @@ async def posted(sender: Sender, url: str, timeout: float = 5.0) -> Answer:  # n
 async def test_no_spelling_reaches_this_machine(scheme: str, host: str) -> None:
     """Without an operator's word for it: no connection is made."""
     async with receiving() as receiver:
-        tried = await posted(Sender(), f"{scheme}://{host}:{receiver.port}/")
+        tried = await posted(Sender(NOWHERE), f"{scheme}://{host}:{receiver.port}/")
         assert tried.status == 0
         assert tried.fault
         await asyncio.sleep(0)
@@ -76,7 +78,7 @@ async def test_no_spelling_reaches_this_machine(scheme: str, host: str) -> None:
 async def test_a_name_with_a_private_address_is_not_reached(address: str) -> None:
     """What it is, and why not, is said."""
     async with receiving() as receiver:
-        tried = await posted(Sender(lookup=names(host=[address])), f"https://{NAME}:{receiver.port}/")
+        tried = await posted(Sender(NOWHERE, lookup=names(host=[address])), f"https://{NAME}:{receiver.port}/")
         assert tried.fault == f"{NAME} is {address}, which is no address of the internet and not in webhook_networks"
         assert not receiver.connections
 
@@ -84,7 +86,7 @@ async def test_a_name_with_a_private_address_is_not_reached(address: str) -> Non
 async def test_a_name_that_becomes_a_private_address_is_not_reached() -> None:
     """It was permitted when it was looked up first; the connection goes to what was looked at, and to nothing else."""
     async with receiving() as receiver:
-        sender = Sender(["127.0.0.1/32"], lookup=names(host=["127.0.0.1", "127.0.0.2"]))
+        sender = Sender(Settings(webhook_networks=("127.0.0.1/32",)), lookup=names(host=["127.0.0.1", "127.0.0.2"]))
         url = f"http://{NAME}:{receiver.port}/"
         assert (await sender.post(url, {}, b"", timeout=5)).status == 200
         for session in sender._sessions.values():
@@ -101,7 +103,7 @@ async def test_a_name_that_becomes_a_private_address_is_not_reached() -> None:
 async def test_the_socket_is_guarded_whatever_was_looked_up() -> None:
     """Also where a resolver's answer were to go another way round it: the address of the connection itself is looked at."""
     async with receiving() as receiver:
-        sender = Sender()
+        sender = Sender(NOWHERE)
         session = sender._session("https")
 
         async def resolve(*_: object, **__: object) -> list[dict[str, object]]:
@@ -204,7 +206,7 @@ async def test_an_unknown_name_is_said_to_be_one() -> None:
     async def lookup(host: str, port: int) -> list[str]:
         raise OSError(-2, "Name or service not known")
 
-    tried = await posted(Sender(lookup=lookup), f"https://{NAME}/")
+    tried = await posted(Sender(NOWHERE, lookup=lookup), f"https://{NAME}/")
     assert tried.fault == "its name is not found: Name or service not known"
 
 

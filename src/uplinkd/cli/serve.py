@@ -89,7 +89,9 @@ def _banner(started: Started) -> None:
         if where:
             lines.append(f"            {scheme}://{reachable(where[0])}:{where[1]}   ({what})")
     if started.amqp:
-        lines.append(f"  backends  amqps://{reachable(started.amqp[0])}:{started.amqp[1]}   (AMQP 1.0; `uplinkd group create`)")
+        lines.append(
+            f"  backends  amqps://{reachable(started.amqp[0])}:{started.amqp[1]}   (AMQP 1.0; `uplinkd group create`)"
+        )
     if started.authority:
         lines.append(f"  CA        {started.authority.absolute()}   (give it to your devices and clients)")
     if started.nats:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -25,6 +26,7 @@ from yarl import URL
 from uplinkd import __version__
 from uplinkd.core.networks import Network, may_reach, networks_of
 from uplinkd.core.webhooks import one_line, retry_after
+from uplinkd.settings import Settings
 
 __all__ = ["Answer", "Lookup", "Sender"]
 
@@ -62,11 +64,11 @@ class _ForbiddenAddress(OSError):  # noqa: N818 - names what happened
 
 
 class Sender:
-    """One for a process, made in its event loop; `networks` are the setting webhook_networks."""
+    """One for a process, made in its event loop."""
 
-    def __init__(self, networks: Iterable[str] = (), *, lookup: Lookup | None = None) -> None:
+    def __init__(self, settings: Settings, *, lookup: Lookup | None = None) -> None:
         self._threads = ThreadPoolExecutor(_LOOKUP_THREADS, "uplinkd-names")
-        self._allowed = networks_of(networks)
+        self._allowed = networks_of(settings.webhook_networks)
         self._lookup = lookup or self._look_up
         self._sessions: dict[str, aiohttp.ClientSession] = {}
 
@@ -223,7 +225,11 @@ def _said(status: int) -> str:
 def _explained(fault: Exception, seconds: float) -> str:
     """A fault of the connection as a sentence for people."""
     cause = fault.os_error if isinstance(fault, aiohttp.ClientConnectorError) else fault
-    reason = (cause.strerror if isinstance(cause, OSError) else None) or str(cause)
+    reason = str(cause)
+    if isinstance(
+        cause, OSError
+    ):  # those of look-ups have negative numbers; other texts are asyncio's, with the address
+        reason = os.strerror(cause.errno) if cause.errno and cause.errno > 0 else cause.strerror or reason
     match fault, cause:
         case _, _ForbiddenAddress():
             return str(cause)

@@ -29,7 +29,7 @@ from uplinkd.engine import Deliveries, Feed, Taken
 from uplinkd.observe import Occasionally
 from uplinkd.tasks import end_tasks
 
-__all__ = ["Pump", "test_delivery"]
+__all__ = ["Answer", "Pump", "Sender", "test_delivery"]
 
 log = logging.getLogger("uplinkd.delivery")
 
@@ -46,7 +46,8 @@ _JITTER = 0.2
 # A batch or a message is tried so often for 5xx before others are tried alone.
 _SPLIT_AFTER = 3
 _BURIAL_PAUSE = 5.0
-_GIVEN_BACK_SECONDS = 0.3
+# What is on its way has come after that; what is given back at once would come here again, as long as a feed that was closed hears.
+_ARRIVING_SECONDS, _CLOSING_SECONDS, _GIVEN_BACK_SECONDS = 0.05, 0.15, 0.3
 _WARN_SECONDS = 60.0
 
 _Device = tuple[str, str]
@@ -149,30 +150,33 @@ class Pump:
         try:
             await asyncio.wait(self._tasks)
         finally:
-            self._stopping = True
-            self._feed.close()
-            await end_tasks(*self._tasks)
-            self._give_back()
+            if not self._stopping:
+                self._stopping = True
+                self._feed.close()
+                await end_tasks(*self._tasks)
+                self._give_back(_GIVEN_BACK_SECONDS)
 
     async def stop(self, within: float) -> None:
-        """Take nothing new, have what is under way end, for `within` seconds at most, and give the others back."""
-        self._stopping = True
-        if not self._feed:
+        """Take nothing new, have what is under way end, for `within` seconds at most, and give the others back: in a way that whoever
+        goes on gets them first, and so in order."""
+        if not self._feed or self._stopping:
+            self._stopping = True
             return
-        self._feed.close()
+        self._stopping = True
         renewal, *serving = self._tasks
         await end_tasks(*(task for task, lane in zip(serving, self._lanes, strict=True) if not lane.busy))
         await asyncio.wait(serving, timeout=within)
-        await end_tasks(renewal, *serving)
+        await end_tasks(*serving)
+        await asyncio.sleep(_ARRIVING_SECONDS)
+        self._feed.close()
+        await asyncio.sleep(_CLOSING_SECONDS)
+        await end_tasks(renewal)
         self._give_back()
 
     # What is held.
 
     def _take(self, taken: Taken) -> None:
         self._wanted -= 1
-        if self._stopping:
-            taken.again(_GIVEN_BACK_SECONDS)
-            return
         message = taken.message
         device = (message.product_key, message.device_name)
         held = _Held(taken, device, asyncio.get_running_loop().time())
@@ -219,9 +223,9 @@ class Pump:
             for held in self._all_held():
                 held.taken.working()
 
-    def _give_back(self) -> None:
+    def _give_back(self, after: float = 0.0) -> None:
         for held in sorted(self._all_held(), key=lambda each: each.taken.message.id):
-            held.taken.again(_GIVEN_BACK_SECONDS)
+            held.taken.again(after)
         for lane in self._lanes:
             lane.under_way = []
             lane.queue.clear()
@@ -339,7 +343,7 @@ class Pump:
             reason += f": {answer.text}"
         lane.busy = True
         try:
-            await one.taken.bury(reason)
+            await one.taken.bury(reason, one.refusals)
         except Unavailable:
             self._put_aside(lane, one, _BURIAL_PAUSE)
         else:
