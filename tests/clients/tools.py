@@ -27,7 +27,7 @@ __all__ = ["DRIVERS", "ROOT", "Driver", "heard", "linkkit_python", "needs", "nod
 ROOT = Path(__file__).resolve().parents[2]
 DRIVERS = Path(__file__).parent / "drivers"
 CACHE = ROOT / ".venv"
-NPM_PACKAGES = ["mqtt@5.16.0", "rhea@3.0.5"]
+NPM_PACKAGES = ("mqtt@5.16.0", "rhea@3.0.5", "standardwebhooks@1.1.0")
 
 
 def needs(*tools: str) -> pytest.MarkDecorator:
@@ -36,12 +36,12 @@ def needs(*tools: str) -> pytest.MarkDecorator:
 
 
 def node_modules() -> Path:
-    """The folder node_modules with the packages mqtt and rhea in it."""
+    """The folder node_modules with NPM_PACKAGES in it."""
     folder = CACHE / "npm"
     with _once(folder, " ".join(NPM_PACKAGES)) as wanted:
         if wanted:
             install = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(folder), *NPM_PACKAGES]
-            _run(install, "npm's packages mqtt and rhea could not be installed")
+            _run(install, "npm's packages could not be installed")
     return folder / "node_modules"
 
 
