@@ -33,6 +33,7 @@ from uplinkd.core.errors import Unavailable
 from uplinkd.engine import open_reader
 from uplinkd.engine.bus import NatsBus
 from uplinkd.engine.embedded import Access
+from uplinkd.engine.groups import JetStreamDesk
 from uplinkd.metrics import Metrics
 from uplinkd.registry import open_registry
 from uplinkd.settings import Settings
@@ -90,6 +91,7 @@ async def _serve(task: ConsoleTask) -> None:
         figures=figures,
         https=task.https,
         mqtt=task.mqtt,
+        desk=JetStreamDesk(bus),
         open_reader=functools.partial(open_reader, task.access),
     )
     figures.count_online = lambda: office.census().online
