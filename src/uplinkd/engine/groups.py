@@ -86,8 +86,9 @@ async def ensure(bus: Bus, group: Group) -> int:
     return base_of(stream["config"])
 
 
-async def bury(bus: Bus, group: Group, message: Message, tries: int, reason: str) -> None:
-    """Store a message as a dead letter of the group; raise Unavailable. Twice within two minutes is once."""
+async def bury(bus: Bus, group: Group, message: Message, tries: int, reason: str, *, retried: int = 0) -> None:
+    """Store a message as a dead letter of the group; raise Unavailable. Twice within two minutes is once, but not where it was
+    offered again meanwhile (`retried` is its sequence in the stream for that), or the position was set anew."""
     headers = {
         _TOPIC: quote(message.topic, safe="/"),
         _ID: str(message.id),
@@ -96,7 +97,7 @@ async def bury(bus: Bus, group: Group, message: Message, tries: int, reason: str
         _TRIES: str(tries),
         _REASON: quote(reason[:_LONGEST_REASON], safe=" /,:;'()="),
         _AT: str(round(time.time() * 1000)),
-        "Nats-Msg-Id": f"dead-{group.id}-{message.id}",
+        "Nats-Msg-Id": f"dead-{group.id}-{group.generation}-{message.id}-{retried}",
     }
     subject = f"{_DEAD_SUBJECT}{group.id}"
     try:
