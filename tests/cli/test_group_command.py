@@ -224,9 +224,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
         server.kill()
 
 
-def buried(shell: Shell, name: str, *payloads: bytes, first: int = 1) -> None:
+def buried(data: Path, name: str, *payloads: bytes, first: int = 1) -> None:
     """As a consumer that gives up."""
-    settings = Settings(data=shell.data)
+    settings = Settings(data=data)
     registry = open_registry(settings)
     found = registry.groups.get(name)
     registry.close()
@@ -263,7 +263,7 @@ def test_how_far_a_group_is(served: Shell) -> None:
 def test_dead_letters_are_looked_at_offered_again_and_thrown_away(served: Shell) -> None:
     """By number, or all; what is in them cannot steer a terminal, and the audit knows of it."""
     served.json("group", "create", "sad", "--product", LAMPS)
-    buried(served, "sad", b"one", b"\x00\xff", b"three", b"four")
+    buried(served.data, "sad", b"one", b"\x00\xff", b"three", b"four")
     letters = served.json("group", "dead", "list", "sad")
     assert [each["message"]["messageId"] for each in letters] == [1, 2, 3, 4]
     assert (letters[0]["tries"], letters[0]["reason"]) == (16, "HTTP 500: \x1b[31mno")
@@ -282,7 +282,7 @@ def test_dead_letters_are_looked_at_offered_again_and_thrown_away(served: Shell)
     assert served.json("group", "show", "sad")["state"]["retrying"] == 1
     assert "1 dead letter of sad is gone" in served.text("group", "dead", "purge", "sad", second)
     assert "2 dead letters of sad are offered again" in served.text("group", "dead", "retry", "sad", "--all")
-    buried(served, "sad", b"five", first=5)
+    buried(served.data, "sad", b"five", first=5)
     assert served.json("group", "dead", "purge", "sad", "--all", "--yes")["count"] == 1
     assert served.json("group", "dead", "list", "sad") == []
     registry = open_registry(Settings(data=served.data))
