@@ -233,7 +233,7 @@ async def test_scopes_hold(house: House) -> None:
     house.registry.groups.create("g", Plan())
     house.desk.letters["g"] = [letter(1)]
     url = f"{V1}/groups/g"
-    acts = {"retry": {"numbers": ["1"]}, "retry-all": None, "purge": {"all": True}}
+    acts: dict[str, Any] = {"retry": {"numbers": ["1"]}, "retry-all": None, "purge": {"all": True}}
     async with house.key(Scope.READ) as reader, house.key(Scope.OPERATE) as operator:
         for path in ("", "/state", "/dead", "/dead/1"):
             assert (await reader.get(url + path)).status_code == 200
