@@ -25,7 +25,7 @@ from uplinkd.admin.figures import Sample
 from uplinkd.admin.office import Office, now
 from uplinkd.admin.problems import Forbidden
 from uplinkd.admin.repeating import RepeatableRoute
-from uplinkd.asking import PATIENCE_SECONDS, check_down_topic, send_down
+from uplinkd.asking import PATIENCE_SECONDS, HookState, Live, check_down_topic, send_down
 from uplinkd.core import workbench
 from uplinkd.core.errors import NotFound, Rejected, Unavailable
 from uplinkd.core.groups import Group
@@ -700,16 +700,33 @@ def renew_app_secret(
 async def list_groups(office: In, who: Reads) -> doc.Page[doc.ListedGroup]:
     """All consumer groups and how far they are; of a webhook's URL without the query. It takes a second to measure rates that
     nobody has asked for lately."""
+    return doc.Page(items=await listed_groups(office, rates=True))
+
+
+async def listed_groups(office: Office, *, rates: bool = False) -> list[doc.ListedGroup]:
+    """With `rates` not before these are known."""
     groups = await run_in_threadpool(office.registry.groups.all)
     states: list[doc.FiguresDocument | None] = [None] * len(groups)
+    live: Live | None = None
     with contextlib.suppress(Unavailable):
-        states = [doc.FiguresDocument.of(each) for each in await office.standings(groups, rates=True)]
-    return doc.Page(
-        items=[
-            doc.ListedGroup(**doc.GroupDocument.of(group).model_dump(), state=state)
-            for group, state in zip(groups, states, strict=True)
-        ]
-    )
+        if groups:
+            standings, live = await asyncio.gather(office.standings(groups, rates=rates), office.live())
+            states = [doc.FiguresDocument.of(each) for each in standings]
+    return [
+        doc.ListedGroup(
+            **doc.GroupDocument.of(group).model_dump(),
+            state=state,
+            consumers=sum(each.group == group.name for each in live.consumers) if live else None,
+            webhook_open=hook.open if live and (hook := _hook_of(live, group)) else None,
+        )
+        for group, state in zip(groups, states, strict=True)
+    ]
+
+
+def _hook_of(live: Live, group: Group) -> HookState | None:
+    """What the process tells that did something last: the others are there in case of its end."""
+    hooks = [each for each in live.hooks if each.group == group.name]
+    return max(hooks, key=lambda each: max(each.last_success, each.last_failure), default=None)
 
 
 @router.post("/groups", tags=["groups"], status_code=201)
@@ -792,8 +809,7 @@ async def show_group_state(office: In, who: Reads, name: Name) -> doc.GroupState
 async def group_state(office: Office, group: Group, *, rates: bool = True) -> doc.GroupStateDocument:
     """With `rates` not before the rate is known. Raise Unavailable."""
     (standing,), live = await asyncio.gather(office.standings([group], rates=rates), office.live())
-    hooks = [each for each in live.hooks if each.group == group.name]
-    hook = max(hooks, key=lambda each: max(each.last_success, each.last_failure), default=None)
+    hook = _hook_of(live, group)
     return doc.GroupStateDocument(
         **doc.FiguresDocument.of(standing).model_dump(),
         consumers=[doc.ConsumerDocument.of(each) for each in live.consumers if each.group == group.name],

@@ -551,7 +551,12 @@ class GroupDocument(_Document):
 
 
 class ListedGroup(GroupDocument):
-    state: FiguresDocument | None = Field(description="null while the engine is away")
+    """What is not known while the engine is away is null: how far it is, how many consumers are connected over AMQP now, whether its
+    webhook counts as dead."""
+
+    state: FiguresDocument | None
+    consumers: int | None
+    webhook_open: bool | None
 
 
 class GroupWithSecret(GroupDocument):

@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from uplinkd import __version__
-from uplinkd.admin import api, console, health
+from uplinkd.admin import api, console, console_groups, health
 from uplinkd.admin.door import Door
 from uplinkd.admin.figures import Figures
 from uplinkd.admin.guard import Guard
@@ -140,6 +140,7 @@ def application(office: Office) -> FastAPI:
     app.include_router(api.uploads)
     app.include_router(api.router)
     app.include_router(health.router)
+    app.include_router(console_groups.router)
     console.mount(app)
     handle_errors(app, console.error_page)
     describe(app)
