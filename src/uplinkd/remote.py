@@ -14,7 +14,7 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -23,17 +23,30 @@ from urllib.parse import quote, urlsplit
 import httpx
 
 from uplinkd import __version__
+from uplinkd.asking import Consumer, HookState, Live
 from uplinkd.core.errors import Conflict, NotFound, Rejected, Stale, Unavailable
+from uplinkd.core.groups import Form, Group, Kind, Plan, Webhook
 from uplinkd.core.model import App, Device, DeviceName, Message, Origin, Product, ProductKey, Right, State, TopicClass
 from uplinkd.core.operators import ApiKey, Role, Scope, User
-from uplinkd.engine import Glimpse, Query, StreamState
+from uplinkd.engine import DeadLetter, Glimpse, GroupState, Query, StreamState
 from uplinkd.engine.doors import Doors
+from uplinkd.engine.standing import Standing
 from uplinkd.journal import Refusal, Wanted
 from uplinkd.registry import ImportProgress, ImportReport
 from uplinkd.registry.fleet import size_of
 from uplinkd.settings import is_loopback
 
-__all__ = ["Remote", "RemoteDevice", "RemoteJournal", "RemoteOperators", "RemoteReader", "RemoteRegistry"]
+__all__ = [
+    "Remote",
+    "RemoteDesk",
+    "RemoteDevice",
+    "RemoteGroup",
+    "RemoteGroups",
+    "RemoteJournal",
+    "RemoteOperators",
+    "RemoteReader",
+    "RemoteRegistry",
+]
 
 _PREFIX = "/api/v1"
 _CONNECT_SECONDS = 5.0
@@ -105,16 +118,16 @@ class Remote:
     def get(self, path: str, **params: Any) -> Json:
         return self._document("GET", path, params=params)
 
-    def post(self, path: str, body: Json | None = None, **params: Any) -> Json:
+    def post(self, path: str, body: Json | None = None, *, etag: str = "", **params: Any) -> Json:
         """Create or have done. It carries an Idempotency-Key, so that it is sent again after a broken connection."""
-        headers = {"Idempotency-Key": secrets.token_urlsafe(24)}
+        headers = {"Idempotency-Key": secrets.token_urlsafe(24), **_if_match(etag)}
         return self._document("POST", path, params=params, body=body or {}, headers=headers)
 
     def patch(self, path: str, body: Json, *, etag: str = "") -> Json:
-        return self._document("PATCH", path, body=body, headers={"If-Match": etag} if etag else {})
+        return self._document("PATCH", path, body=body, headers=_if_match(etag))
 
-    def delete(self, path: str) -> None:
-        with self.stream("DELETE", path) as response:
+    def delete(self, path: str, *, etag: str = "") -> None:
+        with self.stream("DELETE", path, headers=_if_match(etag)) as response:
             response.read()
 
     def tagged(self, path: str) -> tuple[Json, str]:
@@ -327,6 +340,10 @@ def _given(params: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (params or {}).items() if value not in (None, "")}
 
 
+def _if_match(etag: str) -> dict[str, str]:
+    return {"If-Match": etag} if etag else {}
+
+
 def _product_path(product_key: str) -> str:
     return f"/products/{_segment(product_key)}"
 
@@ -360,6 +377,10 @@ class RemoteRegistry:
     def operators(self) -> RemoteOperators:
         return RemoteOperators(self._remote)
 
+    @property
+    def groups(self) -> RemoteGroups:
+        return RemoteGroups(self._remote)
+
     def close(self) -> None:
         self._remote.close()
 
@@ -381,7 +402,7 @@ class RemoteRegistry:
             self._remote.delete(_product_path(key))
             return 0
         _segment(key)
-        result = self._ended(self._remote.post("/product-deletions", productKey=key), None)
+        result = _ended(self._remote, self._remote.post("/product-deletions", productKey=key))
         with self._remote.understood():
             return int(result["deleted"])
 
@@ -423,7 +444,7 @@ class RemoteRegistry:
                     progress("uploading", sent / size if size else None, None)
 
         job = self._remote.upload("/imports", parts(), "text/csv", skipBad="true" if skip_bad else "false")
-        result = self._ended(job, progress)
+        result = _ended(self._remote, job, progress)
         with self._remote.understood():
             bad = [(int(each["line"]), str(each["reason"])) for each in result["bad"]]
             return ImportReport(
@@ -492,6 +513,11 @@ class RemoteRegistry:
 
         return self._reaching(name, without)
 
+    def renew_app_secret(self, name: str) -> tuple[App, str]:
+        renewed = self._remote.post(f"/apps/{_segment(name)}/secret")
+        with self._remote.understood():
+            return self._app(renewed), str(renewed["secret"])
+
     def delete_app(self, name: str) -> None:
         self._remote.delete(f"/apps/{_segment(name)}")
 
@@ -499,7 +525,7 @@ class RemoteRegistry:
         """Where applications connect."""
         told = self._remote.get("/doors")
         with self._remote.understood():
-            return Doors(str(told["nats"]), str(told["mqtt"]), bool(told["ownNats"]))
+            return Doors(str(told["nats"]), str(told["mqtt"]), bool(told["ownNats"]), str(told["amqp"]))
 
     def _reaching(self, name: str, change: Callable[[list[str]], list[str]]) -> App:
         """Read, change, and write if nobody else has meanwhile."""
@@ -530,51 +556,6 @@ class RemoteRegistry:
             return ""
         with self._remote.understood():
             return str(told["secret"])
-
-    def _ended(self, job: Json, progress: ImportProgress | None) -> Json:
-        """The result of the job once it is done. Raise Rejected for one that has failed or was cancelled."""
-        with self._remote.understood():
-            path = f"/jobs/{_segment(str(job['id']))}"
-        pause, longest = _POLL_SECONDS
-        heard = time.monotonic()
-        try:
-            while True:
-                with self._remote.understood():
-                    state = str(job["state"])
-                    share = job["done"] / job["total"] if job["total"] else None
-                    result, fault = job["result"], str(job["fault"])
-                if state == "done":
-                    return dict(result)
-                if state != "running":
-                    raise Rejected(fault or f"the job was {state}")
-                if progress:
-                    progress("importing", share, None)
-                time.sleep(pause)
-                pause = min(pause * 1.5, longest)
-                try:
-                    job, heard = self._remote.get(path), time.monotonic()
-                except Unavailable as fault_now:
-                    if time.monotonic() - heard > _JOB_PATIENCE_SECONDS:
-                        raise Unavailable(f"{fault_now}; what was begun there may go on") from fault_now
-        except KeyboardInterrupt:
-            self._cancel(path)
-            raise
-
-    def _cancel(self, path: str) -> None:
-        """Have the job cancelled, and tell what became of it: it may have come to its end first."""
-        state = ""
-        with contextlib.suppress(Rejected, Unavailable):
-            self._remote.delete(path)
-            end = time.monotonic() + _CANCEL_SECONDS
-            while (state := str(self._remote.get(path).get("state"))) == "running" and time.monotonic() < end:
-                time.sleep(_POLL_SECONDS[0])
-        self._remote.tell(
-            {
-                "cancelled": "it was cancelled on the server, too",
-                "done": "the server had done it all before it could be cancelled",
-                "failed": "it had failed on the server",
-            }.get(state, "it could not be cancelled on the server, and may go on there")
-        )
 
     def _product(self, told: Json) -> Product:
         with self._remote.understood():
@@ -619,6 +600,267 @@ class RemoteRegistry:
                 created=told["createTime"],
                 products=tuple(map(ProductKey, told["products"])),
             )
+
+
+def _ended(remote: Remote, job: Json, progress: ImportProgress | None = None, doing: str = "importing") -> Json:
+    """The result of the job once it is done. Raise Rejected for one that has failed or was cancelled."""
+    with remote.understood():
+        path = f"/jobs/{_segment(str(job['id']))}"
+    pause, longest = _POLL_SECONDS
+    heard = time.monotonic()
+    try:
+        while True:
+            with remote.understood():
+                state = str(job["state"])
+                share = job["done"] / job["total"] if job["total"] else None
+                result, fault = job["result"], str(job["fault"])
+            if state == "done":
+                return dict(result)
+            if state != "running":
+                raise Rejected(fault or f"the job was {state}")
+            if progress:
+                progress(doing, share, None)
+            time.sleep(pause)
+            pause = min(pause * 1.5, longest)
+            try:
+                job, heard = remote.get(path), time.monotonic()
+            except Unavailable as fault_now:
+                if time.monotonic() - heard > _JOB_PATIENCE_SECONDS:
+                    raise Unavailable(f"{fault_now}; what was begun there may go on") from fault_now
+    except KeyboardInterrupt:
+        _cancel(remote, path)
+        raise
+
+
+def _cancel(remote: Remote, path: str) -> None:
+    """Have the job cancelled, and tell what became of it: it may have come to its end first."""
+    state = ""
+    with contextlib.suppress(Rejected, Unavailable):
+        remote.delete(path)
+        end = time.monotonic() + _CANCEL_SECONDS
+        while (state := str(remote.get(path).get("state"))) == "running" and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS[0])
+    remote.tell(
+        {
+            "cancelled": "it was cancelled on the server, too",
+            "done": "the server had done it all before it could be cancelled",
+            "failed": "it had failed on the server",
+        }.get(state, "it could not be cancelled on the server, and may go on there")
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteGroup(Group):
+    """A consumer group as a server tells of it, without `id` and `generation`; `secret` only where it was made just now."""
+
+    told_version: str = ""
+
+    @property
+    def version(self) -> str:
+        return self.told_version
+
+
+class RemoteGroups:
+    """`registry.GroupManagement` of a server elsewhere."""
+
+    def __init__(self, remote: Remote) -> None:
+        self._remote = remote
+
+    def create(self, name: str, plan: Plan, *, start: int | None = None) -> Group:
+        return self._group(self._remote.post("/groups", {"name": name, "start": start, **_plan_body(plan)}))
+
+    def all(self) -> list[Group]:
+        document = self._remote.get("/groups")
+        with self._remote.understood():
+            return [self._group(each) for each in document["items"]]
+
+    def get(self, name: str) -> Group:
+        told, etag = self._remote.tagged(_group_path(name))
+        return self._group(told, etag.removeprefix("W/").strip('"'))
+
+    def change(self, name: str, plan: Plan, *, version: str | None = None) -> Group:
+        return self._group(self._remote.patch(_group_path(name), _plan_body(plan), etag=_etag(version)))
+
+    def reset(self, name: str, start: int, *, version: str | None = None) -> Group:
+        return self._group(self._remote.post(f"{_group_path(name)}/reset", {"start": start}, etag=_etag(version)))
+
+    def renew_secret(self, name: str, *, version: str | None = None) -> Group:
+        return self._group(self._remote.post(f"{_group_path(name)}/secret", etag=_etag(version)))
+
+    def delete(self, name: str, *, version: str | None = None) -> None:
+        self._remote.delete(_group_path(name), etag=_etag(version))
+
+    def _group(self, told: Json, version: str = "") -> Group:
+        with self._remote.understood():
+            hook = told["webhook"]
+            webhook = None
+            if hook:
+                webhook = Webhook(
+                    url=str(hook["url"]),
+                    form=Form(hook["form"]),
+                    batch=int(hook["batch"]),
+                    linger=float(hook["linger"]),
+                    lanes=int(hook["lanes"]),
+                    timeout=float(hook["timeout"]),
+                )
+            plan = Plan(
+                products=None if told["allProducts"] else tuple(map(ProductKey, told["products"])),
+                topic=str(told["topic"]),
+                kinds=frozenset(map(Kind, told["kinds"])),
+                ack_wait=float(told["ackWait"]),
+                tries=int(told["tries"]),
+                apps=tuple(map(str, told["apps"])),
+                webhook=webhook,
+                paused=bool(told["paused"]),
+            )
+            return RemoteGroup(
+                id=0,
+                name=str(told["name"]),
+                plan=plan,
+                start=int(told["start"]),
+                generation=0,
+                created=int(told["createTime"]),
+                secret=str(told.get("secret") or ""),
+                told_version=version,
+            )
+
+
+def _group_path(name: str) -> str:
+    return f"/groups/{_segment(name)}"
+
+
+def _etag(version: str | None) -> str:
+    return f'"{version}"' if version else ""
+
+
+def _plan_body(plan: Plan) -> Json:
+    hook = plan.webhook
+    return {
+        "allProducts": plan.products is None,
+        "products": list(plan.products or ()),
+        "topic": plan.topic,
+        "kinds": [kind.value for kind in Kind if kind in plan.kinds],
+        "ackWait": plan.ack_wait,
+        "tries": plan.tries,
+        "apps": list(plan.apps),
+        "paused": plan.paused,
+        "webhook": {**asdict(hook), "form": hook.form.value} if hook else None,
+    }
+
+
+class RemoteDesk:
+    """What operators look at and do to groups' messages at a server elsewhere, which goes by the groups' names."""
+
+    def __init__(self, remote: Remote) -> None:
+        self._remote = remote
+
+    def standings(self, groups: Sequence[Group]) -> list[Standing | None]:
+        """None where the server cannot say, since its engine is away."""
+        document = self._remote.get("/groups")
+        with self._remote.understood():
+            told = {each["name"]: each["state"] for each in document["items"]}
+            return [_standing(told[group.name]) if told.get(group.name) else None for group in groups]
+
+    def look(self, group: Group) -> tuple[Standing, Live]:
+        told = self._remote.get(f"{_group_path(group.name)}/state")
+        with self._remote.understood():
+            consumers = [_consumer(group, each) for each in told["consumers"]]
+            hooks = [_hook(group, told["webhook"])] if told["webhook"] else []
+            return _standing(told), Live(consumers, hooks)
+
+    def dead(self, group: Group, *, after: int = 0, limit: int = 100) -> list[DeadLetter]:
+        found: list[DeadLetter] = []
+        while len(found) < limit:
+            params = {"after": after or None, "limit": min(limit - len(found), _PAGE)}
+            page = self._remote.get(f"{_group_path(group.name)}/dead", **params)
+            with self._remote.understood():
+                letters = [_letter(each) for each in page["items"]]
+                more = page["next"]
+            found += letters
+            if more is None or not letters:
+                break
+            after = letters[-1].number
+        return found
+
+    def dead_letter(self, group: Group, number: int) -> DeadLetter | None:
+        try:
+            told = self._remote.get(f"{_group_path(group.name)}/dead/{number}")
+        except NotFound:
+            self._remote.get(_group_path(group.name))  # it is the group that is not there
+            return None
+        with self._remote.understood():
+            return _letter(told)
+
+    def retry(self, group: Group, numbers: Sequence[int] | None = None, progress: ImportProgress | None = None) -> int:
+        path = f"{_group_path(group.name)}/dead"
+        if numbers is None:
+            told = _ended(self._remote, self._remote.post(f"{path}/retry-all"), progress, "retrying")
+        else:
+            told = self._remote.post(f"{path}/retry", {"numbers": [str(number) for number in numbers]})
+        return self._count(told)
+
+    def purge(self, group: Group, numbers: Sequence[int] | None = None) -> int:
+        body: Json = {"all": True} if numbers is None else {"numbers": [str(number) for number in numbers]}
+        return self._count(self._remote.post(f"{_group_path(group.name)}/dead/purge", body))
+
+    def _count(self, told: Json) -> int:
+        with self._remote.understood():
+            return int(told["count"])
+
+
+def _standing(told: Json) -> Standing:
+    state = GroupState(
+        lag=int(told["lag"]),
+        held=int(told["held"]),
+        oldest=told["oldest"],
+        settled=int(told["settled"]),
+        dead=int(told["dead"]),
+        retrying=int(told["retrying"]),
+    )
+    return Standing(state, told["rate"])
+
+
+def _consumer(group: Group, told: Json) -> Consumer:
+    return Consumer(
+        group.name,
+        str(told["app"]),
+        str(told["client"]),
+        str(told["address"]),
+        int(told["since"]),
+        int(told["held"]),
+        int(told["credit"]),
+    )
+
+
+def _hook(group: Group, told: Json) -> HookState:
+    return HookState(
+        group.name,
+        bool(told["open"]),
+        int(told["accepted"]),
+        int(told["failed"]),
+        int(told["lastSuccess"]),
+        int(told["lastFailure"]),
+        str(told["fault"]),
+        int(told["nextTry"]),
+    )
+
+
+def _letter(told: Json) -> DeadLetter:
+    return DeadLetter(
+        int(told["number"]), _message(told["message"]), int(told["tries"]), str(told["reason"]), int(told["time"])
+    )
+
+
+def _message(told: Json) -> Message:
+    return Message(
+        id=int(told["messageId"]),
+        topic=told["topic"],
+        product_key=ProductKey(told["productKey"]),
+        device_name=DeviceName(told["deviceName"]),
+        generate_time=told["generateTime"],
+        payload=base64.b64decode(told["payload"], validate=True),
+        origin=Origin(told["origin"]),
+    )
 
 
 class RemoteOperators:
@@ -859,15 +1101,7 @@ class RemoteReader:
 
     def _message(self, told: Json) -> Message:
         with self._remote.understood():
-            return Message(
-                id=int(told["messageId"]),
-                topic=told["topic"],
-                product_key=ProductKey(told["productKey"]),
-                device_name=DeviceName(told["deviceName"]),
-                generate_time=told["generateTime"],
-                payload=base64.b64decode(told["payload"], validate=True),
-                origin=Origin(told["origin"]),
-            )
+            return _message(told)
 
 
 def _asked(query: Query) -> Json:

@@ -23,7 +23,7 @@ from uplinkd.admin.server import application
 from uplinkd.core.operators import Role, Scope
 from uplinkd.core.subjects import to_subject
 from uplinkd.engine import Told
-from uplinkd.engine.memory import MemoryBus, MemoryEngine
+from uplinkd.engine.memory import MemoryBus, MemoryDesk, MemoryEngine
 from uplinkd.journal import Journal, Refusal
 from uplinkd.metrics import Metrics
 from uplinkd.registry import open_registry, passwords
@@ -47,6 +47,7 @@ class House:
     office: Office
     engine: MemoryEngine
     bus: MemoryBus
+    desk: MemoryDesk
     journal: Journal
     metrics: Metrics
     transport: httpx.ASGITransport
@@ -137,6 +138,7 @@ async def house(tmp_path: Path, application_of: Callable[[Office], FastAPI]) -> 
     await engine.start()
     await bus.connect()
     metrics = Metrics(1)
+    desk = MemoryDesk(bus)
 
     async def reader() -> MemoryEngine:
         return engine
@@ -147,12 +149,13 @@ async def house(tmp_path: Path, application_of: Callable[[Office], FastAPI]) -> 
         bus=bus,
         figures=Figures(metrics.read),
         open_reader=reader,
+        desk=desk,
         https=("127.0.0.1", 8443),
         mqtt=("127.0.0.1", 8883),
     )
     journal = Journal(settings)
     transport = httpx.ASGITransport(application_of(office), raise_app_exceptions=False, client=("192.0.2.9", 1234))
-    made = House(office, engine, bus, journal, metrics, transport)
+    made = House(office, engine, bus, desk, journal, metrics, transport)
 
     def answer(told: Told) -> None:
         made.sent.append((told.subject, told.payload))

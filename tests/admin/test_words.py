@@ -27,8 +27,8 @@ SOURCES = Path(uplinkd.__file__).parent
 # Whose faults people meet in the console.
 FAULTY = [
     *sorted((SOURCES / "admin").glob("*.py")),
-    *(SOURCES / name for name in ("asking.py", "core/names.py", "engine/reader.py")),
-    *(SOURCES / "registry" / name for name in ("fleet.py", "operators.py", "sql.py")),
+    *(SOURCES / name for name in ("asking.py", "core/groups.py", "core/names.py", "engine/reader.py")),
+    *(SOURCES / "registry" / name for name in ("fleet.py", "groups.py", "operators.py", "sql.py")),
 ]
 FAULTS = {"Conflict", "Denied", "Forbidden", "NotFound", "Rejected", "Stale", "Unavailable"}
 # What is put together elsewhere: an answer's status, a wait.
@@ -150,7 +150,7 @@ def test_a_translation_keeps_the_places_for_values() -> None:
 
 def test_no_english_is_left_in_a_template() -> None:
     """What people read between tags is marked for translation."""
-    names = "uplinkd|ProductKey|DeviceName|DeviceSecret|ProductSecret|requestId|messageId|HTTPS|MQTT|curl|Bearer|Authorization"
+    names = "uplinkd|ProductKey|DeviceName|DeviceSecret|ProductSecret|requestId|messageId|HTTPS|MQTT|AMQP|curl|Bearer|Authorization"
     for template in TEMPLATES.glob("*.html"):
         bare = re.sub(r"\{%.*?%\}|\{\{.*?\}\}|<code.*?</code>|<[^>]*>", " ", template.read_text(), flags=re.DOTALL)
         left = [word for word in re.findall(r"[A-Za-z]{3,}", bare) if not re.fullmatch(names, word)]

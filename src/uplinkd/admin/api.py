@@ -1,4 +1,5 @@
-"""The management API, /api/v1: products, devices, topic classes, messages, refusals, applications, keys, users, the audit."""
+"""The management API, /api/v1: products, devices, topic classes, messages, refusals, applications, consumer groups, keys, users,
+the audit."""
 
 from __future__ import annotations
 
@@ -17,18 +18,20 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from uplinkd import __version__, journal
 from uplinkd.admin import documents as doc
-from uplinkd.admin import fleetwork
+from uplinkd.admin import fleetwork, groupwork
 from uplinkd.admin.access import Principal, TooOften
 from uplinkd.admin.doorkeeper import needs, office_of, while_known
 from uplinkd.admin.figures import Sample
 from uplinkd.admin.office import Office, now
 from uplinkd.admin.problems import Forbidden
 from uplinkd.admin.repeating import RepeatableRoute
-from uplinkd.asking import PATIENCE_SECONDS, check_down_topic, send_down
+from uplinkd.asking import PATIENCE_SECONDS, HookState, Live, check_down_topic, send_down
 from uplinkd.core import workbench
 from uplinkd.core.errors import NotFound, Rejected, Unavailable
+from uplinkd.core.groups import Group
 from uplinkd.core.model import App, Device, Product, Right, State
 from uplinkd.core.operators import Role, Scope
+from uplinkd.engine import DeadLetter
 from uplinkd.engine import Query as Wanted
 from uplinkd.engine.doors import doors
 from uplinkd.engine.reader import check as check_query
@@ -680,6 +683,205 @@ def delete_app(office: In, who: Administers, name: Name, if_match: IfMatch = Non
     office.registry.delete_app(name, version=_version(if_match))
 
 
+@router.post("/apps/{name}/secret", tags=["apps"])
+def renew_app_secret(
+    office: In, who: Administers, name: Name, response: Response, idempotency_key: IdempotencyKey = None
+) -> doc.AppWithSecret:
+    """Give it a new secret, which is in this answer alone; within a second its connections with the old one are closed."""
+    app, secret = office.registry.renew_app_secret(name)
+    response.headers.update(_etag(app.version))
+    return doc.AppWithSecret(**doc.AppDocument.of(app).model_dump(), secret=secret)
+
+
+# -- consumer groups
+
+
+@router.get("/groups", tags=["groups"])
+async def list_groups(office: In, who: Reads) -> doc.Page[doc.ListedGroup]:
+    """All consumer groups and how far they are; of a webhook's URL without the query. It takes a second to measure rates that
+    nobody has asked for lately."""
+    return doc.Page(items=await listed_groups(office, rates=True))
+
+
+async def listed_groups(office: Office, *, rates: bool = False) -> list[doc.ListedGroup]:
+    """With `rates` not before these are known."""
+    groups = await run_in_threadpool(office.registry.groups.all)
+    states: list[doc.FiguresDocument | None] = [None] * len(groups)
+    live: Live | None = None
+    with contextlib.suppress(Unavailable):
+        if groups:
+            standings, live = await asyncio.gather(office.standings(groups, rates=rates), office.live())
+            states = [doc.FiguresDocument.of(each) for each in standings]
+    return [
+        doc.ListedGroup(
+            **doc.GroupDocument.of(group).model_dump(),
+            state=state,
+            consumers=sum(each.group == group.name for each in live.consumers) if live else None,
+            webhook_open=hook.open if live and (hook := _hook_of(live, group)) else None,
+        )
+        for group, state in zip(groups, states, strict=True)
+    ]
+
+
+def _hook_of(live: Live, group: Group) -> HookState | None:
+    """What the process tells that did something last: the others are there in case of its end."""
+    hooks = [each for each in live.hooks if each.group == group.name]
+    return max(hooks, key=lambda each: max(each.last_success, each.last_failure), default=None)
+
+
+@router.post("/groups", tags=["groups"], status_code=201)
+def create_group(
+    office: In, who: Administers, given: doc.NewGroup, response: Response, idempotency_key: IdempotencyKey = None
+) -> doc.GroupWithSecret:
+    """Make a consumer group, for applications over AMQP or for a webhook; a webhook's secret is in this answer alone."""
+    group = office.registry.groups.create(given.name, given.plan(), start=given.start)
+    response.headers["Location"] = f"{PREFIX}/groups/{group.name}"
+    return _with_hook_secret(group, who, response, group.secret)
+
+
+def _with_hook_secret(group: Group, who: Principal, response: Response, secret: str) -> doc.GroupWithSecret:
+    response.headers.update(_etag(group.version))
+    return doc.GroupWithSecret(**doc.GroupDocument.of(group, who.scope).model_dump(), secret=secret or None)
+
+
+@router.get("/groups/{name}", tags=["groups"])
+def show_group(office: In, who: Reads, name: Name, response: Response) -> doc.GroupDocument:
+    group = office.registry.groups.get(name)
+    response.headers.update(_etag(group.version))
+    return doc.GroupDocument.of(group, who.scope)
+
+
+@router.patch("/groups/{name}", tags=["groups"])
+def change_group(
+    office: In, who: Administers, name: Name, given: doc.GroupChange, response: Response, if_match: IfMatch = None
+) -> doc.GroupWithSecret:
+    """Change what is given; its position stays. A first webhook comes with a secret."""
+    before = office.registry.groups.get(name)
+    version = _version(if_match) or before.version
+    group = office.registry.groups.change(name, given.applied(before.plan), version=version)
+    return _with_hook_secret(group, who, response, "" if before.plan.webhook else group.secret)
+
+
+@router.delete("/groups/{name}", tags=["groups"], status_code=204)
+def delete_group(office: In, who: Administers, name: Name, if_match: IfMatch = None) -> None:
+    """Delete it with its position and its dead letters; the messages stay."""
+    office.registry.groups.delete(name, version=_version(if_match))
+
+
+@router.post("/groups/{name}/reset", tags=["groups"])
+def reset_group(
+    office: In,
+    who: Operates,
+    name: Name,
+    given: doc.GroupReset,
+    response: Response,
+    if_match: IfMatch = None,
+    idempotency_key: IdempotencyKey = None,
+) -> doc.GroupDocument:
+    """Set its position: it gets what was stored since then, also again what it had."""
+    start = now() if given.start is None else given.start
+    group = office.registry.groups.reset(name, start, version=_version(if_match))
+    response.headers.update(_etag(group.version))
+    return doc.GroupDocument.of(group, who.scope)
+
+
+@router.post("/groups/{name}/secret", tags=["groups"])
+def renew_group_secret(
+    office: In,
+    who: Administers,
+    name: Name,
+    response: Response,
+    if_match: IfMatch = None,
+    idempotency_key: IdempotencyKey = None,
+) -> doc.GroupWithSecret:
+    """Give its webhook a new secret, which is in this answer alone; the old one signs nothing from now on."""
+    group = office.registry.groups.renew_secret(name, version=_version(if_match))
+    return _with_hook_secret(group, who, response, group.secret)
+
+
+@router.get("/groups/{name}/state", tags=["groups"])
+async def show_group_state(office: In, who: Reads, name: Name) -> doc.GroupStateDocument:
+    """How far it is, who consumes it, how its webhook fares. It takes a second when nobody has looked lately."""
+    group = await run_in_threadpool(office.registry.groups.get, name)
+    return await group_state(office, group)
+
+
+async def group_state(office: Office, group: Group, *, rates: bool = True) -> doc.GroupStateDocument:
+    """With `rates` not before the rate is known. Raise Unavailable."""
+    (standing,), live = await asyncio.gather(office.standings([group], rates=rates), office.live())
+    hook = _hook_of(live, group)
+    return doc.GroupStateDocument(
+        **doc.FiguresDocument.of(standing).model_dump(),
+        consumers=[doc.ConsumerDocument.of(each) for each in live.consumers if each.group == group.name],
+        webhook=doc.HookDocument.of(hook) if hook else None,
+    )
+
+
+@router.get("/groups/{name}/dead", tags=["groups"])
+async def list_dead_letters(
+    office: In,
+    who: Reads,
+    name: Name,
+    after: Annotated[str | None, Query(max_length=40, description="`next` of the page before")] = None,
+    limit: Limit = 100,
+) -> doc.Page[doc.DeadLetterDocument]:
+    """Messages that the group did not accept, the oldest first; kept for 30 days, and 100,000 of a group."""
+    group = await run_in_threadpool(office.registry.groups.get, name)
+    found = await office.desk.dead(group, after=_cursor(after) or 0, limit=limit + 1)
+    letters, more = _page(found, limit, lambda letter: str(letter.number))
+    return doc.Page(items=[doc.DeadLetterDocument.of(letter) for letter in letters], next=more)
+
+
+@router.get("/groups/{name}/dead/{number}", tags=["groups"])
+async def show_dead_letter(office: In, who: Reads, name: Name, number: Name) -> doc.DeadLetterDocument:
+    group = await run_in_threadpool(office.registry.groups.get, name)
+    return doc.DeadLetterDocument.of(await dead_letter(office, group, number))
+
+
+async def dead_letter(office: Office, group: Group, number: str) -> DeadLetter:
+    found = await office.desk.dead_letter(group, letter_number(number))
+    if found is None:
+        raise NotFound(
+            f"consumer group {group.name!r} has no dead letter {number[:40]}; it may have been offered again, or gone for its age"
+        )
+    return found
+
+
+def letter_number(text: str) -> int:
+    number = number_in(text)
+    if not number:
+        raise Rejected(f"dead letter {text[:40]!r}: its number has up to 19 digits")
+    return number
+
+
+@router.post("/groups/{name}/dead/retry", tags=["groups"])
+async def retry_dead_letters(
+    office: In, who: Operates, name: Name, given: doc.DeadLetters, idempotency_key: IdempotencyKey = None
+) -> doc.Counted:
+    """Offer these dead letters to the group's consumers again, with all their tries; how many there were."""
+    group = await run_in_threadpool(office.registry.groups.get, name)
+    return doc.Counted(count=await groupwork.retry(office, group, [letter_number(each) for each in given.numbers]))
+
+
+@router.post("/groups/{name}/dead/retry-all", tags=["groups"], status_code=202)
+async def retry_all_dead_letters(
+    office: In, who: Operates, name: Name, response: Response, idempotency_key: IdempotencyKey = None
+) -> doc.JobDocument:
+    """Offer all dead letters again. Cancelled, it leaves those that were not offered yet."""
+    group = await run_in_threadpool(office.registry.groups.get, name)
+    return _begun(await groupwork.retry_all(office, group), response)
+
+
+@router.post("/groups/{name}/dead/purge", tags=["groups"])
+async def purge_dead_letters(
+    office: In, who: Operates, name: Name, given: doc.DeadLettersOrAll, idempotency_key: IdempotencyKey = None
+) -> doc.Counted:
+    """Throw these dead letters, or all, away; how many there were."""
+    group = await run_in_threadpool(office.registry.groups.get, name)
+    numbers = None if given.numbers is None else [letter_number(each) for each in given.numbers]
+    return doc.Counted(count=await groupwork.purge(office, group, numbers))
+
+
 # -- access
 
 
@@ -822,7 +1024,7 @@ async def live_stats(office: Office) -> AsyncGenerator[ServerSentEvent]:
 def show_doors(office: In, who: Reads, request: Request) -> doc.DoorsDocument:
     """Where applications connect, with the credentials that `POST /apps` gives."""
     found = doors(office.settings, host=request.url.hostname or "")
-    return doc.DoorsDocument(nats=found.nats, mqtt=found.mqtt, own_nats=found.own_nats)
+    return doc.DoorsDocument(nats=found.nats, mqtt=found.mqtt, own_nats=found.own_nats, amqp=found.amqp)
 
 
 @router.get("/settings", tags=["stats"])

@@ -40,9 +40,11 @@ from uplinkd.admin.doorkeeper import (
 )
 from uplinkd.admin.office import Office, now
 from uplinkd.admin.problems import status_of
-from uplinkd.admin.words import LANGUAGES, language_of, moment, size, told, translated
+from uplinkd.admin.words import LANGUAGES, age, language_of, moment, size, told, translated
 from uplinkd.core import snippets
 from uplinkd.core.errors import EXPLANATIONS, MESSAGES, Code, NotFound, Rejected, Unavailable
+from uplinkd.core.groups import Form as HookForm
+from uplinkd.core.groups import Kind, shown_url
 from uplinkd.core.model import Device, Right, State
 from uplinkd.core.names import DEFAULT_CLASSES
 from uplinkd.core.operators import Role, Scope
@@ -50,7 +52,21 @@ from uplinkd.engine import Query as Wanted
 from uplinkd.engine.reader import check as check_query
 from uplinkd.settings import reachable
 
-__all__ = ["error_page", "mount", "prepare"]
+__all__ = [
+    "CHOICES",
+    "Administers",
+    "In",
+    "Operates",
+    "Views",
+    "attempt",
+    "error_page",
+    "go",
+    "keys_in",
+    "mount",
+    "page",
+    "prepare",
+    "with_status",
+]
 
 HERE = Path(__file__).parent
 THEMES = ("auto", "light", "dark")
@@ -59,7 +75,7 @@ _YEAR = 365 * 86400
 _LAST = 10
 _SEARCHED = 200
 # So many products are offered by name where some are chosen; the others by their keys.
-_CHOICES = 50
+CHOICES = 50
 # Of so many refusals the last kinds are shown, each once.
 _LOOKED_AT, _KINDS = 200, 5
 _ENGINE_PATIENCE = 1.5
@@ -122,6 +138,8 @@ def _environment() -> Environment:
         moment=moment,
         size=size,
         number=lambda value: f"{value:,}",
+        age=age,
+        shown_url=shown_url,
         path=_path,
     )
     environment.globals.update(
@@ -129,6 +147,8 @@ def _environment() -> Environment:
         THEMES=THEMES,
         VERSION=__version__,
         State=State,
+        Kind=Kind,
+        HookForm=HookForm,
         Right=Right,
         Role=Role,
         Scope=Scope,
@@ -211,27 +231,28 @@ def _own(path: str) -> str:
     return path if re.fullmatch(r"/(?![/\\])[^\x00-\x20]*", path) else "/"
 
 
-def _go(path: str, done: str = "") -> RedirectResponse:
+def go(path: str, done: str = "") -> RedirectResponse:
+    """To another page, which says what is `done`."""
     if done:
         path += ("&" if "?" in path else "?") + urlencode({"done": done})
     return RedirectResponse(path, 303)
 
 
-async def _refused(fault: Rejected | Unavailable, shown: Awaitable[Response]) -> Response:
+async def with_status(fault: Rejected | Unavailable, shown: Awaitable[Response]) -> Response:
     """The page that is `shown` for it, with the status that the fault has in the API."""
     response = await shown
     response.status_code = status_of(fault)
     return response
 
 
-async def _try(
+async def attempt(
     act: Callable[[], T], then: Callable[[T], Response], again: Callable[[str], Awaitable[Response]]
 ) -> Response:
     """Do what a form asks for, in a thread; a fault of the operator's is shown on the page that the form stands on."""
     try:
         result = await run_in_threadpool(act)
     except (Rejected, Unavailable) as fault:
-        return await _refused(fault, again(str(fault)))
+        return await with_status(fault, again(str(fault)))
     return then(result)
 
 
@@ -252,7 +273,7 @@ async def begin_session(
 
     def accept(signed_in: tuple[Any, str]) -> Response:
         user, token = signed_in
-        response = _go("/password" if user.one_time else _own(back))
+        response = go("/password" if user.one_time else _own(back))
         response.set_cookie(
             COOKIE,
             token,
@@ -270,7 +291,7 @@ async def begin_session(
         async with office.attempts.turn():
             found = await run_in_threadpool(sign_in, operators, office.attempts, name, password, address)
     except (Denied, TooOften, Unavailable) as fault:
-        return await _refused(fault, again(str(fault)))
+        return await with_status(fault, again(str(fault)))
     return accept(found)
 
 
@@ -280,7 +301,7 @@ async def end_session(request: Request, office: In) -> Response:
     if principal:
         await _checked(request)
         await run_in_threadpool(office.registry.operators.close_session, request.cookies[COOKIE])
-    response = _go("/sign-in")
+    response = go("/sign-in")
     response.delete_cookie(COOKIE)
     return response
 
@@ -315,15 +336,15 @@ async def set_password(request: Request, office: In, old: Field, new: Field, aga
 
     try:
         async with office.attempts.turn():
-            return await _try(act, lambda _: _go("/sign-in", "password"), once_more)
+            return await attempt(act, lambda _: go("/sign-in", "password"), once_more)
     except TooOften as fault:
-        return await _refused(fault, once_more(str(fault)))
+        return await with_status(fault, once_more(str(fault)))
 
 
 @router.get("/prefer")
 async def prefer(back: Text = "/", language: Text = "", theme: Text = "") -> Response:
     """Remember a language or a theme in this browser."""
-    response = _go(_own(back))
+    response = go(_own(back))
     for name, value, known in (("language", language, LANGUAGES), ("theme", theme, THEMES)):
         if value in known:
             response.set_cookie(name, value, max_age=_YEAR, samesite="lax")
@@ -366,20 +387,20 @@ async def search(office: In, who: Views, q: Text = "") -> Response:
     """Where what was typed leads: a product, a device, a requestId, a messageId."""
     text = q.strip()
     if re.fullmatch(r"[0-9a-f]{16}", text):
-        return _go(f"/logs?{urlencode({'requestId': text})}")
+        return go(f"/logs?{urlencode({'requestId': text})}")
     if re.fullmatch(r"[0-9]{12,19}", text):
-        return _go(f"/messages/{text}")
+        return go(f"/messages/{text}")
     like = await run_in_threadpool(lambda: office.registry.product_page(text=text, limit=_SEARCHED))
     for product in like if text else []:
         if text in (product.key, product.name):
-            return _go(f"/products/{product.key}")
+            return go(f"/products/{product.key}")
     first = await run_in_threadpool(lambda: office.registry.product_page(limit=_SEARCHED))
     found = await run_in_threadpool(_devices_named, office, [product.key for product in first], text)
     if len(found) == 1:
-        return _go(f"/products/{found[0].product_key}/devices/{_path(found[0].name)}")
+        return go(f"/products/{found[0].product_key}/devices/{_path(found[0].name)}")
     if found:
-        return _go(f"/products/{found[0].product_key}?{urlencode({'prefix': text})}")
-    return _go(f"/products?{urlencode({'q': text})}")
+        return go(f"/products/{found[0].product_key}?{urlencode({'prefix': text})}")
+    return go(f"/products?{urlencode({'q': text})}")
 
 
 def _devices_named(office: Office, keys: list[str], prefix: str) -> list[Device]:
@@ -417,9 +438,9 @@ async def products_page(request: Request, office: In, who: Views, q: Text = "") 
 
 @router.post("/products")
 async def create_product(request: Request, office: In, who: Operates, name: Field, key: Field = "") -> Response:
-    return await _try(
+    return await attempt(
         lambda: office.registry.create_product(name.strip(), key=key.strip() or None),
-        lambda product: _go(f"/products/{product.key}", "product.create"),
+        lambda product: go(f"/products/{product.key}", "product.create"),
         lambda fault: _products_page(request, office, fault, typed={"form": "product", "name": name, "key": key}),
     )
 
@@ -471,7 +492,7 @@ _FORMS = ("devices", "bulk", "delete")
 @router.get("/products/{product_key}/{tab}")
 async def product_tab(request: Request, office: In, who: Views, product_key: str, tab: str) -> Response:
     if tab in _FORMS:
-        return _go(f"/products/{product_key}")
+        return go(f"/products/{product_key}")
     if tab not in ("topics", "keys", "settings"):
         raise NotFound(f"a product has no page {tab!r}")
     return await _product_page(request, office, product_key, tab)
@@ -481,9 +502,9 @@ async def product_tab(request: Request, office: In, who: Views, product_key: str
 async def add_topic_class(
     request: Request, office: In, who: Operates, product_key: str, levels: Field, right: Annotated[Right, Form()]
 ) -> Response:
-    return await _try(
+    return await attempt(
         lambda: office.registry.add_topic_class(product_key, levels.strip(), right),
-        lambda _: _go(f"/products/{product_key}/topics", "topic.add"),
+        lambda _: go(f"/products/{product_key}/topics", "topic.add"),
         lambda fault: _product_page(
             request, office, product_key, "topics", fault, typed={"levels": levels, "right": right}
         ),
@@ -492,16 +513,16 @@ async def add_topic_class(
 
 @router.post("/products/{product_key}/topics/remove")
 async def remove_topic_class(request: Request, office: In, who: Operates, product_key: str, levels: Field) -> Response:
-    return await _try(
+    return await attempt(
         lambda: office.registry.remove_topic_class(product_key, levels),
-        lambda _: _go(f"/products/{product_key}/topics", "topic.remove"),
+        lambda _: go(f"/products/{product_key}/topics", "topic.remove"),
         lambda fault: _product_page(request, office, product_key, "topics", fault),
     )
 
 
 @router.post("/products/{product_key}/keys")
 async def show_product_secret(request: Request, office: In, who: Operates, product_key: str) -> Response:
-    return await _try(
+    return await attempt(
         lambda: api.product_secret(office, product_key).secret,
         lambda secret: page(
             request,
@@ -518,9 +539,9 @@ async def show_product_secret(request: Request, office: In, who: Operates, produ
 async def rename_product(
     request: Request, office: In, who: Operates, product_key: str, name: Field, version: Field
 ) -> Response:
-    return await _try(
+    return await attempt(
         lambda: office.registry.rename_product(product_key, name.strip(), version=version),
-        lambda _: _go(f"/products/{product_key}/settings", "product.rename"),
+        lambda _: go(f"/products/{product_key}/settings", "product.rename"),
         lambda fault: _product_page(request, office, product_key, "settings", fault),
     )
 
@@ -535,10 +556,10 @@ async def delete_product(request: Request, office: In, who: Operates, product_ke
             raise Rejected(f"type the ProductKey {product_key} to delete it with all of its devices")
         return fleetwork.deletion(office.registry, product_key), office.census(product_key).total
 
-    return await _begin(request, office, act, "product-deletion", product_key, "devices", again)
+    return await begin(request, office, act, "product-deletion", product_key, "devices", again)
 
 
-async def _begin(
+async def begin(
     request: Request,
     office: Office,
     act: Callable[[], tuple[Any, int]],
@@ -552,8 +573,8 @@ async def _begin(
         work, total = await run_in_threadpool(act)
         job = office.jobs.start(kind, target, unit, work, total=total)
     except (Rejected, Unavailable) as fault:
-        return await _refused(fault, again(str(fault)))
-    return _go(f"/jobs/{job.id}")
+        return await with_status(fault, again(str(fault)))
+    return go(f"/jobs/{job.id}")
 
 
 # -- devices
@@ -563,9 +584,9 @@ async def _begin(
 async def create_device(
     request: Request, office: In, who: Operates, product_key: str, name: Field = "", secret: Field = ""
 ) -> Response:
-    return await _try(
+    return await attempt(
         lambda: office.registry.create_device(product_key, name.strip() or None, secret=secret.strip() or None),
-        lambda device: _go(f"/products/{product_key}/devices/{_path(device.name)}", "device.create"),
+        lambda device: go(f"/products/{product_key}/devices/{_path(device.name)}", "device.create"),
         lambda fault: _product_page(
             request, office, product_key, "devices", fault, typed={"form": "device", "name": name}
         ),
@@ -582,7 +603,7 @@ async def create_many(
     count: Annotated[int, Form()],
     start: Annotated[int, Form()] = 1,
 ) -> Response:
-    return await _begin(
+    return await begin(
         request,
         office,
         lambda: (fleetwork.making(office.registry, product_key, prefix.strip(), count, start), count),
@@ -602,7 +623,7 @@ async def create_many(
 
 @router.get("/import")
 async def import_page(who: Views) -> Response:
-    return _go("/products")
+    return go("/products")
 
 
 @router.post("/import")
@@ -624,7 +645,7 @@ async def import_devices(request: Request, office: In, who: Operates) -> Respons
     try:
         stream, total = await api.uploaded(office, parts())
     except Rejected as fault:
-        return await _refused(fault, again(str(fault)))
+        return await with_status(fault, again(str(fault)))
     finally:
         await request.close()
 
@@ -633,7 +654,7 @@ async def import_devices(request: Request, office: In, who: Operates) -> Respons
 
     with contextlib.ExitStack() as kept:
         kept.callback(stream.close)
-        response = await _begin(request, office, act, "import", name, "bytes", again)
+        response = await begin(request, office, act, "import", name, "bytes", again)
         if response.status_code == 303:
             kept.pop_all()
     return response
@@ -760,19 +781,19 @@ async def act_on_device(
         return await _device_page(request, office, product_key, name, fault, **facts)
 
     def back(done: str) -> Response:
-        return _go(f"/products/{product_key}/devices/{_path(name)}", done)
+        return go(f"/products/{product_key}/devices/{_path(name)}", done)
 
     if act in ("enable", "disable"):
         wanted = act == "enable"
-        return await _try(
+        return await attempt(
             lambda: registry.set_enabled(product_key, name, wanted, version=seen),
             lambda _: back(f"device.{act}"),
             again,
         )
     if act == "delete":
-        return await _try(
+        return await attempt(
             lambda: registry.delete_device(product_key, name, version=seen),
-            lambda _: _go(f"/products/{product_key}", "device.delete"),
+            lambda _: go(f"/products/{product_key}", "device.delete"),
             again,
         )
     try:
@@ -790,7 +811,7 @@ async def act_on_device(
         # The answer to what was sent stands beside its form, to which the browser scrolls.
         refused = told(language_of(request), str(fault))
         shown = again(refused=refused, typed=typed) if act == "send" else again(str(fault))
-        return await _refused(fault, shown)
+        return await with_status(fault, shown)
     raise NotFound(f"a device has no {act!r}")
 
 
@@ -897,7 +918,7 @@ async def workbench_page(request: Request, who: Operates) -> Response:
 
 @router.post("/workbench")
 async def examine(request: Request, office: In, who: Operates, text: Field = "", secret: Field = "") -> Response:
-    return await _try(
+    return await attempt(
         lambda: api.examined(office, text, secret.strip() or None),
         lambda found: page(
             request, "workbench.html", text=text, examined=doc.ExaminationDocument.of(found), secret=secret
@@ -917,8 +938,8 @@ async def _access_page(
     request: Request, office: Office, fault: str = "", made: Any = None, typed: Typed | None = None
 ) -> Response:
     apps = await run_in_threadpool(office.registry.apps)
-    found = await run_in_threadpool(lambda: office.registry.product_page(limit=_CHOICES + 1))
-    products = found[:_CHOICES]
+    found = await run_in_threadpool(lambda: office.registry.product_page(limit=CHOICES + 1))
+    products = found[:CHOICES]
     admin = request.state.principal.scope.covers(Scope.ADMIN)
     keys = await run_in_threadpool(office.registry.operators.api_keys) if admin else []
     return page(
@@ -927,7 +948,7 @@ async def _access_page(
         apps=apps,
         keys=keys,
         products=products,
-        more_products=len(found) > _CHOICES,
+        more_products=len(found) > CHOICES,
         names={product.key: product.name for product in products},
         origin=str(request.base_url).rstrip("/"),
         fault=fault,
@@ -946,7 +967,7 @@ async def _made(act: Callable[[], dict[str, str]], show: Callable[..., Awaitable
     try:
         made = await run_in_threadpool(act)
     except Rejected as fault:
-        return await _refused(fault, show(fault=str(fault), typed=typed))
+        return await with_status(fault, show(fault=str(fault), typed=typed))
     return await show(made=made)
 
 
@@ -961,14 +982,14 @@ async def create_app(
     sends: Field = "",
 ) -> Response:
     def act() -> dict[str, str]:
-        chosen = [*products, *_keys_in(further)]
+        chosen = [*products, *keys_in(further)]
         app, secret = office.registry.create_app(name.strip(), products=chosen, sends=bool(sends))
         return {"what": "app", "name": app.name, "key": app.key, "secret": secret}
 
     return await _made(act, functools.partial(_access_page, request, office), form="app", name=name, further=further)
 
 
-def _keys_in(text: str) -> list[str]:
+def keys_in(text: str) -> list[str]:
     """ProductKeys that were typed, apart by commas or white space."""
     return re.findall(r"[^\s,]+", text)
 
@@ -983,18 +1004,18 @@ async def set_app_products(
     products: Annotated[list[str], Form()] = [],  # noqa: B006 - FastAPI copies it
     further: Field = "",
 ) -> Response:
-    return await _try(
-        lambda: office.registry.set_app(name, [*products, *_keys_in(further)], version=version),
-        lambda _: _go("/access", "app.products"),
+    return await attempt(
+        lambda: office.registry.set_app(name, [*products, *keys_in(further)], version=version),
+        lambda _: go("/access", "app.products"),
         lambda fault: _access_page(request, office, fault),
     )
 
 
 @router.post("/access/apps/{name}/delete")
 async def delete_app(request: Request, office: In, who: Administers, name: str) -> Response:
-    return await _try(
+    return await attempt(
         lambda: office.registry.delete_app(name),
-        lambda _: _go("/access", "app.delete"),
+        lambda _: go("/access", "app.delete"),
         lambda fault: _access_page(request, office, fault),
     )
 
@@ -1012,9 +1033,9 @@ async def create_key(
 
 @router.post("/access/keys/{name}/delete")
 async def delete_key(request: Request, office: In, who: Administers, name: str) -> Response:
-    return await _try(
+    return await attempt(
         lambda: office.registry.operators.delete_key(name),
-        lambda _: _go("/access", "key.delete"),
+        lambda _: go("/access", "key.delete"),
         lambda fault: _access_page(request, office, fault),
     )
 
@@ -1063,7 +1084,9 @@ async def act_on_user(
         else:
             raise NotFound(f"a user has no {act!r}")
 
-    return await _try(change, lambda _: _go("/users", f"user.{act}"), lambda fault: _users_page(request, office, fault))
+    return await attempt(
+        change, lambda _: go("/users", f"user.{act}"), lambda fault: _users_page(request, office, fault)
+    )
 
 
 @router.get("/audit")
@@ -1105,7 +1128,7 @@ async def job_page(request: Request, office: In, who: Views, job_id: str) -> Res
 @router.post("/jobs/{job_id}/cancel")
 async def cancel_job(office: In, who: Operates, job_id: str) -> Response:
     office.jobs.cancel(job_id)
-    return _go(f"/jobs/{job_id}")
+    return go(f"/jobs/{job_id}")
 
 
 @router.get("/settings")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import (
@@ -20,10 +21,14 @@ from pydantic.alias_generators import to_camel
 
 from uplinkd.admin.jobs import Job, JobState
 from uplinkd.admin.words import told
-from uplinkd.core.errors import EXPLANATIONS, MESSAGES, Code
-from uplinkd.core.model import App, Census, Device, Message, Origin, Product, Right, State, TopicClass
+from uplinkd.asking import Consumer, HookState
+from uplinkd.core.errors import EXPLANATIONS, MESSAGES, Code, Rejected
+from uplinkd.core.groups import Form, Group, Kind, Plan, Webhook, shown_url
+from uplinkd.core.model import App, Census, Device, Message, Origin, Product, ProductKey, Right, State, TopicClass
 from uplinkd.core.operators import ApiKey, AuditEntry, Role, Scope, User
 from uplinkd.core.workbench import Examined
+from uplinkd.engine import DeadLetter
+from uplinkd.engine.standing import Standing
 from uplinkd.journal import Refusal
 
 __all__ = [
@@ -33,21 +38,36 @@ __all__ = [
     "Broadcast",
     "BulkCreation",
     "CensusDocument",
+    "ConsumerDocument",
+    "Counted",
+    "DeadLetterDocument",
+    "DeadLetters",
+    "DeadLettersOrAll",
     "DeviceDocument",
     "DeviceWithSecret",
     "DoorsDocument",
+    "FiguresDocument",
+    "GroupChange",
+    "GroupDocument",
+    "GroupReset",
+    "GroupStateDocument",
+    "GroupWithSecret",
+    "HookDocument",
     "JobDocument",
     "KeyDocument",
     "KeyWithSecret",
+    "ListedGroup",
     "MessageDocument",
     "MessageSent",
     "NewApp",
     "NewDevice",
+    "NewGroup",
     "NewKey",
     "NewMessage",
     "NewProduct",
     "NewTopicClass",
     "NewUser",
+    "NewWebhook",
     "Page",
     "Problem",
     "ProductDocument",
@@ -59,6 +79,7 @@ __all__ = [
     "TopicClassDocument",
     "UserDocument",
     "UserWithPassword",
+    "WebhookDocument",
 ]
 
 T = TypeVar("T")
@@ -360,10 +381,283 @@ class DoorsDocument(_Document):
     own_nats: bool = Field(
         description="NATS is the owner's, where their own accounts hold and these credentials do not"
     )
+    amqp: str = Field(description="URL of AMQP for consumer groups, empty: there is none")
 
 
 class AppChange(_Given):
     products: list[ProductKeyText] = Field(max_length=1000)
+
+
+Url = Annotated[str, StringConstraints(max_length=2048)]
+Number = Annotated[float, Field(strict=True, ge=0, le=1_000_000, allow_inf_nan=False)]
+Integer = Annotated[int, Field(strict=True, ge=0, le=1_000_000)]
+Numbers = Annotated[list[Annotated[str, _shape(r"^[0-9]{1,19}$")]], Field(min_length=1, max_length=1000)]
+Moment = Annotated[int, Field(strict=True, ge=0, lt=1 << 53)]
+
+
+class WebhookDocument(_Document):
+    """Where and how messages are posted, as CloudEvents. The URL's query is for admins, since it may hold a secret."""
+
+    url: str
+    form: Form
+    batch: int = Field(description="at most so many messages in a request of the form batch")
+    linger: float = Field(description="how many seconds the first of a batch waits for others")
+    lanes: int = Field(description="requests under way at a time; those of one device are one by one")
+    timeout: float = Field(description="seconds for an attempt")
+
+    @classmethod
+    def of(cls, webhook: Webhook, *, whole: bool) -> Self:
+        return cls(
+            url=webhook.url if whole else shown_url(webhook.url),
+            form=webhook.form,
+            batch=webhook.batch,
+            linger=webhook.linger,
+            lanes=webhook.lanes,
+            timeout=webhook.timeout,
+        )
+
+
+class NewWebhook(_Given):
+    url: Url
+    form: Form = Form.BINARY
+    batch: Integer = 100
+    linger: Number = 0.0
+    lanes: Integer = 4
+    timeout: Number = 10.0
+
+    def webhook(self) -> Webhook:
+        return Webhook(
+            url=self.url,
+            form=self.form,
+            batch=self.batch,
+            linger=self.linger,
+            lanes=self.lanes,
+            timeout=self.timeout,
+        )
+
+
+class FiguresDocument(_Document):
+    """How far a group is. `lag` counts messages that it has not accepted, `held` those of them that a consumer holds, `retrying` dead
+    letters that are offered again; `oldest` is when the oldest was stored. `settled` deliveries came to an end since the position
+    was set, `rate` of them in a second lately."""
+
+    lag: int
+    held: int
+    oldest: int | None
+    settled: int
+    dead: int
+    retrying: int
+    rate: float | None
+
+    @classmethod
+    def of(cls, standing: Standing) -> Self:
+        state = standing.state
+        return cls(
+            lag=state.lag,
+            held=state.held,
+            oldest=state.oldest,
+            settled=state.settled,
+            dead=state.dead,
+            retrying=state.retrying,
+            rate=standing.rate,
+        )
+
+
+class ConsumerDocument(_Document):
+    """A connection over AMQP: it holds `held` messages and would take `credit` more."""
+
+    app: str
+    client: str
+    address: str
+    since: int
+    held: int
+    credit: int
+
+    @classmethod
+    def of(cls, consumer: Consumer) -> Self:
+        return cls(
+            app=consumer.app,
+            client=consumer.client,
+            address=consumer.address,
+            since=consumer.since,
+            held=consumer.held,
+            credit=consumer.credit,
+        )
+
+
+class HookDocument(_Document):
+    """How the webhook fares since the server was started; `open`: it counts as dead, and is tried at `nextTry` alone. A time of 0:
+    never."""
+
+    open: bool
+    accepted: int
+    failed: int
+    last_success: int
+    last_failure: int
+    fault: str
+    next_try: int
+
+    @classmethod
+    def of(cls, hook: HookState) -> Self:
+        return cls(
+            open=hook.open,
+            accepted=hook.accepted,
+            failed=hook.failed,
+            last_success=hook.last_success,
+            last_failure=hook.last_failure,
+            fault=hook.fault,
+            next_try=hook.next_try,
+        )
+
+
+class GroupStateDocument(FiguresDocument):
+    consumers: list[ConsumerDocument]
+    webhook: HookDocument | None = Field(description="null where there is no webhook, or no process that posts")
+
+
+class GroupDocument(_Document):
+    name: str
+    all_products: bool
+    products: list[str]
+    topic: str
+    kinds: list[Kind]
+    start: int
+    ack_wait: float = Field(description="seconds that a consumer may hold a message before it comes again")
+    tries: int
+    apps: list[str]
+    webhook: WebhookDocument | None
+    paused: bool
+    create_time: int
+
+    @classmethod
+    def of(cls, group: Group, scope: Scope = Scope.READ) -> Self:
+        """As somebody with `scope` may see it."""
+        plan = group.plan
+        whole = scope.covers(Scope.ADMIN)
+        return cls(
+            name=group.name,
+            all_products=plan.products is None,
+            products=list(plan.products or ()),
+            topic=plan.topic,
+            kinds=[kind for kind in Kind if kind in plan.kinds],
+            start=group.start,
+            ack_wait=plan.ack_wait,
+            tries=plan.tries,
+            apps=list(plan.apps),
+            webhook=WebhookDocument.of(plan.webhook, whole=whole) if plan.webhook else None,
+            paused=plan.paused,
+            create_time=group.created,
+        )
+
+
+class ListedGroup(GroupDocument):
+    """What is not known while the engine is away is null: how far it is, how many consumers are connected over AMQP now, whether its
+    webhook counts as dead."""
+
+    state: FiguresDocument | None
+    consumers: int | None
+    webhook_open: bool | None
+
+
+class GroupWithSecret(GroupDocument):
+    secret: str | None = Field(description="signs what its webhook gets; shown this once, and null where none was made")
+
+
+class _GroupFacts(_Given):
+    all_products: StrictBool | None = Field(None, description="messages of all products, also of future ones")
+    products: list[ProductKeyText] | None = Field(None, max_length=1000, description="messages of these products")
+    topic: Text | None = Field(None, description="an MQTT filter that narrows what devices report; empty: none")
+    kinds: list[Kind] | None = Field(None, max_length=10)
+    ack_wait: Number | None = Field(None, description="seconds; 30 unless given")
+    tries: Integer | None = Field(None, description="16 unless given")
+    apps: list[NameText] | None = Field(None, max_length=100, description="who may consume it over AMQP")
+    webhook: NewWebhook | None = None
+    paused: StrictBool | None = None
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if self.all_products and self.products:
+            raise ValueError("products names products, allProducts takes them all: one of them is wanted")
+        return self
+
+    def applied(self, plan: Plan) -> Plan:
+        """`plan` with what was given; webhook: null takes it away."""
+        given: dict[str, Any] = {
+            name: value
+            for name in ("topic", "ack_wait", "tries", "paused")
+            if (value := getattr(self, name)) is not None
+        }
+        if self.all_products:
+            given["products"] = None
+        elif self.products is not None:
+            given["products"] = tuple(map(ProductKey, dict.fromkeys(self.products)))
+        elif self.all_products is False and plan.products is None:
+            raise Rejected("which products, if not all? products names them")
+        if self.kinds is not None:
+            given["kinds"] = frozenset(self.kinds)
+        if self.apps is not None:
+            given["apps"] = tuple(dict.fromkeys(self.apps))
+        if "webhook" in self.model_fields_set:
+            given["webhook"] = self.webhook.webhook() if self.webhook else None
+        return replace(plan, **given)
+
+
+class NewGroup(_GroupFacts):
+    name: NameText = Field(description="1 to 64 letters, digits and - _ .; its consumerGroupId")
+    start: Moment | None = Field(None, description="messages stored from then on; null: from now on")
+
+    def plan(self) -> Plan:
+        """Raise Rejected when it is not said which messages it takes."""
+        if not self.all_products and not self.products:
+            raise Rejected("which messages? products names products, or allProducts is true")
+        return self.applied(Plan())
+
+
+class GroupChange(_GroupFacts):
+    """What is left out stays."""
+
+
+class GroupReset(_Given):
+    start: Moment | None = Field(description="it gets messages stored from then on; null: from now on")
+
+
+class DeadLetterDocument(_Document):
+    """A message that the group did not accept; `time` is when it was given up."""
+
+    number: str
+    time: int
+    tries: int
+    reason: str
+    message: MessageDocument
+
+    @classmethod
+    def of(cls, letter: DeadLetter) -> Self:
+        return cls(
+            number=str(letter.number),
+            time=letter.at,
+            tries=letter.tries,
+            reason=letter.reason,
+            message=MessageDocument.of(letter.message),
+        )
+
+
+class DeadLetters(_Given):
+    numbers: Numbers
+
+
+class DeadLettersOrAll(_Given):
+    numbers: Numbers | None = None
+    all: StrictBool = False
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if self.all == bool(self.numbers):
+            raise ValueError("give numbers, or all: true")
+        return self
+
+
+class Counted(_Document):
+    count: int
 
 
 class KeyDocument(_Document):

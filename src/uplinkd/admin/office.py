@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from uplinkd.admin.access import Attempts
 from uplinkd.admin.figures import Figures
 from uplinkd.admin.jobs import Jobs
+from uplinkd.asking import Live, live_now
 from uplinkd.core.errors import Unavailable
+from uplinkd.core.groups import Group
 from uplinkd.core.model import Census, Device, State
-from uplinkd.engine import Bus, Reader, StreamState
+from uplinkd.engine import Bus, GroupDesk, Reader, StreamState
+from uplinkd.engine.standing import Standing, Standings
 from uplinkd.registry import Registry
 from uplinkd.settings import Settings
 
@@ -34,6 +37,7 @@ class Office:
     bus: Bus
     figures: Figures
     open_reader: Callable[[], Awaitable[Reader]]
+    desk: GroupDesk
     https: tuple[str, int]
     """Host and port of the HTTPS door; `mqtt` those of the MQTT door, None where there is none."""
     mqtt: tuple[str, int] | None
@@ -42,6 +46,7 @@ class Office:
     watching: int = 0
     """How many streams are being watched."""
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    _standings: Standings | None = None
     _reader: Reader | None = None
     _opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     _noted: dict[str, float] = field(default_factory=dict)
@@ -62,6 +67,24 @@ class Office:
             if self._reader is None:
                 self._reader = await self.open_reader()
         return self._reader
+
+    async def standings(self, groups: Sequence[Group], *, rates: bool = False) -> list[Standing]:
+        """How the groups stand, with `rates` not before these are known; raise Unavailable when the engine does not say so at once."""
+        if self._standings is None:
+            self._standings = Standings(self.desk)
+        try:
+            async with asyncio.timeout(_ENGINE_SECONDS * (2 if rates else 1)):
+                return await (self._standings.measured(groups) if rates else self._standings.of(groups))
+        except TimeoutError:
+            raise Unavailable(f"the engine did not answer within {_ENGINE_SECONDS} s") from None
+
+    async def live(self) -> Live:
+        """What goes on in the processes that deliver; nothing where none says so."""
+        try:
+            async with asyncio.timeout(_ENGINE_SECONDS):
+                return await live_now(self.bus)
+        except TimeoutError:
+            raise Unavailable(f"the engine did not answer within {_ENGINE_SECONDS} s") from None
 
     async def stored(self) -> StreamState:
         """What the engine holds; raise Unavailable when it does not say so at once."""

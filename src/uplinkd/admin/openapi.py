@@ -9,14 +9,26 @@ from fastapi.openapi.utils import get_openapi
 
 __all__ = ["describe"]
 
-_DESCRIPTION = """Products, devices, topic classes, messages, refusals, applications and access of an uplinkd server.
+_DESCRIPTION = """Products, devices, topic classes, messages, refusals, applications, consumer groups and access of an uplinkd server.
 
 Send an API key as `Authorization: Bearer uplk_…`; `uplinkd apikey create NAME --scope operate` or the console makes one. Errors are
 problem documents (RFC 9457). Lists give `next`, the `cursor` of the page that follows. What was changed since you saw it is not
 overwritten: send its ETag as If-Match. A creation that is sent twice with the same Idempotency-Key happens once."""
 
 # In the order in which people meet them.
-_TAGS = ("products", "devices", "topic classes", "messages", "logs", "jobs", "workbench", "stats", "apps", "access")
+_TAGS = (
+    "products",
+    "devices",
+    "topic classes",
+    "messages",
+    "logs",
+    "jobs",
+    "workbench",
+    "stats",
+    "apps",
+    "groups",
+    "access",
+)
 
 
 def describe(app: FastAPI) -> None:

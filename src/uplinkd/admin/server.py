@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from uplinkd import __version__
-from uplinkd.admin import api, console, health
+from uplinkd.admin import api, console, console_groups, health
 from uplinkd.admin.door import Door
 from uplinkd.admin.figures import Figures
 from uplinkd.admin.guard import Guard
@@ -33,6 +33,7 @@ from uplinkd.core.errors import Unavailable
 from uplinkd.engine import open_reader
 from uplinkd.engine.bus import NatsBus
 from uplinkd.engine.embedded import Access
+from uplinkd.engine.groups import JetStreamDesk
 from uplinkd.metrics import Metrics
 from uplinkd.registry import open_registry
 from uplinkd.settings import Settings
@@ -90,6 +91,7 @@ async def _serve(task: ConsoleTask) -> None:
         figures=figures,
         https=task.https,
         mqtt=task.mqtt,
+        desk=JetStreamDesk(bus),
         open_reader=functools.partial(open_reader, task.access),
     )
     figures.count_online = lambda: office.census().online
@@ -138,6 +140,7 @@ def application(office: Office) -> FastAPI:
     app.include_router(api.uploads)
     app.include_router(api.router)
     app.include_router(health.router)
+    app.include_router(console_groups.router)
     console.mount(app)
     handle_errors(app, console.error_page)
     describe(app)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 import re
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 from babel.messages.pofile import read_po
 from fastapi import Request
 
-__all__ = ["LANGUAGES", "catalogue", "language_of", "moment", "size", "told", "translated"]
+__all__ = ["LANGUAGES", "age", "catalogue", "language_of", "moment", "size", "told", "translated"]
 
 LANGUAGES = {"en": "English", "zh": "中文"}
 LOCALE = Path(__file__).parent / "locale"
@@ -85,3 +86,14 @@ def size(count: int | None) -> str:
 def moment(milliseconds: int) -> str:
     """UTC to the second; the browser writes it anew in local time."""
     return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def age(milliseconds: int | None) -> str:
+    """How long ago that was, in the largest unit of which there are two."""
+    if milliseconds is None:
+        return "–"
+    seconds = max(0, round(time.time() - milliseconds / 1000))
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"

@@ -19,6 +19,7 @@ COMMANDS = {
     "device": ("uplinkd.cli.devices", "device"),
     "topic": ("uplinkd.cli.topics", "topic"),
     "app": ("uplinkd.cli.apps", "app"),
+    "group": ("uplinkd.cli.groups", "group"),
     "apikey": ("uplinkd.cli.access", "apikey"),
     "user": ("uplinkd.cli.access", "user"),
     "messages": ("uplinkd.cli.messages", "messages"),

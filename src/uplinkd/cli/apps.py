@@ -21,14 +21,14 @@ from uplinkd.engine.doors import Doors, doors
 from uplinkd.engine.stream import STREAM
 from uplinkd.settings import Settings
 
-__all__ = ["app"]
+__all__ = ["app", "doors_of"]
 
 _options = settings_options("database_url", "secret_key", "mqtt_listen", "nats_listen", "nats_url", remote=KEY_FLAGS)
 
 
 @click.group()
 def app() -> None:
-    """Make, list, show and delete credentials of applications; say which products they may reach."""
+    """Make, list, show, renew and delete credentials of applications; say which products they may reach."""
 
 
 @app.command()
@@ -57,7 +57,7 @@ def list_apps(settings: Settings, as_json: bool) -> None:
     with opened(settings) as registry:
         found = registry.apps()
     if as_json:
-        ways = _doors(settings)
+        ways = doors_of(settings)
         print_json([_document(ways, each) for each in found])
     else:
         rows = [(each.name, each.key, _may(each), local_time(each.created)) for each in found]
@@ -96,6 +96,17 @@ def withdraw(settings: Settings, name: str, pk: tuple[str, ...], as_json: bool) 
         _changed(settings, registry.withdraw_app(name, pk), as_json)
 
 
+@app.command("renew-secret")
+@click.argument("name")
+@json_option
+@_options
+def renew_secret(settings: Settings, name: str, as_json: bool) -> None:
+    """Give the application NAME a new secret, shown this once; within a second its connections with the old one are closed."""
+    with opened(settings) as registry:
+        renewed, secret = registry.renew_app_secret(name)
+    _show(settings, renewed, as_json, secret)
+
+
 @app.command()
 @click.argument("name")
 @json_option
@@ -116,7 +127,7 @@ def _may(app: App) -> str:
     return f"read {'and send to' if app.sends else 'only'} {', '.join(app.products)}"
 
 
-def _doors(settings: Settings) -> Doors:
+def doors_of(settings: Settings) -> Doors:
     """Where applications connect, by the server that runs or else by the settings."""
     if server := server_elsewhere():
         from uplinkd.remote import RemoteRegistry
@@ -140,7 +151,7 @@ def _document(ways: Doors, app: App, secret: str = "") -> dict[str, object]:
 
 
 def _show(settings: Settings, app: App, as_json: bool, secret: str = "") -> None:
-    ways = _doors(settings)
+    ways = doors_of(settings)
     if as_json:
         print_json(_document(ways, app, secret))
         return
@@ -166,6 +177,6 @@ def _show(settings: Settings, app: App, as_json: bool, secret: str = "") -> None
 
 def _changed(settings: Settings, app: App, as_json: bool) -> None:
     if as_json:
-        print_json(_document(_doors(settings), app))
+        print_json(_document(doors_of(settings), app))
     else:
         click.echo(f"application {app.name} may {_may(app)}")

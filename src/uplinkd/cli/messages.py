@@ -29,7 +29,7 @@ from uplinkd.engine.embedded import access_for
 from uplinkd.engine.reader import check
 from uplinkd.settings import Settings
 
-__all__ = ["messages"]
+__all__ = ["may_be_there", "message_document", "messages", "payload_text"]
 
 MOST = 10_000
 
@@ -80,10 +80,10 @@ def list_messages(
     query = Query(product, device, topic, since)
     check(query)
     found: list[Message] = []
-    if _may_be_there(settings):
+    if may_be_there(settings):
         found = _looked(settings, lambda reader: reader.latest(query, limit))
     if as_json:
-        print_json([_document(message) for message in found])
+        print_json([message_document(message) for message in found])
     else:
         for message in found:
             _show(message)
@@ -105,7 +105,7 @@ def tail_messages(
     async def follow(reader: Reader) -> None:
         async for message in reader.follow(query):
             if as_json:
-                print_json(_document(message), one_line=True)
+                print_json(message_document(message), one_line=True)
             else:
                 _show(message)
 
@@ -120,17 +120,17 @@ def tail_messages(
 def show_message(settings: Settings, message_id: int, as_json: bool) -> None:
     """The stored message with the MESSAGE_ID that its device was given."""
     found = None
-    if _may_be_there(settings):
+    if may_be_there(settings):
         found = _looked(settings, lambda reader: reader.by_id(message_id))
     if found is None:
         raise NotFound(f"no message {message_id} is stored; it may have been dropped for its age or for room")
     if as_json:
-        print_json(_document(found))
+        print_json(message_document(found))
     else:
         _show(found)
 
 
-def _may_be_there(settings: Settings) -> bool:
+def may_be_there(settings: Settings) -> bool:
     """False where nothing was ever stored: a look should not make a store."""
     return bool(server_elsewhere() or settings.nats_url or (settings.data / "nats").is_dir())
 
@@ -163,7 +163,8 @@ def until_interrupted(following: Coroutine[Any, Any, None]) -> None:
         asyncio.run(following)
 
 
-def _document(message: Message) -> dict[str, object]:
+def message_document(message: Message) -> dict[str, object]:
+    """As JSON for programs."""
     return {
         "messageId": message.id,
         "topic": message.topic,
@@ -178,11 +179,11 @@ def _document(message: Message) -> dict[str, object]:
 def _show(message: Message) -> None:
     click.echo(
         f"{local_time(message.generate_time)}  {message.id}  {message.origin:6}  {printable(message.topic)}  "
-        f"{_payload(message.payload)}"
+        f"{payload_text(message.payload)}"
     )
 
 
-def _payload(payload: bytes) -> str:
+def payload_text(payload: bytes) -> str:
     """Text as text, anything else as hex."""
     with contextlib.suppress(UnicodeDecodeError):
         text = payload.decode()

@@ -179,7 +179,7 @@ def check_plan(plan: Plan) -> None:
         raise Rejected(f"a group takes at least one kind of message: {', '.join(Kind)}")
     if plan.products is not None and len(plan.products) > _MOST_PRODUCTS:
         raise Rejected(f"a group names at most {_MOST_PRODUCTS} products, not {len(plan.products)}; or takes them all")
-    _check_range("ack_wait", plan.ack_wait, 1, 3600, "seconds")
+    _check_range("ack_wait", plan.ack_wait, 1, 3600, " seconds")
     _check_range("tries", plan.tries, 1, 1000)
     if plan.webhook:
         if plan.apps:
@@ -190,34 +190,34 @@ def check_plan(plan: Plan) -> None:
 
 
 def _check_webhook(webhook: Webhook) -> None:
-    shown = f"webhook URL {webhook.url[:_LONGEST_URL]!r}"
+    shown = repr(webhook.url[:_LONGEST_URL])
     if (
         len(webhook.url) > _LONGEST_URL
         or not webhook.url.isascii()
         or not webhook.url.isprintable()
         or " " in webhook.url
     ):
-        raise Rejected(f"{shown}: it has at most {_LONGEST_URL} printable ASCII characters and no space")
+        raise Rejected(f"webhook URL {shown}: it has at most {_LONGEST_URL} printable ASCII characters and no space")
     try:
         parts = urlsplit(webhook.url)
         port = parts.port
     except ValueError as error:
-        raise Rejected(f"{shown}: {error}") from error
+        raise Rejected(f"webhook URL {shown} cannot be read: {error}") from error
     if parts.scheme not in ("https", "http") or not parts.hostname or port == 0:
-        raise Rejected(f"{shown}: it is such as https://backend.example.com/uplinkd")
+        raise Rejected(f"webhook URL {shown}: it is such as https://backend.example.com/uplinkd")
     if parts.username is not None or parts.password is not None:
         raise Rejected("a webhook URL has no user name and password in it: what it gets is signed")
     if parts.fragment:
-        raise Rejected(f"{shown}: it has no fragment (#{parts.fragment})")
+        raise Rejected(f"webhook URL {shown}: it has no fragment (#{parts.fragment})")
     _check_range("batch", webhook.batch, 1, 1000)
-    _check_range("linger", webhook.linger, 0, 60, "seconds")
+    _check_range("linger", webhook.linger, 0, 60, " seconds")
     _check_range("lanes", webhook.lanes, 1, 64)
-    _check_range("timeout", webhook.timeout, 1, 120, "seconds")
+    _check_range("timeout", webhook.timeout, 1, 120, " seconds")
 
 
-def _check_range(name: str, value: float, low: float, high: float, unit: str = "") -> None:
+def _check_range(name: str, value: float, low: int, high: int, unit: str = "") -> None:
     if not low <= value <= high or math.isnan(value):
-        raise Rejected(f"{name} = {value:g}: it is from {low} to {high} {unit}".rstrip())
+        raise Rejected(f"{name} = {value:g}: it is from {low} to {high}{unit}")
 
 
 def _common(one: str, other: str) -> str:

@@ -237,8 +237,11 @@ class GroupDesk(Protocol):
 
     async def dead_letter(self, group: Group, number: int) -> DeadLetter | None: ...
 
-    async def retry(self, group: Group, numbers: Sequence[int] | None = None) -> int:
-        """Offer these dead letters, or all, to the group's consumers again, with all their tries; how many there were."""
+    async def retry(
+        self, group: Group, numbers: Sequence[int] | None = None, *, progress: Callable[[int], None] | None = None
+    ) -> int:
+        """Offer these dead letters, or all that there are now, to the group's consumers again, with all their tries; how many there
+        were. `progress` hears how many it were so far, and ends it by raising."""
 
     async def purge(self, group: Group, numbers: Sequence[int] | None = None) -> int:
         """Throw these dead letters, or all, away; how many there were."""

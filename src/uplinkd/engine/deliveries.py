@@ -223,7 +223,8 @@ class _Feed:
     def _came(self, told: Told) -> None:
         if RETRY in told.reply.split(".", 5):
             tokens = told.reply.split(".")
-            taken = _Taken(self, buried(told), int(tokens[tokens.index(RETRY) + 2]), told.reply, retried=True)
+            tries, sequence = (int(each) for each in tokens[tokens.index(RETRY) + 2 :][:2])
+            taken = _Taken(self, buried(told), tries, told.reply, retried=sequence)
         else:
             self.asked = max(0, self.asked - 1)
             message, tries = delivered(told, self.base)
@@ -262,7 +263,7 @@ class _Taken:
     message: Message
     tries: int
     reply: str
-    retried: bool = False
+    retried: int = 0  # its sequence among those that are offered again
 
     def accept(self) -> None:
         self.feed.owner.answer(self.reply, _ACK)
@@ -277,5 +278,6 @@ class _Taken:
         self.feed.owner.answer(self.reply, _WORKING)
 
     async def bury(self, reason: str, tries: int | None = None) -> None:
-        await bury(self.feed.owner.bus, self.feed.group, self.message, tries or self.tries, reason)
+        bus, group = self.feed.owner.bus, self.feed.group
+        await bury(bus, group, self.message, tries or self.tries, reason, retried=self.retried)
         self.accept()

@@ -22,6 +22,7 @@ class Doors:
     nats: str
     mqtt: str
     own_nats: bool
+    amqp: str = ""
 
 
 def doors(settings: Settings, *, host: str = "") -> Doors:
@@ -34,7 +35,8 @@ def doors(settings: Settings, *, host: str = "") -> Doors:
             if running.port:
                 nats = f"{nats.rpartition(':')[0]}:{running.port}"
     mqtt = _at("mqtts", settings.mqtt_listen, host) if settings.mqtt_listen else ""
-    return Doors(nats, mqtt, bool(settings.nats_url))
+    amqp = _at("amqps", settings.amqp_listen, host) if settings.amqp_listen else ""
+    return Doors(nats, mqtt, bool(settings.nats_url), amqp)
 
 
 def _at(scheme: str, listen: str, host: str) -> str:

@@ -86,8 +86,9 @@ async def ensure(bus: Bus, group: Group) -> int:
     return base_of(stream["config"])
 
 
-async def bury(bus: Bus, group: Group, message: Message, tries: int, reason: str) -> None:
-    """Store a message as a dead letter of the group; raise Unavailable. Twice within two minutes is once."""
+async def bury(bus: Bus, group: Group, message: Message, tries: int, reason: str, *, retried: int = 0) -> None:
+    """Store a message as a dead letter of the group; raise Unavailable. Twice within two minutes is once, but not where it was
+    offered again meanwhile (`retried` is its sequence in the stream for that), or the position was set anew."""
     headers = {
         _TOPIC: quote(message.topic, safe="/"),
         _ID: str(message.id),
@@ -96,7 +97,7 @@ async def bury(bus: Bus, group: Group, message: Message, tries: int, reason: str
         _TRIES: str(tries),
         _REASON: quote(reason[:_LONGEST_REASON], safe=" /,:;'()="),
         _AT: str(round(time.time() * 1000)),
-        "Nats-Msg-Id": f"dead-{group.id}-{message.id}",
+        "Nats-Msg-Id": f"dead-{group.id}-{group.generation}-{message.id}-{retried}",
     }
     subject = f"{_DEAD_SUBJECT}{group.id}"
     try:
@@ -149,6 +150,11 @@ class JetStreamDesk:
         self._bus = bus
         self._close = close
 
+    @property
+    def bus(self) -> Bus:
+        """Over which it asks."""
+        return self._bus
+
     async def close(self) -> None:
         if self._close:
             await self._close()
@@ -178,14 +184,19 @@ class JetStreamDesk:
         told = await self._dead({"seq": number})
         return _letter(told) if told and told.headers.get("Nats-Subject") == f"{_DEAD_SUBJECT}{group.id}" else None
 
-    async def retry(self, group: Group, numbers: Sequence[int] | None = None) -> int:
+    async def retry(
+        self, group: Group, numbers: Sequence[int] | None = None, *, progress: Callable[[int], None] | None = None
+    ) -> int:
         await _ensure_streams(self._bus)
         config = {**_pace(group), "durable_name": retry_name(group), "filter_subject": f"{_RETRY_SUBJECT}{group.id}"}
         await _create(self._bus, RETRY, retry_name(group), config)
+        # What is given up meanwhile is not offered again: that might have no end.
+        newest = await self._dead({"last_by_subj": f"{_DEAD_SUBJECT}{group.id}"}) if numbers is None else None
+        last = _sequence_of(newest) if newest else 0
         count = after = 0
         while True:
             if numbers is None:
-                letters = await self.dead(group, after=after, limit=_AT_ONCE)
+                letters = [each for each in await self.dead(group, after=after, limit=_AT_ONCE) if each.number <= last]
             else:
                 part, numbers = numbers[:_AT_ONCE], numbers[_AT_ONCE:]
                 found = await asyncio.gather(*(self.dead_letter(group, number) for number in part))
@@ -193,6 +204,8 @@ class JetStreamDesk:
             await asyncio.gather(*(self._offer(group, letter) for letter in letters))
             self._bus.tell(f"{RETRIED}{group.id}", b"")
             count += len(letters)
+            if progress:
+                progress(count)
             if numbers is None and letters:
                 after = letters[-1].number
             elif not numbers:

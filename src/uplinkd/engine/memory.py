@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 
 from uplinkd.core.errors import Unavailable
 from uplinkd.core.groups import Group, wants
@@ -14,8 +15,10 @@ from uplinkd.core.subjects import from_subject
 from uplinkd.core.topics import owner
 from uplinkd.engine import (
     ORIGIN_HEADER,
+    DeadLetter,
     Done,
     Glimpse,
+    GroupState,
     Handler,
     Query,
     SessionRecord,
@@ -27,7 +30,7 @@ from uplinkd.engine import (
 from uplinkd.engine.reader import check, matches
 from uplinkd.engine.stream import new_base
 
-__all__ = ["MemoryBus", "MemoryDeliveries", "MemoryDownlink", "MemoryEngine"]
+__all__ = ["MemoryBus", "MemoryDeliveries", "MemoryDesk", "MemoryDownlink", "MemoryEngine"]
 
 
 class MemoryEngine:
@@ -271,6 +274,55 @@ class _MemoryTaken:
         if not self._owner.connected:
             raise Unavailable("the engine is away")
         self._owner.buried.append((self.message, reason))
+
+
+class MemoryDesk:
+    """`engine.GroupDesk` of what a test puts in: `states` and `letters` by the group's name. What is offered again is in `offered`."""
+
+    def __init__(self, bus: MemoryBus) -> None:
+        self._bus = bus
+        self.states: dict[str, GroupState] = {}
+        self.letters: dict[str, list[DeadLetter]] = {}
+        self.offered: list[DeadLetter] = []
+
+    async def close(self) -> None:
+        pass
+
+    async def state(self, group: Group) -> GroupState:
+        self._check()
+        known = self.states.get(group.name, GroupState(0, 0, None, 0, 0, 0))
+        return replace(known, dead=len(self.letters.get(group.name, [])))
+
+    async def dead(self, group: Group, *, after: int = 0, limit: int = 100) -> list[DeadLetter]:
+        self._check()
+        return [each for each in self.letters.get(group.name, []) if each.number > after][:limit]
+
+    async def dead_letter(self, group: Group, number: int) -> DeadLetter | None:
+        self._check()
+        return next((each for each in self.letters.get(group.name, []) if each.number == number), None)
+
+    async def retry(
+        self, group: Group, numbers: Sequence[int] | None = None, *, progress: Callable[[int], None] | None = None
+    ) -> int:
+        taken = self._take(group, numbers)
+        self.offered += taken
+        if progress:
+            progress(len(taken))
+        return len(taken)
+
+    async def purge(self, group: Group, numbers: Sequence[int] | None = None) -> int:
+        return len(self._take(group, numbers))
+
+    def _take(self, group: Group, numbers: Sequence[int] | None) -> list[DeadLetter]:
+        self._check()
+        letters = self.letters.get(group.name, [])
+        taken = [each for each in letters if numbers is None or each.number in numbers]
+        self.letters[group.name] = [each for each in letters if each not in taken]
+        return taken
+
+    def _check(self) -> None:
+        if not self._bus.connected:
+            raise Unavailable("the engine is away")
 
 
 class MemoryDownlink:
