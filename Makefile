@@ -47,6 +47,7 @@ lock: $(VENV)/bin/python  ## resolve the dependencies anew into requirements/*.t
 	$(COMPILE) pyproject.toml --extra amqp -o requirements/amqp.txt
 	$(COMPILE) pyproject.toml --group dev -o requirements/dev.txt
 	$(COMPILE) --group linkkit -o requirements/linkkit.txt
+	$(COMPILE) --group recipes -o requirements/recipes.txt
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

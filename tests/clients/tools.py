@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-__all__ = ["DRIVERS", "ROOT", "Driver", "heard", "linkkit_python", "needs", "node_modules"]
+__all__ = ["DRIVERS", "ROOT", "Driver", "heard", "linkkit_python", "needs", "node_modules", "recipes_python"]
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVERS = Path(__file__).parent / "drivers"
@@ -47,14 +47,24 @@ def node_modules() -> Path:
 
 def linkkit_python() -> Path:
     """A Python with aliyun-iot-linkkit, which needs another paho-mqtt than the tests."""
-    folder = CACHE / "linkkit"
+    return _python("linkkit", "aliyun-iot-linkkit")
+
+
+def recipes_python() -> Path:
+    """A Python with what docs/en/recipes.md asks for, and a broker to try it with."""
+    return _python("recipes", "what the recipes need")
+
+
+def _python(name: str, what: str) -> Path:
+    """The Python of a virtual environment of its own with what requirements/`name`.txt locks."""
+    folder = CACHE / name
     python = folder / "bin" / "python"
-    locked = ROOT / "requirements" / "linkkit.txt"
+    locked = ROOT / "requirements" / f"{name}.txt"
     with _once(folder, locked.read_text()) as wanted:
         if wanted:
             _run([sys.executable, "-m", "venv", "--clear", str(folder)], "a virtual environment could not be made")
             pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", "--require-hashes"]
-            _run([*pip, "-r", str(locked)], "aliyun-iot-linkkit could not be installed")
+            _run([*pip, "-r", str(locked)], f"{what} could not be installed")
     return python
 
 

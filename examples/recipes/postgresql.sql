@@ -1,0 +1,11 @@
+CREATE TABLE IF NOT EXISTS uplink (
+    sequence bigint NOT NULL,
+    stored_at timestamptz NOT NULL,
+    topic text NOT NULL,
+    product_key text NOT NULL,
+    device_name text NOT NULL,
+    origin text NOT NULL,
+    payload bytea NOT NULL, -- as JSON: convert_from(payload, 'UTF8')::jsonb
+    PRIMARY KEY (stored_at, sequence)
+);
+CREATE INDEX IF NOT EXISTS uplink_of_device ON uplink (product_key, device_name, stored_at);
