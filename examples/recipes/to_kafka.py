@@ -29,7 +29,7 @@ def write(reports: list[Report]) -> None:
             report.payload,
             key=f"{report.product_key}/{report.device_name}",  # one device, one partition: in its order
             headers={
-                "id": f"{report.stored_at.isoformat()}/{report.sequence}",  # the same when a message comes again
+                "id": str(report.message_id),  # the same when a message comes again
                 "topic": report.topic,
                 "origin": report.origin,
             },

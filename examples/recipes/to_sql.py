@@ -11,10 +11,10 @@ from uplink import Report, run
 
 engine = create_engine(os.environ["DATABASE_URL"], pool_pre_ping=True, hide_parameters=True)
 # A message that comes again changes nothing. INSERT IGNORE would do so too in MariaDB, and hide other faults.
-ONCE = {"postgresql": "ON CONFLICT DO NOTHING", "mysql": "ON DUPLICATE KEY UPDATE sequence = sequence"}
+ONCE = {"postgresql": "ON CONFLICT DO NOTHING", "mysql": "ON DUPLICATE KEY UPDATE message_id = message_id"}
 INSERT = (
-    "INSERT INTO uplink (sequence, stored_at, topic, product_key, device_name, origin, payload)"
-    " VALUES (:sequence, :stored_at, :topic, :product_key, :device_name, :origin, :payload) "
+    "INSERT INTO uplink (message_id, stored_at, topic, product_key, device_name, origin, payload)"
+    " VALUES (:message_id, :stored_at, :topic, :product_key, :device_name, :origin, :payload) "
 )
 
 

@@ -22,12 +22,12 @@ log = logging.getLogger("uplink")
 
 @dataclass(frozen=True)
 class Report:
-    sequence: int  # one message's alone together with stored_at: it begins anew when the stream is made anew
+    message_id: int  # what its device was told; the same when it comes again
     stored_at: datetime  # UTC
     topic: str
     product_key: str
     device_name: str
-    origin: str  # https, mqtt, or status: the device came or went
+    origin: str  # https, mqtt; status: the device came or went; lifecycle: it was made, deleted, enabled, disabled
     payload: bytes
 
 
@@ -41,18 +41,22 @@ async def _pull(write: Callable[[list[Report]], None], url: str, key: str, secre
     nc = await nats.connect(url, user=key, password=secret, inbox_prefix=f"_INBOX.{key}", max_reconnect_attempts=-1)
     uplink = await nc.jetstream().pull_subscribe_bind(key, stream="UPLINKD")
     log.info("connected to %s", url)
+    base = None
     while True:
         try:
+            if base is None:  # what makes a messageId of a number in the stream; another one when that was made anew
+                base = int(((await uplink.consumer_info()).config.metadata or {})["uplinkd.base"])
             batch = await uplink.fetch(AT_ONCE)
         except nats.errors.TimeoutError:
             continue  # nothing new
         except nats.js.errors.Error as fault:  # as when the server ends
             log.warning("%s", fault)
+            base = None
             await asyncio.sleep(1)
             continue
         while True:
             try:
-                await asyncio.to_thread(write, [report_of(message) for message in batch])
+                await asyncio.to_thread(write, [report_of(message, base) for message in batch])
                 break
             except Exception as fault:
                 log.warning("%d messages are not written yet: %s", len(batch), fault)
@@ -63,10 +67,10 @@ async def _pull(write: Callable[[list[Report]], None], url: str, key: str, secre
             await message.ack()
 
 
-def report_of(message: Msg) -> Report:
+def report_of(message: Msg, base: int) -> Report:
     topic = message.subject[1:].replace("//", "\0").replace(".", "/").replace("\0", ".")
     levels = topic.split("/")[1:]
     product_key, device_name = levels[BEFORE_PRODUCT.get(levels[0], 0) :][:2]
     origin = (message.headers or {}).get("Uplinkd-Origin", "https")
     told = message.metadata
-    return Report(told.sequence.stream, told.timestamp, topic, product_key, device_name, origin, message.data)
+    return Report(base + told.sequence.stream, told.timestamp, topic, product_key, device_name, origin, message.data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -205,3 +206,21 @@ async def test_a_consumer_that_somebody_deleted_is_made_again(house: House) -> N
     await house.publish(b"two")
     await until(lambda: b"two" in consumer.payloads)
     assert consumer.payloads == [b"one", b"one", b"two"]
+
+
+async def test_a_group_begins_at_its_time_whatever_else_its_filters_match_later(house: House) -> None:
+    """With several filters nothing is passed over that lies before the first message of one of them."""
+    await house.publish(b"too old", subject=b"/.pk.old.user.update")
+    await asyncio.sleep(0.05)
+    start = time.time_ns() // 1_000_000
+    await asyncio.sleep(0.05)
+    await house.publish(b"one", b"two")
+    await house.publish(b"online", b"offline", subject=b"/.as.mqtt.status.pk.dev", origin=Origin.STATUS)
+    plan = replace(GROUP.plan, kinds=frozenset({Kind.UPLINK, Kind.STATUS}))
+    consumer = house.consumer(100, group=replace(GROUP, id=8, plan=plan, start=start))
+    await until(lambda: len(consumer.taken) == 4)
+    assert consumer.payloads == [b"one", b"two", b"online", b"offline"]
+    await asyncio.sleep(0.05)
+    late = house.consumer(100, group=replace(GROUP, id=9, plan=plan, start=time.time_ns() // 1_000_000))
+    await house.publish(b"three")
+    await until(lambda: late.payloads == [b"three"])

@@ -20,6 +20,7 @@ import nats
 import nats.errors
 import pytest
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 
 from tests.house import Device, Server, cli, cli_json, environment, make_devices, serving
 
@@ -118,6 +119,33 @@ def create(server: Server, name: str, *products: str) -> tuple[str, str]:
     options = [option for product in products for option in ("--product", product)]
     made = cli_json("app", "create", name, *options, data=server.data)
     return made["key"], made["secret"]
+
+
+async def test_a_client_that_looks_at_its_consumer_first_is_answered_once(server: Server, device: Device) -> None:
+    """nats-server itself says nothing about JetStream to applications; and a messageId can be made of what the consumer tells."""
+    key, secret = create(server, "looking", device.product)
+    heard: list[bytes] = []
+
+    async def take(message: Msg) -> None:
+        heard.append(message.data)
+
+    nc = await nats.connect(nats_url(server), user=key, password=secret, inbox_prefix=f"_INBOX.{key}")
+    try:
+        await nc.subscribe(f"_INBOX.{key}.look", cb=take)
+        await nc.publish(f"$JS.API.CONSUMER.INFO.UPLINKD.{key}", b"", reply=f"_INBOX.{key}.look")
+        uplink = await nc.jetstream().pull_subscribe("", durable=key, stream="UPLINKD")
+        info = await uplink.consumer_info()
+        assert await device.login() == 0
+        _, message_id = await device.publish(b"whose id is known")
+        messages = await uplink.fetch(100, timeout=5)
+        while messages[-1].data != b"whose id is known":
+            messages = await uplink.fetch(100, timeout=5)
+        assert info.config.metadata
+        assert int(info.config.metadata["uplinkd.base"]) + messages[-1].metadata.sequence.stream == message_id
+        assert [json.loads(each)["name"] for each in heard] == [key]
+    finally:
+        await device.close()
+        await nc.close()
 
 
 def test_the_example_reads_what_devices_report(server: Server, device: Device) -> None:

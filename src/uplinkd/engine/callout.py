@@ -16,7 +16,6 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
 import nats.errors
@@ -25,10 +24,10 @@ from uplinkd.core.apps import check_app_secret, inbox_of
 from uplinkd.core.errors import Unavailable
 from uplinkd.core.model import App
 from uplinkd.core.subjects import SENDING, filters_of
-from uplinkd.engine.api import NotThere, call, connect, in_words
+from uplinkd.engine.api import NotThere, call, connect, first_at, in_words, sequence_in
 from uplinkd.engine.embedded import APPS_ACCOUNT, Access
 from uplinkd.engine.nkeys import AccountKey, claims_of
-from uplinkd.engine.stream import DELETED, STREAM
+from uplinkd.engine.stream import BASE, DELETED, STREAM, base_of
 from uplinkd.observe import Occasionally
 
 if TYPE_CHECKING:
@@ -245,26 +244,31 @@ class _Login:
 
 
 async def _ensure_consumer(engine: Client, app: App) -> None:
-    """The application's durable consumer with the filters of its products; what else was set on it by hand stays."""
+    """The application's durable consumer with the filters of its products; what else was set on it by hand stays. Its metadata has
+    the base of the ids: what is added to a message's stream sequence makes its messageId."""
+    stream = await _call(engine, f"STREAM.INFO.{STREAM}")
+    metadata = {_MINE: app.name, BASE: str(base_of(stream["config"]))}
     filters = [subject for product_key in app.products for subject in filters_of(product_key, None)]
     try:
         config = (await _call(engine, f"CONSUMER.INFO.{STREAM}.{app.key}"))["config"]
-        if set(config.get("filter_subjects") or ()) == set(filters):
+        known = config.get("metadata") or {}
+        if set(config.get("filter_subjects") or ()) == set(filters) and metadata.items() <= known.items():
             return
-        config = {**config, "filter_subjects": filters}
+        config = {**config, "filter_subjects": filters, "metadata": {**known, **metadata}}
     except NotThere:
-        begin = datetime.fromtimestamp(app.created / 1000, UTC).isoformat(timespec="milliseconds")
+        wanted = json.dumps(first_at(app.created)).encode()
+        first = await engine.request(f"$JS.API.DIRECT.GET.{STREAM}", wanted, timeout=_REQUEST_SECONDS)
         config = {
             "name": app.key,
             "durable_name": app.key,
             "description": f"application {app.name}",
-            "deliver_policy": "by_start_time",
-            "opt_start_time": begin.replace("+00:00", "Z"),
+            "deliver_policy": "by_start_sequence",
+            "opt_start_seq": sequence_in(first.headers or {}, int(stream["state"]["last_seq"])),
             "ack_policy": "explicit",
             "ack_wait": _ACK_WAIT,
             "max_ack_pending": _MAX_ACK_PENDING,
             "filter_subjects": filters,
-            "metadata": {_MINE: app.name},
+            "metadata": metadata,
         }
     await _call(engine, f"CONSUMER.CREATE.{STREAM}.{app.key}", {"stream_name": STREAM, "config": config})
 

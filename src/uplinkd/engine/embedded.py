@@ -58,6 +58,9 @@ _SERVICES = (
     f'"$JS.ACK.*.*.{STREAM}.>"',
     f'"{SENDING}>"',
 )
+# Without a JetStream of its own an account answers every call of its API with "not enabled", before ours is heard: a client that
+# looks at its consumer first gives up. So that answer's place is taken, by a service that nobody gives.
+_NOBODY = '"uplinkd.nobody.>"'
 _READY_SECONDS = 15.0
 # A port of a server that was killed a moment ago is let go within this time.
 _PATIENCE_SECONDS = 2.0
@@ -325,7 +328,9 @@ class EmbeddedServer:
         if self._for_apps:
             exports = (
                 "exports: [\n"
-                + "".join(f"    {{ service: {each}, accounts: [ {APPS_ACCOUNT} ] }}\n" for each in _SERVICES)
+                + "".join(
+                    f"    {{ service: {each}, accounts: [ {APPS_ACCOUNT} ] }}\n" for each in (*_SERVICES, _NOBODY)
+                )
                 + "  ]"
             )
             imports = (
@@ -334,6 +339,7 @@ class EmbeddedServer:
                     f"    {{ service: {{ account: {_ACCOUNT}, subject: {each.partition(',')[0]} }} }}\n"
                     for each in _SERVICES
                 )
+                + f'    {{ service: {{ account: {_ACCOUNT}, subject: {_NOBODY} }}, to: "$JS.API.>" }}\n'
                 + "  ] }"
             )
             callout = f"""authorization {{

@@ -3,17 +3,17 @@ of their own.
 
 A consumer's name holds the generation of its group: where the position is set anew, there is another consumer, and whoever
 still asks the old one gets nothing from it once it is gone. What a consumer must be follows from the group alone, so any
-process may make it, at any time: it begins at a time, not at the moment when it is made.
+process may make it, at any time: it begins at the group's time, not at the moment when it is made.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -22,7 +22,7 @@ from uplinkd.core.groups import LONGEST_PAUSE, Group, subjects_of
 from uplinkd.core.model import DeviceName, Message, Origin, ProductKey
 from uplinkd.core.topics import owner
 from uplinkd.engine import ORIGIN_HEADER, Bus, DeadLetter, GroupState, Told
-from uplinkd.engine.api import ApiError, NotThere, ask_api, document_of, get_stored, moment_of
+from uplinkd.engine.api import ApiError, NotThere, ask_api, document_of, first_at, get_stored, moment_of, sequence_in
 from uplinkd.engine.bus import NatsBus
 from uplinkd.engine.embedded import Access
 from uplinkd.engine.stream import STREAM, base_of
@@ -74,14 +74,18 @@ async def ensure(bus: Bus, group: Group) -> int:
     """See that the group's consumer is there and as its plan wants it; the base of the stream's ids. Raise Unavailable."""
     stream = await ask_api(bus, f"STREAM.INFO.{STREAM}")
     name = consumer_name(group)
-    begin = datetime.fromtimestamp(group.start / 1000, UTC).isoformat(timespec="milliseconds")
-    config = {
-        **_pace(group),
-        "durable_name": name,
-        "deliver_policy": "by_start_time",
-        "opt_start_time": begin.replace("+00:00", "Z"),
-        "filter_subjects": subjects_of(group.plan),
-    }
+    wanted = {**_pace(group), "filter_subjects": subjects_of(group.plan)}
+    try:
+        known = (await ask_api(bus, f"CONSUMER.INFO.{STREAM}.{name}"))["config"]
+        config = {**known, **wanted}
+    except NotThere:
+        told = await bus.ask(f"$JS.API.DIRECT.GET.{STREAM}", json.dumps(first_at(group.start)).encode())
+        config = {
+            **wanted,
+            "durable_name": name,
+            "deliver_policy": "by_start_sequence",
+            "opt_start_seq": sequence_in(told.headers, int(stream["state"]["last_seq"])),
+        }
     await _create(bus, STREAM, name, config)
     return base_of(stream["config"])
 

@@ -15,7 +15,6 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncGenerator
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -27,7 +26,7 @@ from uplinkd.core.model import DeviceName, Message, Origin, ProductKey
 from uplinkd.core.subjects import filters_of, from_subject, to_subject
 from uplinkd.core.topics import owner, parse
 from uplinkd.engine import ORIGIN_HEADER, Glimpse, Query, StreamState, Told
-from uplinkd.engine.api import NotThere, call, connect, in_words, moment_of
+from uplinkd.engine.api import NotThere, call, connect, first_at, in_words, moment_of, sequence_in
 from uplinkd.engine.embedded import Access
 from uplinkd.engine.stream import STREAM, base_of
 
@@ -130,7 +129,10 @@ class JetStreamReader:
                 return []
             base, taken = base_of(stream["config"]), -1
             end = await self._end(query, base, stream["state"])
-            consumer, pending = await self._newest(filters, limit, stream["state"]["first_seq"], end, query.since)
+            low = stream["state"]["first_seq"]
+            if query.since is not None:
+                low = max(low, await self._at(query.since, stream["state"]))
+            consumer, pending = await self._newest(filters, limit, low, end)
             while pending > 0 and taken:
                 taken = 0
                 async with contextlib.aclosing(
@@ -152,9 +154,10 @@ class JetStreamReader:
         check(query)
         with in_words():
             stream = await self._stream()
-        base = base_of(stream["config"]) if stream else 0
-        start = stream["state"]["last_seq"] + 1 if stream and query.since is None else 1
-        since = query.since
+            base, start = (base_of(stream["config"]) if stream else 0), 1
+            if stream:
+                state = stream["state"]
+                start = state["last_seq"] + 1 if query.since is None else await self._at(query.since, state)
         while True:
             try:
                 with in_words():
@@ -162,9 +165,9 @@ class JetStreamReader:
                     if stream is not None:
                         if base_of(stream["config"]) != base:  # another stream, whose sequences begin at 1
                             base, start = base_of(stream["config"]), 1
-                        async with contextlib.aclosing(self._arriving(query, base, start, since)) as messages:
+                        async with contextlib.aclosing(self._arriving(query, base, start)) as messages:
                             async for message in messages:
-                                start, since = message.id - base + 1, None
+                                start = message.id - base + 1
                                 if matches(query, message):
                                     yield message
             except Unavailable:
@@ -206,7 +209,7 @@ class JetStreamReader:
         # Of a device in any product only subjects that exist can be followed: look for new ones now and then.
         known = query.topic is not None or query.product_key is not None or query.device_name is None
         end = _NEVER if known else time.monotonic() + _LOOK_SECONDS
-        consumer, behind = await self._consumer(filters, start, None)
+        consumer, behind = await self._consumer(filters, start)
         while (begun := time.monotonic()) < end:
             skipped = 0
             if behind > 2 * most:
@@ -214,7 +217,7 @@ class JetStreamReader:
                 if stream is None:
                     return
                 old, end_now = consumer, stream["state"]["last_seq"] + 1
-                consumer, _ = await self._newest(filters, most, start, end_now, None)
+                consumer, _ = await self._newest(filters, most, start, end_now)
                 behind, left = await asyncio.gather(self._behind(old), self._behind(consumer))
                 skipped = max(0, behind - left)
                 await self._forget(old)
@@ -245,19 +248,14 @@ class JetStreamReader:
         if query.before is not None:
             end = min(end, max(query.before - base, 0))
         if query.until is not None:
-            consumer, pending = await self._consumer(filters_of(None, None), 1, query.until + 1)
-            if pending:
-                async with contextlib.aclosing(self._pull(consumer, base, 1, wait=False)) as messages:
-                    async for message in messages:
-                        end = min(end, message.id - base)
-            await self._forget(consumer)
+            end = min(end, await self._at(query.until + 1, state))
         return end
 
-    async def _arriving(self, query: Query, base: int, start: int, since: int | None) -> AsyncGenerator[Message]:
+    async def _arriving(self, query: Query, base: int, start: int) -> AsyncGenerator[Message]:
         """Messages from `start` on as they are stored; it raises Unavailable when the consumer is gone."""
         anywhere = query.topic is None and query.product_key is None
         filters = filters_of(None, None) if anywhere else await self._filters(query, coming=True)
-        consumer, _ = await self._consumer(filters, start, since)
+        consumer, _ = await self._consumer(filters, start)
         while True:
             async with contextlib.aclosing(self._pull(consumer, base, _BATCH, wait=True)) as messages:
                 async for message in messages:
@@ -284,26 +282,26 @@ class JetStreamReader:
             raise Rejected(f"device {query.device_name!r} is in too many products; name one with --product")
         return mine
 
-    async def _newest(self, filters: list[str], limit: int, low: int, end: int, since: int | None) -> tuple[str, int]:
+    async def _newest(self, filters: list[str], limit: int, low: int, end: int) -> tuple[str, int]:
         """A consumer that begins where at least `limit` matching messages follow (or all there are) before the sequence `end`,
-        and not many more; it looks from the sequence `low`, or from the time `since`.
+        and not many more; it looks from the sequence `low`.
 
         With it how many follow before `end`.
         """
         most = 2 * limit + 100
-        if since is None and filters == filters_of(None, None):  # all match, and none is ever deleted from their midst
+        if filters == filters_of(None, None):  # all match, and none is ever deleted from their midst
             low = max(low, end - limit)
         low, high, halve = max(1, low), end, False
         beyond = 0
         if end > low:
-            after, beyond = await self._consumer(filters, end, None)
+            after, beyond = await self._consumer(filters, end)
             await self._forget(after)
-        consumer, pending = await self._consumer(filters, low, since)
+        consumer, pending = await self._consumer(filters, low)
         pending = max(0, pending - beyond) if end > low else 0
         while pending > most and high - low > 1:
             middle = (low + high) // 2 if halve else end - (end - low) * (limit + most) // (2 * pending)
             middle = min(max(middle, low + 1), high - 1)
-            trial, count = await self._consumer(filters, middle, None)
+            trial, count = await self._consumer(filters, middle)
             count = max(0, count - beyond)
             if count < limit:
                 high, unwanted = middle, trial
@@ -313,13 +311,16 @@ class JetStreamReader:
             halve = not halve
         return consumer, pending
 
-    async def _consumer(self, filters: list[str], start: int, since: int | None) -> tuple[str, int]:
-        """(name, how many messages match) of a new consumer from a sequence, or from a time where `since` is given."""
+    async def _at(self, at: int, state: dict[str, Any]) -> int:
+        """The sequence of the first message stored at `at` or later."""
+        client = await self._connected()
+        body = json.dumps(first_at(at)).encode()
+        answer = await client.request(f"$JS.API.DIRECT.GET.{STREAM}", body, timeout=_REQUEST_SECONDS)
+        return sequence_in(answer.headers or {}, int(state["last_seq"]))
+
+    async def _consumer(self, filters: list[str], start: int) -> tuple[str, int]:
+        """(name, how many messages match) of a new consumer from a sequence."""
         name = f"uplinkd-{secrets.token_hex(8)}"
-        begin: dict[str, Any] = {"deliver_policy": "by_start_sequence", "opt_start_seq": start}
-        if since is not None:
-            moment = datetime.fromtimestamp(since / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-            begin = {"deliver_policy": "by_start_time", "opt_start_time": f"{moment}.{since % 1000:03d}Z"}
         config = {
             "name": name,
             "ack_policy": "none",
@@ -327,7 +328,8 @@ class JetStreamReader:
             "inactive_threshold": _FORGET,
             "mem_storage": True,
             "num_replicas": 1,
-            **begin,
+            "deliver_policy": "by_start_sequence",
+            "opt_start_seq": start,
         }
         body = {"stream_name": STREAM, "config": config, "action": "create"}
         answer = await self._call(f"CONSUMER.CREATE.{STREAM}.{name}", body)

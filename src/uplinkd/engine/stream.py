@@ -14,6 +14,7 @@ from uplinkd.core.errors import Unavailable
 from uplinkd.settings import Settings
 
 __all__ = [
+    "BASE",
     "DELETED",
     "STREAM",
     "SUBJECTS",
@@ -30,7 +31,8 @@ SUBJECTS = "/.>"
 DELETED = f"$JS.EVENT.ADVISORY.STREAM.DELETED.{STREAM}"
 """Where JetStream tells that the stream was deleted."""
 
-_BASE = "uplinkd.base"
+BASE = "uplinkd.base"
+"""Under this name the base of the ids stands in the metadata of the stream, and in that of applications' consumers."""
 _BASE_SHIFT = 20
 # Only lifecycle messages have a Nats-Msg-Id. The window is named because it may not be longer than max_age, and is the server's own
 # default where there is no max_age: 0 would come back as something else and look like a change for ever.
@@ -64,15 +66,15 @@ def wanted(settings: Settings, base: int) -> dict[str, Any]:
 
 def with_base(config: dict[str, Any], base: int) -> dict[str, Any]:
     """`config` with the base of its ids."""
-    return {**config, "metadata": {_BASE: str(base)}}
+    return {**config, "metadata": {BASE: str(base)}}
 
 
 def base_of_metadata(config: Mapping[str, Any]) -> int:
     """The base that a stream of ours was made with; raise Unavailable when it is not one of ours."""
-    base = (config.get("metadata") or {}).get(_BASE, "")
+    base = (config.get("metadata") or {}).get(BASE, "")
     if not base.isdecimal():
         raise Unavailable(
-            f"the NATS stream {config.get('name')} was not made by uplinkd (metadata {_BASE} = {base!r}); "
+            f"the NATS stream {config.get('name')} was not made by uplinkd (metadata {BASE} = {base!r}); "
             "rename or remove it, it is left as it is"
         )
     return int(base)
