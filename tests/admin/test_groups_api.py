@@ -210,7 +210,8 @@ async def test_dead_letters_are_looked_at_offered_again_and_thrown_away(house: H
         assert [each.number for each in house.desk.offered] == [1, 2, 4, 5, 6, 7]
         house.desk.letters["sad"] = [letter(9)]
         assert (await api.post(f"{url}/purge", json={"all": True})).json() == {"count": 1}
-        for body in ({}, {"all": False}, {"numbers": []}, {"all": True, "numbers": ["1"]}):
+        bodies: tuple[dict[str, Any], ...] = ({}, {"all": False}, {"numbers": []}, {"all": True, "numbers": ["1"]})
+        for body in bodies:
             assert (await api.post(f"{url}/purge", json=body)).status_code == 422
         entries = (await api.get(f"{V1}/audit", params={"target": "sad"})).json()["items"]
         assert [(each["action"], each["detail"]) for each in entries[:4]] == [

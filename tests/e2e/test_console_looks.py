@@ -15,6 +15,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 from tests.browser import PASSWORD, Visit, choose_password, chromium, one_time_password, sign_in, visit
+from tests.cli.test_group_command import buried
 from tests.house import Device, Server, cli, cli_json, login_body
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("console")]
@@ -51,6 +52,9 @@ class Fleet:
             "product-settings": f"{product}/settings",
             "device": f"{product}/devices/lamp-0001",
             "live": "/live",
+            "groups": "/groups",
+            "group-webhook": "/groups/backend",
+            "group-amqp": "/groups/reports",
             "messages": "/messages",
             "message": f"/messages/{self.message}",
             "logs": "/logs",
@@ -78,8 +82,19 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         (data.parent / "fleet.csv").write_text("ProductKey,DeviceName,DeviceSecret\n" + rows)
         cli("device", "import", str(data.parent / "fleet.csv"), data=data)
         cli("device", "disable", product, "lamp-0007", data=data)
-        cli("topic", "add", product, "rooms/+/state", "--right", "subscribe", data=data)
         cli("app", "create", "billing", "--product", product, data=data)
+        cli("group", "create", "reports", "--product", product, "--app", "billing", "--from", "1h", data=data)
+        cli(
+            "group",
+            "create",
+            "backend",
+            "--all-products",
+            "--webhook",
+            "https://backend.example.com/uplinkd",
+            data=data,
+        )
+        buried(data, "backend", b'{"temperature":21.5}', b"\x00\xff", b"x" * 300)
+        cli("topic", "add", product, "rooms/+/state", "--right", "subscribe", data=data)
         cli("apikey", "create", "ci", "--scope", "read", data=data)
         cli("user", "create", "eve", "--role", "viewer", data=data)
         message = asyncio.run(report(server, product))
