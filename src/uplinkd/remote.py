@@ -792,7 +792,7 @@ class RemoteDesk:
             return _letter(told)
 
     def retry(self, group: Group, numbers: Sequence[int] | None = None, progress: ImportProgress | None = None) -> int:
-        path = f"{_group_path(group.name)}/dead"
+        path = _group_path(group.name)
         if numbers is None:
             told = _ended(self._remote, self._remote.post(f"{path}/retry-all"), progress, "retrying")
         else:
@@ -801,7 +801,7 @@ class RemoteDesk:
 
     def purge(self, group: Group, numbers: Sequence[int] | None = None) -> int:
         body: Json = {"all": True} if numbers is None else {"numbers": [str(number) for number in numbers]}
-        return self._count(self._remote.post(f"{_group_path(group.name)}/dead/purge", body))
+        return self._count(self._remote.post(f"{_group_path(group.name)}/purge", body))
 
     def _count(self, told: Json) -> int:
         with self._remote.understood():

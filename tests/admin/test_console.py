@@ -11,6 +11,7 @@ from argon2 import PasswordHasher
 
 from tests.admin.conftest import PASSWORD, House
 from uplinkd.admin.access import first_password, hash_password
+from uplinkd.core.groups import Plan, Webhook
 from uplinkd.core.operators import Role
 from uplinkd.metrics import HANDSHAKE_FAILURES
 
@@ -23,6 +24,9 @@ PAGES = [
     "/products/{pk}/settings",
     "/products/{pk}/devices/lamp-0001",
     "/live",
+    "/groups",
+    "/groups/reports",
+    "/groups/hook",
     "/messages",
     "/logs",
     "/codes",
@@ -40,6 +44,9 @@ ADMINS = {"/users", "/audit", "/settings"}
 def product_with_device(house: House) -> str:
     product = house.registry.create_product("my lamps")
     house.registry.create_device(product.key, "lamp-0001")
+    house.registry.create_app("billing", products=[product.key])
+    house.registry.groups.create("reports", Plan(products=(product.key,), apps=("billing",)))
+    house.registry.groups.create("hook", Plan(webhook=Webhook(url="https://backend.example.com/uplinkd")))
     return str(product.key)
 
 

@@ -26,6 +26,7 @@ def test_the_api_keeps_its_own_contract(tmp_path: Path) -> None:
         for number in range(1, 4):
             cli("device", "create", "contract", f"lamp-{number:04}", data=data)
         cli("app", "create", "contract", "--product", "contract", data=data)
+        cli("group", "create", "contract", "--product", "contract", data=data)
         cli("apikey", "create", "contract", "--scope", "read", data=data)
         cli("user", "create", "contract", "--role", "viewer", data=data)
         key = cli_json("apikey", "create", "schemathesis", "--scope", "admin", data=data)["key"]

@@ -11,11 +11,25 @@ from docs.generate import ROOT
 from prometheus_client.parser import text_string_to_metric_families
 
 from uplinkd.admin.exposition import Facts, exposition
+from uplinkd.engine import GroupState
 from uplinkd.metrics import BOUNDS, Metrics, Reading
 
 DASHBOARD = ROOT / "deploy/grafana/uplinkd.json"
 RULES = ROOT / "deploy/prometheus/uplinkd.rules.yml"
 NAME = re.compile(r"uplinkd_\w+")
+
+FACTS = Facts(
+    devices={"online": 7, "offline": 1},
+    messages=100,
+    messages_bytes=5000,
+    engine_connected=True,
+    groups={
+        "reports": GroupState(12, 3, 10_000, 40, 2, 0),
+        "idle": GroupState(0, 0, None, 0, 0, 0),
+    },
+    now=25_500,
+    version="1.2.3",
+)
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -40,7 +54,7 @@ def reading() -> Reading:
 @pytest.fixture
 def samples(reading: Reading) -> Samples:
     """(name, labels) → value."""
-    text = exposition(reading, Facts({"online": 7, "offline": 1}, 100, 5000, True, "1.2.3")).decode()
+    text = exposition(reading, FACTS).decode()
     families = list(text_string_to_metric_families(text))
     assert all(family.documentation and family.type != "unknown" for family in families)
     found: Samples = {}
@@ -69,13 +83,20 @@ def test_what_was_counted_is_what_prometheus_reads(samples: Samples) -> None:
     assert (value(samples, "messages_stored"), value(samples, "messages_stored_bytes")) == (100, 5000)
     assert value(samples, "engine_connected") == 1
     assert value(samples, "build_info", version="1.2.3") == 1
+    found = [
+        value(samples, f"group_{name}", group="reports")
+        for name in ("lag", "held", "oldest_seconds", "settled_total", "dead")
+    ]
+    assert found == [12, 3, 15.5, 40, 2]
+    assert value(samples, "group_oldest_seconds", group="idle") == 0
 
 
 def test_what_an_engine_holds_that_is_away_is_not_told(reading: Reading) -> None:
     """Zero would look like a loss."""
-    text = exposition(reading, Facts({}, 0, 0, False, "1.2.3")).decode()
+    text = exposition(reading, Facts(version="1.2.3")).decode()
     assert "uplinkd_engine_connected 0.0" in text
     assert "uplinkd_messages_stored" not in text
+    assert "uplinkd_group_lag{" not in text
 
 
 def test_a_histogram_is_cumulative(samples: Samples) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from babel.messages.extract import extract_from_dir
 from fastapi import Request
 
 import uplinkd
-from uplinkd.admin.words import catalogue, language_of, size, told
+from uplinkd.admin.words import age, catalogue, language_of, size, told
 from uplinkd.settings import Settings
 
 TEMPLATES = Path(__file__).parent.parent.parent / "src/uplinkd/admin/templates"
@@ -182,3 +183,16 @@ def test_the_browsers_language_holds_until_one_is_chosen(cookie: str, header: st
 )
 def test_sizes_are_written_as_people_do(count: int | None, text: str) -> None:
     assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (-5, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "119 min"), (7200, "2 h"), (200_000, "2 d")],
+)
+def test_ages_are_written_in_the_largest_unit_of_which_there_are_two(seconds: int, text: str) -> None:
+    """And a clock that was set back makes nothing of the future."""
+    assert age(round((time.time() - seconds) * 1000)) == text
+
+
+def test_nothing_has_no_age() -> None:
+    assert age(None) == "–"

@@ -15,6 +15,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 from tests.browser import PASSWORD, Visit, choose_password, chromium, one_time_password, sign_in, visit
+from tests.cli.test_group_command import buried
 from tests.house import Device, Server, cli, cli_json, login_body
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("console")]
@@ -51,6 +52,9 @@ class Fleet:
             "product-settings": f"{product}/settings",
             "device": f"{product}/devices/lamp-0001",
             "live": "/live",
+            "groups": "/groups",
+            "group-webhook": "/groups/backend",
+            "group-amqp": "/groups/reports",
             "messages": "/messages",
             "message": f"/messages/{self.message}",
             "logs": "/logs",
@@ -78,8 +82,19 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         (data.parent / "fleet.csv").write_text("ProductKey,DeviceName,DeviceSecret\n" + rows)
         cli("device", "import", str(data.parent / "fleet.csv"), data=data)
         cli("device", "disable", product, "lamp-0007", data=data)
-        cli("topic", "add", product, "rooms/+/state", "--right", "subscribe", data=data)
         cli("app", "create", "billing", "--product", product, data=data)
+        cli("group", "create", "reports", "--product", product, "--app", "billing", "--from", "1h", data=data)
+        cli(
+            "group",
+            "create",
+            "backend",
+            "--all-products",
+            "--webhook",
+            "https://backend.example.com/uplinkd",
+            data=data,
+        )
+        buried(data, "backend", b'{"temperature":21.5}', b"\x00\xff", b"x" * 300)
+        cli("topic", "add", product, "rooms/+/state", "--right", "subscribe", data=data)
         cli("apikey", "create", "ci", "--scope", "read", data=data)
         cli("user", "create", "eve", "--role", "viewer", data=data)
         message = asyncio.run(report(server, product))
@@ -255,4 +270,60 @@ def test_live_messages_can_be_paused_and_filtered(fleet: Fleet) -> None:
         one("third")
         page.wait_for_selector("#rows tr:has-text('third')")
         assert other.query_selector("#rows tr") is None
+        assert visitor.faults == []
+
+
+def test_a_group_is_made_by_its_url_alone_and_its_figures_are_live(fleet: Fleet) -> None:
+    """By keyboard and mouse: a name, a URL, a time in the reader's own zone; then the lag grows without a reload."""
+
+    def publish(payload: str) -> None:
+        topic, who = f"/{fleet.product}/lamp-0005/user/update", ("--product", fleet.product, "--device", "lamp-0005")
+        cli("publish", topic, payload, "--url", fleet.server.url, *who, data=fleet.server.data)
+
+    with chromium() as browser, visit(browser, fleet.server, timezone_id="Asia/Shanghai") as visitor:
+        page = visitor.page
+        sign_in(visitor, PASSWORD)
+        visitor.go("/groups")
+        page.focus("summary:has-text('Make a consumer group')")
+        page.keyboard.press("Enter")
+        page.keyboard.press("Tab")
+        page.keyboard.type("by-hand")
+        page.check("[name=all_products]")
+        assert not page.is_visible(".named")
+        page.check("[value=apps]")
+        assert not page.is_visible("[name=url]")
+        page.check("[value=webhook]")
+        page.fill("[name=url]", "https://backend.example.com/by-hand")
+        assert not page.is_visible("[type=datetime-local]")
+        page.select_option("[name=start]", "time")
+        page.fill("[type=datetime-local]", "2026-11-27T08:00:00")
+        page.click(".group-form button.primary")
+        page.wait_for_selector(".note:has-text('whsec_')")
+        (made,) = [each for each in cli_json("group", "list", data=fleet.server.data) if each["name"] == "by-hand"]
+        assert (made["start"], made["allProducts"], made["webhook"]["url"]) == (
+            1795737600000,
+            True,
+            "https://backend.example.com/by-hand",
+        )
+        visitor.go("/groups/by-hand")
+        page.click("summary:has-text('Set the position')")
+        page.click("button:text-is('Set')")
+        page.wait_for_selector(".note.good:has-text('The position is set')")
+        page.wait_for_selector("[data-lag]:text-is('0')")
+        publish("one")
+        page.wait_for_selector("[data-lag]:text-is('1')")
+        publish("two")
+        page.wait_for_selector("[data-lag]:text-is('2')")
+        page.click("button:text-is('Pause')")
+        page.wait_for_selector("h1 .state:has-text('paused')")
+        page.click("button:text-is('Delete')")
+        page.wait_for_url("**/groups?**")
+        assert page.query_selector("text=by-hand") is None
+
+        visitor.go("/groups/backend")
+        page.click("tbody tr:first-child button:has-text('Offer again')")
+        page.wait_for_selector(".note.good:has-text('offered again')")
+        page.wait_for_selector("[data-dead]:text-is('2')")
+        page.click("button:text-is('Throw all away')")
+        page.wait_for_selector("[data-dead]:text-is('0')")
         assert visitor.faults == []

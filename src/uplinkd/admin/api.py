@@ -854,7 +854,7 @@ def letter_number(text: str) -> int:
     return number
 
 
-@router.post("/groups/{name}/dead/retry", tags=["groups"])
+@router.post("/groups/{name}/retry", tags=["groups"])
 async def retry_dead_letters(
     office: In, who: Operates, name: Name, given: doc.DeadLetters, idempotency_key: IdempotencyKey = None
 ) -> doc.Counted:
@@ -863,7 +863,7 @@ async def retry_dead_letters(
     return doc.Counted(count=await groupwork.retry(office, group, [letter_number(each) for each in given.numbers]))
 
 
-@router.post("/groups/{name}/dead/retry-all", tags=["groups"], status_code=202)
+@router.post("/groups/{name}/retry-all", tags=["groups"], status_code=202)
 async def retry_all_dead_letters(
     office: In, who: Operates, name: Name, response: Response, idempotency_key: IdempotencyKey = None
 ) -> doc.JobDocument:
@@ -872,7 +872,7 @@ async def retry_all_dead_letters(
     return _begun(await groupwork.retry_all(office, group), response)
 
 
-@router.post("/groups/{name}/dead/purge", tags=["groups"])
+@router.post("/groups/{name}/purge", tags=["groups"])
 async def purge_dead_letters(
     office: In, who: Operates, name: Name, given: doc.DeadLettersOrAll, idempotency_key: IdempotencyKey = None
 ) -> doc.Counted:

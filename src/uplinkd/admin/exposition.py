@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -15,6 +15,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from uplinkd.engine import GroupState
 from uplinkd.metrics import BOUNDS, Latency, Reading
 
 __all__ = ["CONTENT_TYPE", "Facts", "exposition"]
@@ -34,6 +35,10 @@ class Facts:
     messages_bytes: int = 0
     """The room that they take, bytes."""
     engine_connected: bool = False
+    groups: Mapping[str, GroupState] = field(default_factory=dict)
+    """How consumer groups stand, by name; none while the engine does not say."""
+    now: int = 0
+    """When that was asked, ms."""
     version: str = ""
 
 
@@ -55,6 +60,7 @@ class _Collector(Collector):
         yield from _of_devices(self._reading)
         yield from _of_connections(self._reading)
         yield from _of_the_engine(self._reading, self._facts)
+        yield from _of_the_groups(self._facts)
         yield from _of_the_server(self._reading, self._facts)
 
 
@@ -110,6 +116,24 @@ def _of_the_engine(reading: Reading, facts: Facts) -> Iterator[Metric]:
         return  # how many messages it holds is not known, and not none
     yield GaugeMetricFamily("uplinkd_messages_stored", "Messages that the engine holds now.", value=facts.messages)
     yield GaugeMetricFamily("uplinkd_messages_stored_bytes", "Room that they take.", value=facts.messages_bytes)
+
+
+def _of_the_groups(facts: Facts) -> Iterator[Metric]:
+    def gauge(name: str, what: str, value: Callable[[GroupState], float]) -> Metric:
+        family = GaugeMetricFamily(f"uplinkd_group_{name}", what, labels=["group"])
+        for group, state in facts.groups.items():
+            family.add_metric([group], value(state))
+        return family
+
+    def oldest(state: GroupState) -> float:
+        return 0.0 if state.oldest is None else max(0.0, (facts.now - state.oldest) / 1000)
+
+    yield gauge("lag", "Messages that a consumer group has not accepted yet.", lambda state: state.lag)
+    yield gauge("held", "Those of them that a consumer holds.", lambda state: state.held)
+    yield gauge("oldest_seconds", "Age of the oldest of them.", oldest)
+    yield gauge("dead", "Dead letters of a consumer group.", lambda state: state.dead)
+    settled = [((group,), max(0, state.settled)) for group, state in facts.groups.items()]
+    yield _counter("group_settled", "Deliveries that came to an end since the position was set.", ("group",), settled)
 
 
 def _of_the_server(reading: Reading, facts: Facts) -> Iterator[Metric]:

@@ -12,10 +12,11 @@ from fastapi.responses import JSONResponse
 from uplinkd import __version__
 from uplinkd.admin.doorkeeper import needs, office_of
 from uplinkd.admin.exposition import Facts, exposition
-from uplinkd.admin.office import Office
+from uplinkd.admin.office import Office, now
 from uplinkd.core.errors import Unavailable
 from uplinkd.core.model import State
 from uplinkd.core.operators import Scope
+from uplinkd.engine import GroupState
 from uplinkd.settings import address, is_loopback
 
 __all__ = ["router"]
@@ -91,5 +92,20 @@ async def _facts(office: Office) -> Facts:
     except Unavailable:
         pass
     return Facts(
-        devices=devices, messages=messages, messages_bytes=size, engine_connected=connected, version=__version__
+        devices=devices,
+        messages=messages,
+        messages_bytes=size,
+        engine_connected=connected,
+        groups=await _groups(office) if connected else {},
+        now=now(),
+        version=__version__,
     )
+
+
+async def _groups(office: Office) -> dict[str, GroupState]:
+    try:
+        groups = await run_in_threadpool(office.registry.groups.all)
+        standings = await office.standings(groups)
+    except Unavailable:
+        return {}
+    return {group.name: standing.state for group, standing in zip(groups, standings, strict=True)}

@@ -97,7 +97,7 @@ for (const search of document.querySelectorAll("#q")) {
 }
 
 // What drops down closes by Escape, and by a click elsewhere.
-const DROPPED = ".menu[open], .acts > .act[open]";
+const DROPPED = ".menu[open], .acts:not(.plain) > .act[open]";
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
   for (const each of document.querySelectorAll(DROPPED)) {
