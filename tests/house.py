@@ -120,6 +120,7 @@ class Server:
     mqtt_port: int = 0
     mqtt_plain_port: int = 0
     nats_port: int = 0
+    amqp_port: int | None = None  # None: without that door
     console_port: int | None = None  # None: without a console, which takes a second to start
     log: Path = field(init=False)
 
@@ -136,6 +137,8 @@ class Server:
         }
         if self.console_port is not None:
             ports["--console-listen"] = self.console_port
+        if self.amqp_port is not None:
+            ports["--amqp-listen"] = self.amqp_port
         listen = [part for flag, port in ports.items() for part in (flag, f"127.0.0.1:{port}")]
         if self.console_port is None:
             listen += ["--console-listen", ""]
@@ -163,6 +166,8 @@ class Server:
         self.mqtt_port = self._told("mqtts")
         self.mqtt_plain_port = self._told("mqtt")
         self.nats_port = self._told("nats")
+        if self.amqp_port is not None:
+            self.amqp_port = self._told("amqps")
         if self.console_port is not None:
             self.console_port = self._told("https?", after="console ")
         return self
@@ -222,8 +227,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(data: Path, *options: str) -> Iterator[Server]:
-    server = Server(data, options).start()
+def serving(data: Path, *options: str, amqp: bool = False) -> Iterator[Server]:
+    server = Server(data, options, amqp_port=0 if amqp else None).start()
     try:
         yield server
     finally:

@@ -16,14 +16,17 @@ from uplinkd.engine import Bus
 __all__ = [
     "LIVE",
     "PATIENCE_SECONDS",
+    "TRYING",
     "Ask",
     "Consumer",
     "HookState",
     "Live",
+    "Trial",
     "check_down_topic",
     "live_now",
     "send_down",
     "send_subject",
+    "try_hook",
 ]
 
 PATIENCE_SECONDS = 10.0
@@ -34,6 +37,8 @@ Ask = Callable[[str, bytes], Awaitable[bytes]]
 LIVE = "uplinkd.groups.live"
 """Where every process that delivers to consumer groups answers what goes on there."""
 _LIVE_SECONDS = 0.3
+TRYING = "uplinkd.groups.try"
+"""Where a process that delivers is asked to post a sample event to the webhook of the group that is named."""
 
 _KINDS = {"rejected": Rejected, "not_found": NotFound, "unavailable": Unavailable}
 
@@ -112,6 +117,33 @@ class Live:
 
     def document(self) -> bytes:
         return json.dumps(asdict(self)).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What became of a sample event: the HTTP `status` (0 without an answer), what was wrong or empty, how the answer's text begins,
+    and how many seconds it took."""
+
+    status: int
+    fault: str
+    text: str
+    seconds: float
+
+    def document(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+async def try_hook(bus: Bus, name: str, *, patience: float) -> Trial:
+    """Have a sample event posted to the webhook of the group `name`, which may take `patience` seconds; raise Unavailable, NotFound
+    or Rejected."""
+    try:
+        told = await bus.ask(TRYING, name.encode(), patience=patience + _LIVE_SECONDS)
+    except Unavailable as fault:
+        raise Unavailable(f"nobody posts: {fault}; start a server with `uplinkd serve`") from fault
+    answer: dict[str, Any] = json.loads(told.payload)
+    if "error" in answer:
+        raise _KINDS[answer["kind"]](answer["error"])
+    return Trial(**answer)
 
 
 async def live_now(bus: Bus) -> Live:

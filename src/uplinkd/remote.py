@@ -23,7 +23,7 @@ from urllib.parse import quote, urlsplit
 import httpx
 
 from uplinkd import __version__
-from uplinkd.asking import Consumer, HookState, Live
+from uplinkd.asking import Consumer, HookState, Live, Trial
 from uplinkd.core.errors import Conflict, NotFound, Rejected, Stale, Unavailable
 from uplinkd.core.groups import Form, Group, Kind, Plan, Webhook
 from uplinkd.core.model import App, Device, DeviceName, Message, Origin, Product, ProductKey, Right, State, TopicClass
@@ -760,6 +760,11 @@ class RemoteDesk:
         with self._remote.understood():
             told = {each["name"]: each["state"] for each in document["items"]}
             return [_standing(told[group.name]) if told.get(group.name) else None for group in groups]
+
+    def try_hook(self, group: Group) -> Trial:
+        told = self._remote.post(f"{_group_path(group.name)}/test")
+        with self._remote.understood():
+            return Trial(int(told["status"]), str(told["fault"]), str(told["text"]), float(told["seconds"]))
 
     def look(self, group: Group) -> tuple[Standing, Live]:
         told = self._remote.get(f"{_group_path(group.name)}/state")

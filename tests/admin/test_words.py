@@ -28,7 +28,10 @@ SOURCES = Path(uplinkd.__file__).parent
 # Whose faults people meet in the console.
 FAULTY = [
     *sorted((SOURCES / "admin").glob("*.py")),
-    *(SOURCES / name for name in ("asking.py", "core/groups.py", "core/names.py", "engine/reader.py")),
+    *(
+        SOURCES / name
+        for name in ("asking.py", "core/groups.py", "core/names.py", "core/webhooks.py", "engine/reader.py")
+    ),
     *(SOURCES / "registry" / name for name in ("fleet.py", "groups.py", "operators.py", "sql.py")),
 ]
 FAULTS = {"Conflict", "Denied", "Forbidden", "NotFound", "Rejected", "Stale", "Unavailable"}
@@ -41,6 +44,17 @@ FURTHER = {
     "{} jobs are under way: wait for one to end, or cancel it; try again in {} s",
     "{} streams are watched already; try again in {} s",
     "a fault of uplinkd; its log has the traceback",
+    "it did not answer within {} s",
+    "its certificate is not accepted: {}",
+    "its name is not found: {}",
+    "no TLS with it: {}",
+    "it closed the connection without an answer",
+    "no connection to it: {}",
+    "the connection to it failed: {}",
+    "it answered {}",
+    "it answered {}, a redirect, which webhooks do not follow",
+    "{}, which is no address of the internet and not in webhook_networks",
+    "{}, which is not in webhook_networks: anywhere else it is https:// alone",
 }
 
 
@@ -151,7 +165,7 @@ def test_a_translation_keeps_the_places_for_values() -> None:
 
 def test_no_english_is_left_in_a_template() -> None:
     """What people read between tags is marked for translation."""
-    names = "uplinkd|ProductKey|DeviceName|DeviceSecret|ProductSecret|requestId|messageId|HTTPS|MQTT|AMQP|curl|Bearer|Authorization"
+    names = "uplinkd|ProductKey|DeviceName|DeviceSecret|ProductSecret|requestId|messageId|HTTPS?|MQTT|AMQP|curl|Bearer|Authorization"
     for template in TEMPLATES.glob("*.html"):
         bare = re.sub(r"\{%.*?%\}|\{\{.*?\}\}|<code.*?</code>|<[^>]*>", " ", template.read_text(), flags=re.DOTALL)
         left = [word for word in re.findall(r"[A-Za-z]{3,}", bare) if not re.fullmatch(names, word)]

@@ -450,7 +450,7 @@ async def test_a_sample_event_is_sent_on_demand(form: Form, sender: Sender) -> N
     """Of a type of its own, once, and the answer told."""
     async with receiving(lambda got: answer(404, "no such page")) as receiver:
         mine = group(receiver.url, form=form)
-        tried = await webhook.test_delivery(mine, sender)
+        tried = await webhook.try_delivery(mine, sender)
     (got,) = receiver.got
     assert (tried.status, tried.fault, tried.text) == (404, "it answered 404 Not Found", "no such page")
     assert tried.seconds > 0

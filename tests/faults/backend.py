@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from aiohttp import web
 
+from tests.house import Server, environment
 from uplinkd.core.topics import owner
 
 
@@ -48,9 +53,16 @@ class Target:
         if status < 300:
             if request.content_type == "application/cloudevents-batch+json":
                 self.got += [(int(each["id"]), each["subject"]) for each in json.loads(body)]
-            else:
-                self.got.append((int(request.headers["ce-id"]), request.headers["ce-subject"]))
+            else:  # the sample event's id is no number
+                self.got += [(int(number), topic) for number, topic in _single(request, body) if number.isdecimal()]
         return web.Response(status=status)
+
+
+def _single(request: web.Request, body: bytes) -> list[tuple[str, str]]:
+    if request.content_type == "application/cloudevents+json":
+        event = json.loads(body)
+        return [(event["id"], event["subject"])]
+    return [(request.headers["ce-id"], request.headers["ce-subject"])]
 
 
 def missing(acknowledged: dict[int, bytes], got: list[tuple[int, str]]) -> set[int]:
@@ -84,3 +96,34 @@ async def all_there(acknowledged: dict[int, bytes], got: list[tuple[int, str]], 
     while left := missing(acknowledged, got):
         assert asyncio.get_running_loop().time() < end, f"{len(left)} of {len(acknowledged)} did not come"
         await asyncio.sleep(0.05)
+
+
+class AmqpConsumer:
+    """A process with the Proton client that consumes a group; with `hold` it accepts nothing of what it gets. `got` is what came."""
+
+    def __init__(self, server: Server, app: dict[str, str], group: str, *, hold: bool = False) -> None:
+        url = f"amqps://localhost:{server.amqp_port}"
+        arguments = [url, app["key"], app["secret"], group, str(server.ca), "hold" if hold else "accept"]
+        self.got: list[tuple[int, str]] = []
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent / "consumer.py"), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment(),
+        )
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            number, topic = line.split()
+            self.got.append((int(number), topic))
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._thread.join()
+        assert self.process.stdout
+        self.process.stdout.close()

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.backend import Target, all_there, duplicates, out_of_order
+from tests.faults.backend import AmqpConsumer, Target, all_there, duplicates, out_of_order
 from tests.faults.load import LIMITS, Load, start_load
-from tests.house import Server, cli, serving
+from tests.house import Server, cli, cli_json, serving, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]
 
@@ -135,3 +135,56 @@ async def test_a_server_that_is_stopped_and_started_delivers_the_rest(tmp_path: 
             await all_there(load.acknowledged, target.got, 30)
             assert duplicates(target.got) <= LANES * BATCH
             report(load, target, "server stopped")
+
+
+async def test_what_a_dead_consumer_held_comes_to_another(tmp_path: Path) -> None:
+    """One takes messages over AMQP and accepts none, until kill -9; another gets all of them, some a second time."""
+    pytest.importorskip("proton", reason="python-qpid-proton is not installed: make amqp")
+    with serving(tmp_path / "data", *OPTIONS, amqp=True) as server:
+        load = start_load(server)
+        product = load.devices[0].product
+        app = cli_json("app", "create", "backend", "--product", product, data=server.data)
+        cli("group", "create", "backend", "--product", product, "--app", "backend", data=server.data)
+        greedy, other = (AmqpConsumer(server, app, "backend", hold=hold) for hold in (True, False))
+        try:
+            await load.run(4, greedy.kill, after=2)
+            assert greedy.got
+            await all_there(load.acknowledged, other.got, 30)
+            assert {number for number, _ in greedy.got} <= {number for number, _ in other.got}
+            assert duplicates(other.got) == 0
+            print(
+                f"consumer killed: {len(load.acknowledged)} acknowledged, {len(greedy.got)} of them held by the dead one"
+            )
+        finally:
+            greedy.kill()
+            other.kill()
+
+
+async def test_consumers_over_amqp_outlive_a_killed_server(tmp_path: Path) -> None:
+    """kill -9 of everything: they connect again by themselves and get the rest."""
+    pytest.importorskip("proton", reason="python-qpid-proton is not installed: make amqp")
+    with serving(tmp_path / "data", *OPTIONS, amqp=True) as server:
+        load = start_load(server)
+        product = load.devices[0].product
+        app = cli_json("app", "create", "backend", "--product", product, data=server.data)
+        group = ("group", "create", "backend", "--product", product, "--app", "backend", "--ack-wait", "1s")
+        cli(*group, data=server.data)
+        consumers = [AmqpConsumer(server, app, "backend") for _ in range(2)]
+        try:
+            await until(lambda: all(each.process.poll() is None for each in consumers))
+
+            def fault() -> None:
+                server.kill()
+                server.start()
+
+            await load.run(6, fault, after=1.5)
+            got: list[tuple[int, str]] = []
+            end = time.monotonic() + 30
+            while not load.acknowledged.keys() <= {number for number, _ in got} and time.monotonic() < end:
+                await asyncio.sleep(0.1)
+                got = [each for consumer in consumers for each in list(consumer.got)]
+            await all_there(load.acknowledged, got, 0)
+            print(f"server killed, AMQP: {len(load.acknowledged)} acknowledged, {duplicates(got)} delivered again")
+        finally:
+            for consumer in consumers:
+                consumer.kill()

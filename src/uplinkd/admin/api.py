@@ -734,7 +734,9 @@ def create_group(
     office: In, who: Administers, given: doc.NewGroup, response: Response, idempotency_key: IdempotencyKey = None
 ) -> doc.GroupWithSecret:
     """Make a consumer group, for applications over AMQP or for a webhook; a webhook's secret is in this answer alone."""
-    group = office.registry.groups.create(given.name, given.plan(), start=given.start)
+    plan = given.plan()
+    groupwork.check_target(office, plan)
+    group = office.registry.groups.create(given.name, plan, start=given.start)
     response.headers["Location"] = f"{PREFIX}/groups/{group.name}"
     return _with_hook_secret(group, who, response, group.secret)
 
@@ -757,8 +759,9 @@ def change_group(
 ) -> doc.GroupWithSecret:
     """Change what is given; its position stays. A first webhook comes with a secret."""
     before = office.registry.groups.get(name)
-    version = _version(if_match) or before.version
-    group = office.registry.groups.change(name, given.applied(before.plan), version=version)
+    plan = given.applied(before.plan)
+    groupwork.check_target(office, plan)
+    group = office.registry.groups.change(name, plan, version=_version(if_match) or before.version)
     return _with_hook_secret(group, who, response, "" if before.plan.webhook else group.secret)
 
 
@@ -797,6 +800,13 @@ def renew_group_secret(
     """Give its webhook a new secret, which is in this answer alone; the old one signs nothing from now on."""
     group = office.registry.groups.renew_secret(name, version=_version(if_match))
     return _with_hook_secret(group, who, response, group.secret)
+
+
+@router.post("/groups/{name}/test", tags=["groups"])
+async def try_group(office: In, who: Operates, name: Name, idempotency_key: IdempotencyKey = None) -> doc.TrialDocument:
+    """Post a sample event, of the type io.uplinkd.test, to its webhook, and tell what became of it."""
+    group = await run_in_threadpool(office.registry.groups.get, name)
+    return doc.TrialDocument.of(await groupwork.try_hook(office, group))
 
 
 @router.get("/groups/{name}/state", tags=["groups"])

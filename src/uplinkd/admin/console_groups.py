@@ -23,6 +23,7 @@ from uplinkd.admin.console import (
     with_status,
 )
 from uplinkd.admin.office import Office, now
+from uplinkd.asking import Trial
 from uplinkd.core.errors import NotFound, Rejected, Unavailable
 from uplinkd.core.groups import Form, Group, Kind, Plan, Webhook
 from uplinkd.core.model import ProductKey
@@ -196,7 +197,9 @@ async def create_group(request: Request, office: In, who: Administers) -> Respon
     typed = await _Typed.read(request)
 
     def act() -> Group:
-        return office.registry.groups.create(typed.name, typed.plan(Plan()), start=typed.moment())
+        plan = typed.plan(Plan())
+        groupwork.check_target(office, plan)
+        return office.registry.groups.create(typed.name, plan, start=typed.moment())
 
     try:
         made = await run_in_threadpool(act)
@@ -218,6 +221,7 @@ async def _group_page(
     *,
     typed: _Typed | None = None,
     made: str = "",
+    trial: Trial | None = None,
 ) -> Response:
     group = await run_in_threadpool(office.registry.groups.get, name)
     after = request.query_params.get("after", "")
@@ -245,6 +249,7 @@ async def _group_page(
         form=typed or _Typed.of(group),
         editing=typed is not None,
         made=made,
+        trial=trial,
         fault=fault,
         **choices,
     )
@@ -261,7 +266,9 @@ async def change_group(request: Request, office: In, who: Administers, name: str
 
     def act() -> tuple[Group, Group]:
         before = office.registry.groups.get(name)
-        return before, office.registry.groups.change(name, typed.plan(before.plan), version=typed.version)
+        plan = typed.plan(before.plan)
+        groupwork.check_target(office, plan)
+        return before, office.registry.groups.change(name, plan, version=typed.version)
 
     try:
         before, changed = await run_in_threadpool(act)
@@ -279,6 +286,16 @@ async def renew_secret(request: Request, office: In, who: Administers, name: str
     except (Rejected, Unavailable) as fault:
         return await with_status(fault, _group_page(request, office, name, str(fault)))
     return await _group_page(request, office, name, made=renewed.secret)
+
+
+@router.post("/groups/{name}/test")
+async def try_group(request: Request, office: In, who: Operates, name: str) -> Response:
+    group = await run_in_threadpool(office.registry.groups.get, name)
+    try:
+        trial = await groupwork.try_hook(office, group)
+    except (Rejected, Unavailable) as fault:
+        return await with_status(fault, _group_page(request, office, name, str(fault)))
+    return await _group_page(request, office, name, trial=trial)
 
 
 @router.post("/groups/{name}/pause")

@@ -21,7 +21,7 @@ from pydantic.alias_generators import to_camel
 
 from uplinkd.admin.jobs import Job, JobState
 from uplinkd.admin.words import told
-from uplinkd.asking import Consumer, HookState
+from uplinkd.asking import Consumer, HookState, Trial
 from uplinkd.core.errors import EXPLANATIONS, MESSAGES, Code, Rejected
 from uplinkd.core.groups import Form, Group, Kind, Plan, Webhook, shown_url
 from uplinkd.core.model import App, Census, Device, Message, Origin, Product, ProductKey, Right, State, TopicClass
@@ -658,6 +658,19 @@ class DeadLettersOrAll(_Given):
 
 class Counted(_Document):
     count: int
+
+
+class TrialDocument(_Document):
+    """What became of a sample event: HTTP status, 0 without an answer; `fault` is empty when it was accepted."""
+
+    status: int
+    fault: str
+    text: str = Field(description="how the answer's text begins")
+    seconds: float
+
+    @classmethod
+    def of(cls, trial: Trial) -> Self:
+        return cls(**trial.document())
 
 
 class KeyDocument(_Document):

@@ -8,11 +8,27 @@ from typing import Any
 
 from fastapi.concurrency import run_in_threadpool
 
+from uplinkd import asking
 from uplinkd.admin.jobs import Job, Progress
 from uplinkd.admin.office import Office
-from uplinkd.core.groups import Group
+from uplinkd.asking import Trial
+from uplinkd.core import webhooks
+from uplinkd.core.groups import Group, Plan
 
-__all__ = ["purge", "retry", "retry_all"]
+__all__ = ["check_target", "purge", "retry", "retry_all", "try_hook"]
+
+
+def check_target(office: Office, plan: Plan) -> None:
+    """Raise Rejected when its webhook's URL alone shows that this server may never reach it."""
+    if plan.webhook:
+        webhooks.check_target(plan.webhook.url, office.settings.webhook_networks)
+
+
+async def try_hook(office: Office, group: Group) -> Trial:
+    """Have a sample event posted; the audit has it first. Raise Unavailable or Rejected."""
+    await run_in_threadpool(office.registry.operators.note, "group.test", group.name)
+    patience = group.plan.webhook.timeout if group.plan.webhook else 0.0
+    return await asking.try_hook(office.bus, group.name, patience=patience)
 
 
 async def retry(office: Office, group: Group, numbers: Sequence[int]) -> int:

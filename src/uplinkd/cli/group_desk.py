@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
-from uplinkd.asking import Live, live_now
+from uplinkd.asking import Live, Trial, live_now, try_hook
 from uplinkd.cli.common import server_elsewhere, warn
 from uplinkd.cli.messages import may_be_there
 from uplinkd.core.errors import Unavailable
@@ -28,6 +28,7 @@ class Desk(Protocol):
     """The messages of groups, of this machine or of a server elsewhere."""
 
     def standings(self, groups: Sequence[Group]) -> list[Standing | None]: ...
+    def try_hook(self, group: Group) -> Trial: ...
     def look(self, group: Group) -> tuple[Standing, Live]: ...
     def dead(self, group: Group, *, after: int = 0, limit: int = 100) -> list[DeadLetter]: ...
     def dead_letter(self, group: Group, number: int) -> DeadLetter | None: ...
@@ -38,13 +39,14 @@ class Desk(Protocol):
 
 
 @contextlib.contextmanager
-def desk_of(settings: Settings) -> Iterator[Desk]:
+def desk_of(settings: Settings, *, serving: bool = False) -> Iterator[Desk]:
+    """`serving`: only with a server that runs, else Unavailable."""
     if server := server_elsewhere():
         from uplinkd.remote import RemoteDesk
 
         yield RemoteDesk(server)
         return
-    with access_for(settings) as access:
+    with access_for(settings, start=not serving) as access:
 
         def run(act: Callable[[JetStreamDesk], Awaitable[T]]) -> T:
             async def at_desk() -> T:
@@ -67,6 +69,11 @@ class _Here:
 
     def standings(self, groups: Sequence[Group]) -> list[Standing | None]:
         return list(self._run(lambda desk: Standings(desk).measured(groups)))
+
+    def try_hook(self, group: Group) -> Trial:
+        patience = group.plan.webhook.timeout if group.plan.webhook else 0.0
+        trial: Trial = self._run(lambda desk: try_hook(desk.bus, group.name, patience=patience))
+        return trial
 
     def look(self, group: Group) -> tuple[Standing, Live]:
         async def look(desk: JetStreamDesk) -> tuple[Standing, Live]:

@@ -22,6 +22,7 @@ from uplinkd.cli.common import (
     local_time,
     print_json,
     print_table,
+    printable,
     server_elsewhere,
     settings_options,
     warn,
@@ -51,6 +52,7 @@ from uplinkd.cli.products import opened
 from uplinkd.core.errors import NotFound, Rejected, Unavailable
 from uplinkd.core.groups import Form, Group, Kind, Plan, Webhook
 from uplinkd.core.model import ProductKey
+from uplinkd.core.webhooks import check_target
 from uplinkd.engine import DeadLetter
 from uplinkd.engine.standing import Standing
 from uplinkd.registry import ImportProgress, Management, Registry
@@ -68,6 +70,7 @@ _options = settings_options(
     "mqtt_listen",
     "nats_listen",
     "nats_url",
+    "webhook_networks",
     "nats_server",
     remote=KEY_FLAGS,
 )
@@ -200,6 +203,7 @@ def create(settings: Settings, name: str, start: int | None, as_json: bool, **ty
         raise click.UsageError("which messages? Name products with --product PK (repeatable), or take --all-products")
     with opened(settings) as registry:
         made = registry.groups.create(name, wishes.applied(Plan(products=())), start=start)
+        _warn_of_target(settings, made)
         _show(settings, registry, made, as_json, secret=made.secret)
 
 
@@ -272,6 +276,7 @@ def change(
                 f"consumer group {name!r} is like that already; `uplinkd group change --help` says what can be changed"
             )
         changed = registry.groups.change(name, plan, version=before.version)
+        _warn_of_target(settings, changed)
         secret = changed.secret if not before.plan.webhook else ""
         _show(settings, registry, changed, as_json, secret=secret)
 
@@ -307,6 +312,31 @@ def renew_secret(settings: Settings, name: str, as_json: bool) -> None:
     with opened(settings) as registry:
         renewed = registry.groups.renew_secret(name)
         _show(settings, registry, renewed, as_json, secret=renewed.secret)
+
+
+@group.command("test")
+@click.argument("name")
+@json_option
+@_options
+def try_hook(settings: Settings, name: str, as_json: bool) -> None:
+    """Post a sample event to the webhook of the group NAME, and tell what became of it."""
+    with opened(settings) as registry:
+        found = registry.groups.get(name)
+        if found.plan.webhook is None:
+            raise Rejected(f"consumer group {name!r} has no webhook to try")
+        if not server_elsewhere():  # which notes it itself
+            cast("Registry", registry).operators.note("group.test", name)
+    with desk_of(settings, serving=True) as desk:
+        trial = desk.try_hook(found)
+    if as_json:
+        print_json(trial.document())
+    elif trial.fault:
+        text = f": {trial.text}" if trial.text else ""
+        click.echo(f"not accepted, after {trial.seconds:.2f} s: {printable(trial.fault + text)}")
+    else:
+        click.echo(f"accepted with HTTP {trial.status}, in {trial.seconds:.2f} s")
+    if trial.fault:
+        sys.exit(1)
 
 
 @group.command()
@@ -452,6 +482,15 @@ def _note(registry: Management, action: str, name: str, numbers: Sequence[int]) 
             f"dead letters {' '.join(map(str, numbers[:10]))}{' …' if len(numbers) > 10 else ''}" if numbers else "all"
         )
         cast("Registry", registry).operators.note(action, name, detail)
+
+
+def _warn_of_target(settings: Settings, group: Group) -> None:
+    """A server elsewhere has refused what it will never reach; the one here may have other settings than this command."""
+    if group.plan.webhook and not server_elsewhere():
+        try:
+            check_target(group.plan.webhook.url, settings.webhook_networks)
+        except Rejected as fault:
+            warn(f"with the settings of this command it will not be reached: {fault}")
 
 
 def _done(name: str, count: int, what: str, as_json: bool) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import json
 import logging
 import os
 import signal
@@ -16,13 +17,13 @@ from multiprocessing.connection import Connection
 
 import uvloop
 
-from uplinkd.asking import LIVE, HookState, Live
-from uplinkd.core.errors import Unavailable
+from uplinkd.asking import LIVE, TRYING, HookState, Live, Trial
+from uplinkd.core.errors import NotFound, Rejected, Unavailable
 from uplinkd.core.groups import Group
 from uplinkd.delivery.amqp import AmqpDoor
 from uplinkd.delivery.lifecycle import Lifecycle
-from uplinkd.delivery.webhook import Pump, Sender
-from uplinkd.engine import Bus, Deliveries
+from uplinkd.delivery.webhook import Pump, Sender, try_delivery
+from uplinkd.engine import Bus, Deliveries, Told
 from uplinkd.engine.bus import NatsBus
 from uplinkd.engine.deliveries import JetStreamDeliveries
 from uplinkd.engine.embedded import Access
@@ -32,7 +33,7 @@ from uplinkd.observe import Occasionally
 from uplinkd.registry import Change, Registry, open_registry
 from uplinkd.registry.cache import DeviceCache
 from uplinkd.settings import Settings
-from uplinkd.tasks import end_tasks
+from uplinkd.tasks import end_tasks, spawn
 from uplinkd.tls import CertificateFiles, renew
 
 __all__ = ["DeliveryTask", "run"]
@@ -103,6 +104,8 @@ async def _serve(task: DeliveryTask) -> None:
         return Live(door.consumers() if door else [], hooks.states())
 
     bus.listen(LIVE, lambda told: bus.tell(told.reply, live().document()))
+    trials: set[asyncio.Task[None]] = set()
+    bus.listen(TRYING, lambda told: spawn(hooks.answer_trial(told), trials), queue="delivery")
     task.ready.send_bytes(b"ready")
 
     stopped = asyncio.create_task(stop.wait())
@@ -117,7 +120,7 @@ async def _serve(task: DeliveryTask) -> None:
     with contextlib.suppress(Unavailable):
         await bus.settled()
     failed = [duty for duty in duties if duty.done() and not duty.cancelled()]
-    await end_tasks(stopped, *duties)
+    await end_tasks(stopped, *duties, *trials)
     await sender.close()
     await journal.close()
     await cache.close()
@@ -179,6 +182,22 @@ class Hooks:
             for group in groups:
                 await ensure(self._bus, group)
             await sweep(self._bus, groups)
+
+    async def answer_trial(self, told: Told) -> None:
+        """Post a sample event to the webhook of the group that is named, and say what became of it."""
+        try:
+            answer = (await self._try(told.payload.decode(errors="replace"))).document()
+        except (Rejected, Unavailable) as fault:
+            kind = {NotFound: "not_found", Unavailable: "unavailable"}.get(type(fault), "rejected")
+            answer = {"kind": kind, "error": str(fault)}
+        self._bus.tell(told.reply, json.dumps(answer).encode())
+
+    async def _try(self, name: str) -> Trial:
+        group = await asyncio.to_thread(self._registry.groups.get, name)
+        if group.plan.webhook is None:
+            raise Rejected(f"consumer group {name!r} has no webhook to try")
+        answer = await try_delivery(group, self._sender)
+        return Trial(answer.status, answer.fault, answer.text, round(answer.seconds, 3))
 
     async def stop(self, within: float) -> None:
         await asyncio.gather(*(self._end(each, within) for each in self._pumps.values()))

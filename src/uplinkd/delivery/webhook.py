@@ -29,7 +29,7 @@ from uplinkd.engine import Deliveries, Feed, Taken
 from uplinkd.observe import Occasionally
 from uplinkd.tasks import end_tasks
 
-__all__ = ["Answer", "Pump", "Sender", "test_delivery"]
+__all__ = ["Answer", "Pump", "Sender", "try_delivery"]
 
 log = logging.getLogger("uplinkd.delivery")
 
@@ -536,7 +536,7 @@ def _jittered(seconds: float) -> float:
     return seconds * random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311 - spreads attempts
 
 
-async def test_delivery(group: Group, sender: Sender) -> Answer:
+async def try_delivery(group: Group, sender: Sender) -> Answer:
     """Post a sample event, of the type io.uplinkd.test, as the group's messages are posted; once."""
     hook = group.plan.webhook
     assert hook
