@@ -64,7 +64,7 @@ class DeliveryTask:
 def run(task: DeliveryTask) -> None:
     """Deliver until SIGTERM or the supervisor's end; the process then exits. A SIGINT is the supervisor's to act on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(5)  # devices come first: what they report is stored, and can wait a moment
+    os.nice(10)  # devices come first: what they report is stored, and can wait a moment
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -105,7 +105,11 @@ async def _serve(task: DeliveryTask) -> None:
 
     bus.listen(LIVE, lambda told: bus.tell(told.reply, live().document()))
     trials: set[asyncio.Task[None]] = set()
-    bus.listen(TRYING, lambda told: spawn(hooks.answer_trial(told), trials), queue="delivery")
+
+    def try_hook(told: Told) -> None:
+        spawn(hooks.answer_trial(told), trials)
+
+    bus.listen(TRYING, try_hook, queue="delivery")
     task.ready.send_bytes(b"ready")
 
     stopped = asyncio.create_task(stop.wait())
