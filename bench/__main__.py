@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -47,6 +48,8 @@ def main() -> None:
     if missing := [tool for tool in NEEDED if not shutil.which(tool, path=path)]:
         packages = sorted({NEEDED[tool] for tool in missing})
         sys.exit(f"make bench needs {', '.join(missing)}; on Debian: apt-get install {' '.join(packages)}")
+    if "delivery" in options.part and importlib.util.find_spec("proton") is None:
+        sys.exit("make bench needs python-qpid-proton for the part delivery: make amqp")
     if not {0, 1} <= os.sched_getaffinity(0):
         sys.exit("make bench needs two cores, 0 and 1: one for the server, one for the load")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -106,6 +106,9 @@ def goals(facts: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
     if beside := facts.get("console"):
         ratio = beside["ratio"]
         found.append(("HTTPS publish, console open and tailing", f"{ratio:.3f} ×", "≥ 0.95 ×", ratio >= 0.95))
+    if beside := facts.get("beside delivery"):
+        ratio = beside["ratio"]
+        found.append(("HTTPS publish beside a group that is posted", f"{ratio:.3f} ×", "≥ 0.85 ×", ratio >= 0.85))
     if visited := facts.get("pages"):
         slowest = max(each["median"] for each in visited.values())
         found.append(("the slowest page beside a large fleet", f"{slowest:.0f} ms", "< 200 ms", slowest < 200))

@@ -91,6 +91,19 @@ def test_goals_say_whether_they_are_reached() -> None:
     ]
 
 
+def test_deliveries_stand_with_their_lag_at_each_rate() -> None:
+    """A row for each rate of publishing, one for the backlog; what delivery costs devices is a goal."""
+    rates = {"5000": {"delivered": 4997.2, "p50": 3.46, "p99": 8.31, "left": 0}}
+    found = facts() | {
+        "delivery": {"webhook": {"rates": rates, "backlog": {"rate": 21_890.4, "cpu_micros": 23.2}}},
+        "beside delivery": {"without": 16_952, "with": 15_339, "ratio": 0.84, "cpu_without": 38.4, "cpu_with": 61.3},
+    }
+    lines = [line.split() for line in report.render(found).splitlines()]
+    assert ["webhook", "5,000", "4,997", "3.5", "8.3", "0"] in lines
+    assert ["webhook,", "a", "backlog", "21,890", "23"] in lines
+    assert [(measured, reached) for _, measured, _, reached in report.goals(found)] == [("0.840 ×", False)]
+
+
 def test_a_server_that_was_left_out_gives_no_ratio() -> None:
     """`--only uplinkd` compares with nothing."""
     text = report.render(facts(publish={"uplinkd": row("uplinkd")}))
