@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +18,7 @@ from rich.cells import cell_len
 from uplinkd.settings import Settings, is_list, load
 
 if TYPE_CHECKING:
+    from uplinkd.registry import ImportProgress
     from uplinkd.remote import Remote
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "print_json",
     "print_table",
     "printable",
+    "progress_line",
     "server_elsewhere",
     "settings_options",
     "warn",
@@ -196,3 +199,34 @@ def warn(text: str) -> None:
 def interactive() -> bool:
     """Whether a person watches standard error, so that progress may be drawn there."""
     return sys.stderr.isatty()
+
+
+@contextlib.contextmanager
+def progress_line(doing: str, unit: str) -> Iterator[ImportProgress | None]:
+    """A line on standard error that tells how far long work is, where a person watches; else None."""
+    if not interactive():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rows]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task(doing, total=None, rows="")
+
+        def draw(doing: str, share: float | None, rows: int | None) -> None:
+            progress.update(
+                bar,
+                description=doing,
+                total=None if share is None else 1,
+                completed=share or 0,
+                rows="" if rows is None else f"{rows} {unit}",
+            )
+
+        yield draw

@@ -14,11 +14,11 @@ import click
 
 from uplinkd.cli.common import (
     KEY_FLAGS,
-    interactive,
     json_option,
     local_time,
     print_json,
     print_table,
+    progress_line,
     settings_options,
     warn,
 )
@@ -218,32 +218,10 @@ def export(settings: Settings, pk: str, output: Path | None) -> None:
 
 
 def _import(registry: Management, file: BinaryIO, *, skip_bad: bool) -> ImportReport:
-    if not interactive():
-        return registry.import_fleet(file, skip_bad=skip_bad)
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[rows]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("importing", total=None, rows="")
-
-        def draw(doing: str, share: float | None, rows: int | None) -> None:
-            progress.update(
-                bar,
-                description=doing,
-                total=None if share is None else 1,
-                completed=share or 0,
-                rows="" if rows is None else f"{rows} rows",
-            )
-
-        report = registry.import_fleet(file, skip_bad=skip_bad, progress=_teller(draw))
-        progress.update(bar, completed=1, total=1, rows=f"{report.read} rows")
+    with progress_line("importing", "rows") as tell:
+        report = registry.import_fleet(file, skip_bad=skip_bad, progress=_teller(tell) if tell else None)
+        if tell:
+            tell("importing", 1.0, report.read)
     return report
 
 

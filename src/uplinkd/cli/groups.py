@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, TypeVar, cast
@@ -17,12 +17,12 @@ from uplinkd.cli.apps import doors_of
 from uplinkd.cli.common import (
     KEY_FLAGS,
     duration,
-    interactive,
     json_option,
     local_time,
     print_json,
     print_table,
     printable,
+    progress_line,
     server_elsewhere,
     settings_options,
     warn,
@@ -55,7 +55,7 @@ from uplinkd.core.model import ProductKey
 from uplinkd.core.webhooks import check_target
 from uplinkd.engine import DeadLetter
 from uplinkd.engine.standing import Standing
-from uplinkd.registry import ImportProgress, Management, Registry
+from uplinkd.registry import Management, Registry
 from uplinkd.settings import Settings
 
 __all__ = ["group"]
@@ -439,7 +439,7 @@ def retry_dead(settings: Settings, name: str, numbers: tuple[int, ...], everythi
         count = 0
         if may_be_there(settings):
             _note(registry, "group.retry", name, numbers)
-            with desk_of(settings) as desk, progress_line() as progress:
+            with desk_of(settings) as desk, progress_line("retrying", "dead letters") as progress:
                 count = desk.retry(found, None if everything else numbers, progress)
     _done(name, count, "offered again", as_json)
 
@@ -498,31 +498,6 @@ def _done(name: str, count: int, what: str, as_json: bool) -> None:
         print_json({"name": name, "count": count})
     else:
         click.echo(f"{count_of(count, 'dead letter')} of {name} {'is' if count == 1 else 'are'} {what}")
-
-
-@contextlib.contextmanager
-def progress_line() -> Iterator[ImportProgress | None]:
-    """A line on standard error that tells how far it is, where a person watches."""
-    if not interactive():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rows]}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("retrying", total=None, rows="")
-
-        def draw(doing: str, share: float | None, rows: int | None) -> None:
-            progress.update(
-                bar,
-                description=doing,
-                total=None if share is None else 1,
-                completed=share or 0,
-                rows="" if rows is None else str(rows),
-            )
-
-        yield draw
 
 
 def _show(
