@@ -105,7 +105,11 @@ async def _serve(task: DeliveryTask) -> None:
 
     bus.listen(LIVE, lambda told: bus.tell(told.reply, live().document()))
     trials: set[asyncio.Task[None]] = set()
-    bus.listen(TRYING, lambda told: spawn(hooks.answer_trial(told), trials), queue="delivery")
+
+    def try_hook(told: Told) -> None:
+        spawn(hooks.answer_trial(told), trials)
+
+    bus.listen(TRYING, try_hook, queue="delivery")
     task.ready.send_bytes(b"ready")
 
     stopped = asyncio.create_task(stop.wait())
