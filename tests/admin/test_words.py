@@ -53,20 +53,42 @@ FURTHER = {
     "the connection to it failed: {}",
     "it answered {}",
     "it answered {}, a redirect, which webhooks do not follow",
+    "it answered {}, once",
+    "it answered {}, once: {}",
+    "it answered {}, {} times",
+    "it answered {}, {} times: {}",
+    "it answered {}, {} (too many messages of its device wait for a further try; there are {})",
+    "it answered {}, {} (too many messages of its device wait for a further try; there are {}): {}",
+    "it was offered {} times and not accepted",
+    "its URL is none that can be reached",
+    "its answer is not HTTP: {}",
+    "its answer broke off ({})",
     "{}, which is no address of the internet and not in webhook_networks",
     "{}, which is not in webhook_networks: anywhere else it is https:// alone",
 }
 
 
 # Why devices are refused; what is put together of parts is here as a whole.
-REFUSING = [SOURCES / name for name in ("gateway.py", "core/tokens.py", "core/wire.py", "mqtt/session.py")]
-REFUSALS = {"Refused", "_unauthenticated"}
+REFUSING = [
+    SOURCES / name
+    for name in (
+        "gateway.py",
+        "core/tokens.py",
+        "core/wire.py",
+        "mqtt/session.py",
+        "delivery/amqp.py",
+        "delivery/sasl.py",
+    )
+]
+REFUSALS = {"Malformed", "Refused", "_refused", "_unauthenticated"}
+OBJECTING = [SOURCES / "delivery/amqp.py"]
+OBJECTIONS = {"_object", "_record", "_refuse_link"}
 TOGETHER = re.compile(r"malformed topic |no topic class |the topic class |stale timestamp: |wrong sign: ")
 
 
 def reasons() -> set[str]:
     """The texts of refusals that stand in the code as they are shown."""
-    found = said(REFUSING, REFUSALS)
+    found = said(REFUSING, REFUSALS) | said(OBJECTING, OBJECTIONS)
     return {text for text in found if not TOGETHER.match(text)} - {
         "{} reaches beyond the products of the application {}: {}"
     }
@@ -78,7 +100,8 @@ def said(paths: Iterable[Path], calls: set[str]) -> set[str]:
         form
         for path in paths
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in calls
+        if isinstance(node, ast.Call)
+        if ast.unparse(node.func).removeprefix("self.") in calls
         for argument in node.args
         if (form := form_of(argument))
     }
@@ -136,6 +159,30 @@ def test_every_text_is_translated_and_none_is_left_over() -> None:
     ],
 )
 def test_why_a_device_was_refused_is_told_in_chinese(reason: str, translation: str) -> None:
+    assert told("zh", reason) == translation
+
+
+@pytest.mark.parametrize(
+    ("reason", "translation"),
+    [
+        (
+            "it answered 422 Unprocessable Entity, 16 times: no, thanks",
+            "对方应答 422 Unprocessable Entity，16 次：no, thanks",
+        ),
+        ("it answered 400 Bad Request, once", "对方应答 400 Bad Request，1 次"),
+        ("it was offered 16 times and not accepted", "投递 16 次均未确认"),
+        (
+            "consumer 'reader-1' of the group 'erp': no receiver link was opened within 15 s",
+            "消费组 'erp' 的消费者 'reader-1'：15 秒内没有建立 receiver link",
+        ),
+        (
+            "malformed topic filter '/a1*/x': * is no wildcard here: + is one level, # are all further ones",
+            "Topic 过滤器 '/a1*/x' 格式错误：* 在此不是通配符：+ 表示一级，# 表示其后的所有层级",
+        ),
+    ],
+)
+def test_why_a_backend_got_nothing_is_told_in_chinese(reason: str, translation: str) -> None:
+    """Also the cause at the end of a sentence, where it is known."""
     assert told("zh", reason) == translation
 
 

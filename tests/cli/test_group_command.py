@@ -162,7 +162,7 @@ def test_what_does_not_go_together_is_a_usage_error(shell: Shell) -> None:
     assert "one of them is wanted" in shell.misuse("group", "create", "g", "--all-products", "--product", LAMPS)
     assert "give its URL with --webhook" in shell.misuse("group", "create", "g", "--all-products", "--lanes", "2")
     assert "such as 90s, 2h or 7d" in shell.misuse("group", "create", "g", "--all-products", "--from", "yesterday")
-    assert "given and taken away" in shell.misuse("group", "change", "g", "--app", "billing", "--no-apps")
+    assert "one of them is wanted" in shell.misuse("group", "change", "g", "--app", "billing", "--no-apps")
     assert "--all" in shell.misuse("group", "dead", "retry", "g")
     assert "--all" in shell.misuse("group", "dead", "purge", "g", "1", "--all")
     assert shell.json("group", "list") == []
@@ -283,6 +283,8 @@ def test_dead_letters_are_looked_at_offered_again_and_thrown_away(served: Shell)
 
     assert served.json("group", "dead", "retry", "sad", first, "99999999") == {"name": "sad", "count": 1}
     assert served.json("group", "show", "sad")["state"]["retrying"] == 1
+    assert "no dead letter 99999999;" in str(served.refusal("group", "dead", "retry", "sad", "99999999"))
+    assert "no dead letter 99999999;" in str(served.refusal("group", "dead", "purge", "sad", "99999999"))
     assert "1 dead letter of sad is gone" in served.text("group", "dead", "purge", "sad", second)
     assert "2 dead letters of sad are offered again" in served.text("group", "dead", "retry", "sad", "--all")
     buried(served.data, "sad", b"five", first=5)

@@ -92,6 +92,10 @@ def test_what_is_wrong_with_a_group_is_said_and_nothing_is_made(registry: Regist
         registry.groups.create("other", replace(PLAN, tries=0))
     with pytest.raises(Rejected, match="milliseconds since 1970"):
         registry.groups.create("other", PLAN, start=-1)
+    with pytest.raises(Rejected, match="lies in the future"):
+        registry.groups.create("other", PLAN, start=round(time.time() * 1000) + 3_600_000)
+    with pytest.raises(Rejected, match="lies in the future"):
+        registry.groups.reset("reports", round(time.time() * 1000) + 3_600_000)
     with pytest.raises(NotFound, match="no application 'nobody'"):
         registry.groups.change("reports", replace(PLAN, apps=("nobody",)))
     for act in (

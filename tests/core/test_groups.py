@@ -145,6 +145,8 @@ def test_the_kind_goes_by_the_origin(origin: Origin, kind: Kind) -> None:
     [
         (Plan(topic="no/slash"), "does not begin with a slash"),
         (Plan(topic="/a/#/b"), "# may only be the last"),
+        (Plan(products=(LAMPS,), topic="/user/#"), "nothing that devices of these products report matches it"),
+        (Plan(products=(LAMPS, DOORS), topic="/a1Bells/+/user/update"), "nothing that devices of these products"),
         (Plan(kinds=frozenset()), "at least one kind"),
         (Plan(products=tuple(ProductKey(f"p{number}") for number in range(101))), "at most 100 products, not 101"),
         (Plan(ack_wait=0.5), "ack_wait = 0.5: it is from 1 to 3600 seconds"),
@@ -180,6 +182,14 @@ def test_a_plan_that_keeps_the_rules_passes() -> None:
         Plan(products=(), topic="/+/+/user/#", kinds=frozenset(Kind), ack_wait=3600, tries=1000, apps=("billing",))
     )
     check_plan(Plan(webhook=Webhook(url=f"{URL}?key=1", form=Form.BATCH, batch=1000, linger=60, lanes=64, timeout=120)))
+
+
+def test_a_filter_may_match_nothing_where_there_is_nothing_to_match() -> None:
+    """A group that has lost its products can still be changed; one without reports has no use for a filter."""
+    check_plan(Plan(products=(), topic="/a1Bells/#"))
+    check_plan(Plan(products=(LAMPS,), topic="/a1Bells/#", kinds=frozenset({Kind.STATUS})))
+    check_plan(Plan(products=(LAMPS, DOORS), topic="/a1Doors/#"))
+    check_plan(Plan(products=(LAMPS,), topic="/sys/+/+/thing/event/property/post"))
 
 
 def test_pauses_double_from_a_second_to_ten_minutes() -> None:

@@ -286,3 +286,25 @@ def test_no_filter_hears_another_device(name: str, other: str, parts: list[str])
             f"/sys/{PK}/{other}/thing/service/property/set",
         ):
             assert not topics.filter_matches(topic_filter, theirs)
+
+
+@pytest.mark.parametrize(
+    ("topic_filter", "rule"),
+    [
+        ("user/update", "it does not begin with a slash; it is such as /+/+/user/update"),
+        ("/a1*/+/user", "* is no wildcard here: + is one level, # are all further ones"),
+        ("/a1/>", "> is no wildcard here"),
+        ("/a1+/user", "the wildcard + is a whole level"),
+        ("/a1/user#", "the wildcard # is a whole level"),
+        ("/#/user", "the wildcard # may only be the last level"),
+        ("/a1//user", "it has an empty level"),
+        ("/", "it has an empty level"),
+        ("/a 1/user", "the character ' ' has no place in it"),
+        ("/" + "x" * 200, "it has 201 bytes"),
+    ],
+)
+def test_what_is_wrong_with_a_filter_is_said_of_the_whole_filter(topic_filter: str, rule: str) -> None:
+    """In terms of filters, and not of topics that are published to."""
+    with pytest.raises(Refused) as caught:
+        topics.check_filter(topic_filter)
+    assert caught.value.reason.startswith(f"malformed topic filter {topic_filter!r}: {rule}")

@@ -115,6 +115,7 @@ def test_a_host_is_read_as_the_system_reads_it(host: str) -> None:
         ("http://backend.example.com/hook", [], "in clear"),
         ("http://backend.lan/hook", ["10.0.0.0/8"], ""),
         ("https://10.0.0.1/hook?token=secret", [], "no address of the internet"),
+        ("https://[backend.example.com/hook?token=secret", [], "cannot be read"),
     ],
 )
 def test_a_url_that_can_never_be_reached_is_refused_at_once(url: str, networks: list[str], fault: str) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -326,4 +327,35 @@ def test_a_group_is_made_by_its_url_alone_and_its_figures_are_live(fleet: Fleet)
         page.wait_for_selector("[data-dead]:text-is('2')")
         page.click("button:text-is('Throw all away')")
         page.wait_for_selector("[data-dead]:text-is('0')")
+        assert visitor.faults == []
+
+
+def test_what_happens_to_a_group_is_seen_without_a_reload(fleet: Fleet) -> None:
+    """That its webhook does not answer, and why, in the reader's language; a dead letter that comes; that it is paused."""
+
+    def group(*arguments: str) -> None:
+        cli("group", *arguments, data=fleet.server.data)
+
+    url = "https://backend.invalid/uplinkd"
+    group("create", "silent", "--all-products", "--webhook", url, "--from", "now")
+    with chromium() as browser, visit(browser, fleet.server) as visitor:
+        page = visitor.page
+        sign_in(visitor, PASSWORD)
+        visitor.go("/prefer?language=zh&back=/groups")
+        page.wait_for_selector("[data-group=silent] .state:text-is('投递中')")
+        one = visitor.context.new_page()
+        one.goto(f"{visitor.url}/groups/silent")
+        one.wait_for_selector("h1 .state.online:text-is('投递中')")
+        group("reset", "silent", "--to", "1h")
+        one.wait_for_selector("#hook:has-text('找不到对方的主机名')")
+        one.wait_for_selector("h1 .state.disabled:text-is('Webhook 无响应')", timeout=20_000)
+        one.wait_for_selector("#hook dt:text-is('下次尝试')")
+        page.wait_for_selector("[data-group=silent] .state.disabled:text-is('Webhook 无响应')")
+        assert one.query_selector("#dead tbody tr") is None
+        with ThreadPoolExecutor(1) as aside:  # the browser's loop runs in this thread
+            aside.submit(buried, fleet.server.data, "silent", b"late").result()
+        one.wait_for_selector("#dead tbody tr:has-text('late')")
+        group("change", "silent", "--pause")
+        page.wait_for_selector("[data-group=silent] .state:text-is('已暂停')")
+        group("delete", "silent")
         assert visitor.faults == []

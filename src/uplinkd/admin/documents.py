@@ -486,8 +486,8 @@ class ConsumerDocument(_Document):
 
 
 class HookDocument(_Document):
-    """How the webhook fares since the server was started; `open`: it counts as dead, and is tried at `nextTry` alone. A time of 0:
-    never."""
+    """How the webhook fares since the server was started or the group changed; `open`: it counts as dead, and is tried at `nextTry`
+    alone. A time of 0: never."""
 
     open: bool
     accepted: int

@@ -18,6 +18,7 @@ __all__ = ["LANGUAGES", "age", "catalogue", "language_of", "moment", "size", "to
 
 LANGUAGES = {"en": "English", "zh": "中文"}
 LOCALE = Path(__file__).parent / "locale"
+_CAUSE = re.escape(": ") + "(.*)"
 
 
 def language_of(request: Request) -> str:
@@ -62,12 +63,16 @@ def _patterns(language: str) -> list[tuple[re.Pattern[str], str]]:
 
 
 def told(language: str, fault: str) -> str:
-    """What went wrong, in `language`: such texts are made with their values far from here, in English, and known by their form."""
+    """What went wrong, in `language`: such texts are made with their values far from here, in English, and known by their form.
+    What a text ends with behind a colon is a fault of its own, or stays as it is."""
     if fault in catalogue(language):
         return catalogue(language)[fault]
     for pattern, translation in _patterns(language):
         if found := pattern.fullmatch(fault):
-            return translation.format(*found.groups())
+            values = list(found.groups())
+            if pattern.pattern.endswith(_CAUSE):
+                values[-1] = told(language, values[-1])
+            return translation.format(*values)
     return fault
 
 

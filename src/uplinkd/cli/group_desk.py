@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -22,6 +23,9 @@ from uplinkd.settings import Settings
 __all__ = ["Desk", "desk_of", "standings_of"]
 
 T = TypeVar("T")
+
+# What is wrong with the engine is told once, in the words of the command: without any handler its log would go to standard error.
+logging.getLogger("uplinkd.engine").addHandler(logging.NullHandler())
 
 
 class Desk(Protocol):

@@ -30,6 +30,7 @@ __all__ = [
     "latest",
     "letter_document",
     "next_steps",
+    "nobody",
     "print_lines",
     "standing_lines",
     "takes",
@@ -63,6 +64,17 @@ def next_steps(found: Group, apps: Sequence[App], amqp: str) -> list[tuple[str, 
             "password: base64 of HMAC-SHA1 with the application's secret over authId=…&timestamp=…, as in the user name",
         ),
     ]
+
+
+def nobody(found: Group, consumers: Sequence[Consumer], hook: HookState | None) -> list[tuple[str, str]]:
+    """That nobody takes its messages just now."""
+    if found.plan.paused:
+        return []
+    if found.plan.webhook and hook is None:
+        return [("webhook", "nobody posts to it: no server runs, or one that has just started")]
+    if found.plan.apps and not consumers:
+        return [("consumer", "none is connected")]
+    return []
 
 
 def user_name(found: Group, app: App) -> str:

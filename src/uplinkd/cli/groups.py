@@ -41,6 +41,7 @@ from uplinkd.cli.group_words import (
     latest,
     letter_document,
     next_steps,
+    nobody,
     print_lines,
     standing_lines,
     takes,
@@ -259,8 +260,12 @@ def change(
 ) -> None:
     """Change the group NAME: only what is given, and never its position. --product, --kind and --app replace all that there were."""
     wishes = _Wishes(**typed)
-    if (wishes.apps and no_apps) or (wishes.webhook is not None and no_webhook):
-        raise click.UsageError("something is given and taken away at once")
+    if wishes.apps and no_apps:
+        raise click.UsageError("--app lets an application consume it, --no-apps none: one of them is wanted")
+    if wishes.webhook is not None and no_webhook:
+        raise click.UsageError(
+            "--webhook says where its messages are posted, --no-webhook nowhere: one of them is wanted"
+        )
     with opened(settings) as registry:
         before = registry.groups.get(name)
         plan = before.plan
@@ -441,7 +446,7 @@ def retry_dead(settings: Settings, name: str, numbers: tuple[int, ...], everythi
             _note(registry, "group.retry", name, numbers)
             with desk_of(settings) as desk, progress_line("retrying", "dead letters") as progress:
                 count = desk.retry(found, None if everything else numbers, progress)
-    _done(name, count, "offered again", as_json)
+    _done(name, count, "offered again", as_json, numbers)
 
 
 @dead.command("purge")
@@ -467,7 +472,7 @@ def purge_dead(
             _note(registry, "group.purge", name, numbers)
             with desk_of(settings) as desk:
                 count = desk.purge(found, None if everything else numbers)
-    _done(name, count, "gone", as_json)
+    _done(name, count, "gone", as_json, numbers)
 
 
 def _check_numbers(numbers: tuple[int, ...], everything: bool) -> None:
@@ -490,10 +495,18 @@ def _warn_of_target(settings: Settings, group: Group) -> None:
         try:
             check_target(group.plan.webhook.url, settings.webhook_networks)
         except Rejected as fault:
-            warn(f"with the settings of this command it will not be reached: {fault}")
+            warn(f"if the server has the same settings as this command, it will not be reached: {fault}")
 
 
-def _done(name: str, count: int, what: str, as_json: bool) -> None:
+def _done(name: str, count: int, what: str, as_json: bool, numbers: Sequence[int]) -> None:
+    missing = len(set(numbers)) - count
+    if numbers and not count:
+        raise NotFound(
+            f"consumer group {name!r} has no dead letter {', '.join(map(str, numbers[:10]))}{' …' if len(numbers) > 10 else ''}; "
+            f"`uplinkd group dead list {name}` shows them"
+        )
+    if missing > 0:
+        warn(f"{missing} of these numbers {'is' if missing == 1 else 'are'} no dead letter of {name}")
     if as_json:
         print_json({"name": name, "count": count})
     else:
@@ -510,7 +523,7 @@ def _show(
     look: bool = False,
 ) -> None:
     standing: Standing | None = None
-    live = Live()
+    live: Live | None = None
     if look and may_be_there(settings):
         try:
             with desk_of(settings) as desk:
@@ -519,8 +532,8 @@ def _show(
             warn(f"how far it is is not known: {fault}")
     apps = [app for app in registry.apps() if app.name in found.plan.apps] if found.plan.apps else []
     amqp = doors_of(settings).amqp if apps else ""
-    consumers = [each for each in live.consumers if each.group == found.name]
-    hook = latest([each for each in live.hooks if each.group == found.name])
+    consumers = [each for each in live.consumers if each.group == found.name] if live else []
+    hook = latest([each for each in live.hooks if each.group == found.name]) if live else None
     if as_json:
         state = figures(standing)
         if state is not None:
@@ -549,7 +562,9 @@ def _show(
     ]
     if standing:
         lines += standing_lines(found, standing)
-    lines += [("consumer", consumer_words(each)) for each in consumers]
+    if live:
+        lines += [("consumer", consumer_words(each)) for each in consumers]
+        lines += nobody(found, consumers, hook)
     if hook:
         lines.append(("webhook", hook_state_words(hook)))
     lines += next_steps(found, apps, amqp)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from urllib.parse import urlsplit
 
@@ -179,7 +179,12 @@ def check_plan(plan: Plan) -> None:
         raise Rejected(f"a group takes at least one kind of message: {', '.join(Kind)}")
     if plan.products is not None and len(plan.products) > _MOST_PRODUCTS:
         raise Rejected(f"a group names at most {_MOST_PRODUCTS} products, not {len(plan.products)}; or takes them all")
-    _check_range("ack_wait", plan.ack_wait, 1, 3600, " seconds")
+    if plan.topic and plan.products != () and Kind.UPLINK in plan.kinds and _narrowed_to_nothing(plan):
+        raise Rejected(
+            f"topic filter {plan.topic!r}: nothing that devices of these products report matches it; it is such as "
+            "/+/+/user/update, from the ProductKey on"
+        )
+    _check_range("ack_wait", plan.ack_wait, 1, 3600, in_seconds=True)
     _check_range("tries", plan.tries, 1, 1000)
     if plan.webhook:
         if plan.apps:
@@ -210,14 +215,21 @@ def _check_webhook(webhook: Webhook) -> None:
     if parts.fragment:
         raise Rejected(f"webhook URL {shown}: it has no fragment (#{parts.fragment})")
     _check_range("batch", webhook.batch, 1, 1000)
-    _check_range("linger", webhook.linger, 0, 60, " seconds")
+    _check_range("linger", webhook.linger, 0, 60, in_seconds=True)
     _check_range("lanes", webhook.lanes, 1, 64)
-    _check_range("timeout", webhook.timeout, 1, 120, " seconds")
+    _check_range("timeout", webhook.timeout, 1, 120, in_seconds=True)
 
 
-def _check_range(name: str, value: float, low: int, high: int, unit: str = "") -> None:
-    if not low <= value <= high or math.isnan(value):
-        raise Rejected(f"{name} = {value:g}: it is from {low} to {high}{unit}")
+def _narrowed_to_nothing(plan: Plan) -> bool:
+    return subjects_of(replace(plan, kinds=frozenset({Kind.UPLINK}))) == [_NOTHING]
+
+
+def _check_range(name: str, value: float, low: int, high: int, *, in_seconds: bool = False) -> None:
+    if low <= value <= high and not math.isnan(value):
+        return
+    if in_seconds:
+        raise Rejected(f"{name} = {value:g}: it is from {low} to {high} seconds")
+    raise Rejected(f"{name} = {value:g}: it is from {low} to {high}")
 
 
 def _common(one: str, other: str) -> str:

@@ -191,15 +191,26 @@ def covers(pattern: str, topic_filter: str) -> bool:
 def check_filter(text: str) -> str:
     """`text` if it is a well-formed topic filter; raise Refused 10001 with the rule."""
     if len(text.encode()) > MAX_TOPIC_BYTES:
-        raise _malformed(text, f"the filter has {len(text.encode())} bytes; at most {MAX_TOPIC_BYTES} are allowed")
+        raise _malformed_filter(text, f"it has {len(text.encode())} bytes; at most {MAX_TOPIC_BYTES} are allowed")
     if not text.startswith("/"):
-        raise _malformed(text, "the filter does not begin with a slash")
+        raise _malformed_filter(text, "it does not begin with a slash; it is such as /+/+/user/update")
     levels = text[1:].split("/")
     for number, level in enumerate(levels, 1):
         if level == "#" and number < len(levels):
-            raise _malformed(text, "the wildcard # may only be the last level of a filter")
-        if level not in ("+", "#"):
-            _check_characters("/" + level)
+            raise _malformed_filter(text, "the wildcard # may only be the last level")
+        if not level:
+            raise _malformed_filter(text, "it has an empty level")
+        if level in ("+", "#"):
+            continue
+        for char in level:
+            if char in "+#":
+                raise _malformed_filter(
+                    text, f"the wildcard {char} is a whole level, between two slashes or at the end"
+                )
+            if char in _WILDCARDS:
+                raise _malformed_filter(text, f"{char} is no wildcard here: + is one level, # are all further ones")
+            if char.isspace() or not char.isprintable():
+                raise _malformed_filter(text, f"the character {char!a} has no place in it")
     return text
 
 
@@ -312,6 +323,10 @@ def _check_characters(text: str) -> None:
             raise _malformed(text, f"the wildcard {char} has no place in a topic that is published to")
         if char.isspace() or not char.isprintable():
             raise _malformed(text, f"the character {char!a} has no place in a topic")
+
+
+def _malformed_filter(text: str, rule: str) -> Refused:
+    return Refused(Code.PARAM_ERROR, f"malformed topic filter {text[:300]!r}: {rule}", topic=text[:300])
 
 
 def _malformed(text: str, rule: str) -> Refused:

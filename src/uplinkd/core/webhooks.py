@@ -110,18 +110,21 @@ def one_line(text: str) -> str:
 
 def check_target(url: str, networks: Iterable[str]) -> None:
     """Raise Rejected when the URL alone shows that it may never be reached: `networks` are the setting webhook_networks."""
-    parts, allowed = urlsplit(url), networks_of(networks)
-    shown = f"webhook URL {shown_url(url)}"
-    host = parts.hostname or ""
+    allowed = networks_of(networks)
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+    except ValueError as error:
+        raise Rejected(f"webhook URL {shown_url(url)!r} cannot be read: {error}") from error
     address = literal(host)
     plain = parts.scheme == "http"
     if address and not may_reach(address, allowed):
         raise Rejected(
-            f"{shown}: {host} is no address of the internet, and webhooks reach others only where the setting "
+            f"webhook URL {shown_url(url)}: {host} is no address of the internet, and webhooks reach others only where the setting "
             f"webhook_networks names their network, such as {address}/{address.max_prefixlen}"
         )
     if plain and (not allowed or (address and not may_reach(address, allowed, internet=False))):
         raise Rejected(
-            f"{shown}: it goes through the internet in clear; use https://, or name a private network in the setting "
-            "webhook_networks"
+            f"webhook URL {shown_url(url)}: it goes through the internet in clear; use https://, or name a private "
+            "network in the setting webhook_networks"
         )

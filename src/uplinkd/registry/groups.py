@@ -21,6 +21,7 @@ from uplinkd.registry.vault import Vault
 __all__ = ["SqlGroups", "announce_groups"]
 
 _LATEST = 2**53
+_AHEAD = 60_000  # ms that the clock of who asks may be fast
 _NO_WEBHOOK = dict.fromkeys(("url", "form", "batch", "linger", "lanes", "timeout", "secret"))
 
 Transactions = Callable[[], AbstractContextManager[Connection]]
@@ -38,7 +39,7 @@ class SqlGroups:
         names.check_group_name(name)
         check_plan(plan)
         now = time.time_ns() // 1_000_000
-        start = now if start is None else _checked_start(start)
+        start = now if start is None else _checked_start(start, now)
         with self._writing() as connection:
             if connection.execute(select(groups.c.id).where(groups.c.name == name)).first():
                 raise Conflict(f"there is a consumer group {name!r} already; names are unique")
@@ -83,7 +84,7 @@ class SqlGroups:
     def reset(self, name: str, start: int, *, version: str | None = None) -> Group:
         with self._writing() as connection:
             group = self._named(connection, name, version)
-            facts = {"start": _checked_start(start), "generation": group.generation + 1}
+            facts = {"start": _checked_start(start, time.time_ns() // 1_000_000), "generation": group.generation + 1}
             connection.execute(update(groups).where(groups.c.id == group.id).values(facts))
             announce_groups(connection, [group.id])
             audit.note(connection, "group.reset", name, f"to {start}")
@@ -218,9 +219,11 @@ def _described(plan: Plan) -> str:
     return f"{kinds} of {what}{' ' + plan.topic if plan.topic else ''}{to}{' (paused)' if plan.paused else ''}"
 
 
-def _checked_start(start: int) -> int:
+def _checked_start(start: int, now: int) -> int:
     if not 0 <= start < _LATEST:
         raise Rejected(f"start = {start}: it is a time in milliseconds since 1970")
+    if start > now + _AHEAD:
+        raise Rejected("the start lies in the future: a group begins now at the latest")
     return start
 
 

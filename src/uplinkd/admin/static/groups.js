@@ -1,10 +1,11 @@
 // Figures of consumer groups, looked at every two seconds while somebody sees them; and the times of forms, which people give in
 // their own zone.
-import { writeTimes } from "./console.js";
+import { labelCells, writeTimes } from "./console.js";
 
 const PAUSE = 2000;
 const list = document.getElementById("groups");
 const one = document.getElementById("group");
+const words = document.getElementById("words")?.dataset;
 const number = (value) => value.toLocaleString("en");
 const rate = (value) => (value === null ? "–" : value.toFixed(1));
 
@@ -31,6 +32,21 @@ function show(root, state) {
   put(root, "retrying", state ? number(state.retrying) : "–");
 }
 
+// As the macro group_state in group_parts.html.
+function showState(place, { paused, apps, webhook, consumers, open }) {
+  let [look, text] = ["online", words.posting];
+  if (paused) [look, text] = [open ? "disabled" : "inactive", words.paused];
+  else if (open) [look, text] = ["disabled", words.silent];
+  else if (!webhook) {
+    look = consumers ? "online" : "offline";
+    if (!apps) text = words.nowhere;
+    else if (consumers === null) text = "–";
+    else text = consumers ? words.taken.replace("{n}", number(consumers)) : words.none;
+  }
+  if (place.textContent !== text) place.textContent = text;
+  place.className = `state ${look}`;
+}
+
 function showConsumers(consumers) {
   const place = document.getElementById("consumers");
   if (!place) return;
@@ -51,16 +67,45 @@ function showConsumers(consumers) {
   place.replaceChildren(...items);
 }
 
+function putTime(name, moment) {
+  const place = document.querySelector(`[data-${name}]`);
+  if (!place || !moment) return;
+  const time = document.createElement("time");
+  time.dataset.ms = moment;
+  place.replaceChildren(time);
+  writeTimes(place);
+}
+
 function showHook(hook) {
   if (!hook) return;
   put(document, "accepted", number(hook.accepted));
   put(document, "failed", number(hook.failed));
-  const success = document.querySelector("[data-success]");
-  if (success && hook.lastSuccess) {
-    const time = document.createElement("time");
-    time.dataset.ms = hook.lastSuccess;
-    success.replaceChildren(time);
-    writeTimes(success);
+  putTime("success", hook.lastSuccess);
+  putTime("failure", hook.lastFailure);
+  putTime("next", hook.nextTry);
+}
+
+// Parts in the reader's words, such as what was wrong, come from the page itself when they are others by now.
+async function showParts(state) {
+  const hook = document.getElementById("hook");
+  const dead = document.getElementById("dead");
+  const wanted = [];
+  if (hook && state.webhook) {
+    const { open, fault } = state.webhook;
+    if (!hook.children.length || hook.dataset.open !== (open ? "1" : "") || hook.dataset.fault !== fault) wanted.push(hook);
+  }
+  const busy = dead.contains(document.activeElement) || dead.querySelector("details[open]") || location.search.includes("after=");
+  if (!busy && dead.dataset.count !== String(state.dead)) wanted.push(dead);
+  if (!wanted.length) return;
+  const answer = await fetch(`/groups/${encodeURIComponent(one.dataset.name)}`);
+  if (!answer.ok) return;
+  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  for (const part of wanted) {
+    const fresh = page.getElementById(part.id);
+    if (!fresh) continue;
+    part.replaceWith(fresh);
+    for (const table of fresh.querySelectorAll(".scroll table")) labelCells(table);
+    writeTimes(fresh);
   }
 }
 
@@ -76,13 +121,19 @@ async function look() {
       if (list) {
         const page = await fetched("/api/v1/groups");
         for (const row of list.tBodies[0].rows) {
-          show(row, page?.items.find((each) => each.name === row.dataset.group)?.state ?? null);
+          const each = page?.items.find((item) => item.name === row.dataset.group);
+          show(row, each?.state ?? null);
+          if (each) showState(row.querySelector(".state"), { ...each, apps: each.apps.length, open: each.webhookOpen });
         }
       } else {
         const state = await fetched(`/api/v1/groups/${encodeURIComponent(one.dataset.name)}/state`);
         show(one, state);
         if (state) {
+          const { paused, apps, webhook } = one.dataset;
+          const facts = { paused, webhook, apps: Number(apps), consumers: state.consumers.length, open: state.webhook?.open };
+          showState(document.querySelector("h1 .state"), facts);
           showConsumers(state.consumers);
+          await showParts(state);
           showHook(state.webhook);
         }
       }
