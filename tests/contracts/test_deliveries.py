@@ -208,6 +208,30 @@ async def test_a_consumer_that_somebody_deleted_is_made_again(house: House) -> N
     assert consumer.payloads == [b"one", b"one", b"two"]
 
 
+@pytest.mark.parametrize(
+    "by_hand",
+    [{"headers_only": True}, {"filter_subject": "/.other.>"}, {"max_batch": 1}],
+)
+async def test_a_consumer_that_somebody_changed_is_as_the_group_wants_it_again(
+    house: House, by_hand: dict[str, object]
+) -> None:
+    """Whatever was set; and it stays where it was."""
+    bus, name = house.line.mine, consumer_name(GROUP)
+    await house.publish(b"one")
+    first = house.consumer(1)
+    await until(lambda: first.taken)
+    first.taken[0].accept()
+    first.feed.close()
+    await asyncio.sleep(0.2)
+    config = (await ask_api(bus, f"CONSUMER.INFO.{STREAM}.{name}"))["config"]
+    if "filter_subject" in by_hand:
+        del config["filter_subjects"]
+    await ask_api(bus, f"CONSUMER.CREATE.{STREAM}.{name}", {"stream_name": STREAM, "config": config | by_hand})
+    consumer = house.consumer(10)
+    await house.publish(b"two", b"three")
+    await until(lambda: consumer.payloads == [b"two", b"three"])
+
+
 async def test_a_group_begins_at_its_time_whatever_else_its_filters_match_later(house: House) -> None:
     """With several filters nothing is passed over that lies before the first message of one of them."""
     await house.publish(b"too old", subject=b"/.pk.old.user.update")
