@@ -14,7 +14,7 @@ from tests.contracts.test_bus import Line, running
 from tests.house import until
 from uplinkd.core.groups import Group, Kind, Plan
 from uplinkd.core.model import Origin, ProductKey
-from uplinkd.engine import Feed, Taken
+from uplinkd.engine import ORIGIN_HEADER, Feed, Taken
 from uplinkd.engine.api import ask_api
 from uplinkd.engine.deliveries import JetStreamDeliveries
 from uplinkd.engine.embedded import read_access
@@ -230,6 +230,15 @@ async def test_a_consumer_that_somebody_changed_is_as_the_group_wants_it_again(
     consumer = house.consumer(10)
     await house.publish(b"two", b"three")
     await until(lambda: consumer.payloads == [b"two", b"three"])
+
+
+async def test_an_origin_that_is_not_known_here_is_a_report(house: House) -> None:
+    """Of a later version, or by hand: it is read like any other, rather than fail each time that it comes."""
+    consumer = house.consumer(10)
+    await house.publish(b"one")  # the stream is there
+    house.line.mine.tell("/.pk.dev.user.update", b"two", {ORIGIN_HEADER: "teleprinter"})
+    await until(lambda: len(consumer.taken) == 2)
+    assert [each.message.origin for each in consumer.taken] == [Origin.HTTPS, Origin.HTTPS]
 
 
 async def test_a_group_begins_at_its_time_whatever_else_its_filters_match_later(house: House) -> None:

@@ -309,7 +309,7 @@ def buried(told: Told) -> Message:
         DeviceName(device_name),
         int(headers[_TIME]),
         told.payload,
-        Origin(headers.get(ORIGIN_HEADER, Origin.HTTPS)),
+        Origin.named(headers.get(ORIGIN_HEADER)),
     )
 
 
