@@ -71,6 +71,7 @@ def run(task: DeliveryTask) -> None:
     gc.set_threshold(50_000, 20, 50)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(task))
+    os._exit(0)  # a thread that still looks a name up, which may take half a minute, would be waited for
 
 
 async def _serve(task: DeliveryTask) -> None:
