@@ -373,6 +373,22 @@ async def test_malformed_frames_end_a_connection(
     assert capfd.readouterr().err == ""
 
 
+async def test_proton_prints_nothing(house: Doorway, capfd: pytest.CaptureFixture[str]) -> None:
+    """A client that says something odd would write into the log as often as it likes."""
+    login = b"\0%b\0%b" % tuple(each.encode() for each in credentials())
+    init = b"\x00\x53\x41\xd0%b\xa3\x05PLAIN\xb0%b" % (
+        struct.pack(">II", len(login) + 16, 2),
+        struct.pack(">I", len(login)),
+    )
+    head = struct.pack(">IBBH", 8 + len(init) + len(login), 2, 1, 0)
+    _, writer = await asyncio.open_connection("127.0.0.1", house.port)
+    writer.write(SASL + head + init + login + AMQP + performative(0x10, b"\xa1\x01c", b"\x40", number(1)))
+    await until(lambda: house.door.connections and not house.door.strangers)
+    await asyncio.sleep(0.05)
+    writer.close()
+    assert capfd.readouterr().err == ""
+
+
 async def test_who_does_not_sign_in_is_closed(house: Doorway, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within 15 s, as on the platform."""
     monkeypatch.setattr(amqp, "_ARRIVE_SECONDS", 0.05)

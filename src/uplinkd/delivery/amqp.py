@@ -407,6 +407,7 @@ class Connection(asyncio.Protocol):
         self._since = round(time.time() * 1000)
         self._write(outcome(OK))
         self._engine = proton.Transport(proton.Transport.SERVER)
+        self._engine.tracer = _hush
         self._engine.max_frame_size = _FRAME_BYTES
         self._engine.channel_max = _MOST_SESSIONS - 1
         self._engine.idle_timeout = _SILENCE_SECONDS
@@ -674,6 +675,10 @@ _ACTS: dict[str, Callable[[Connection, Any], None]] = {
 
 def _paused(group: Group) -> str:
     return f"the consumer group {group.name!r} is paused; connect again when it goes on" if group.plan.paused else ""
+
+
+def _hush(_engine: proton.Transport, _line: str) -> None:
+    """Where proton would print: any consumer could fill the log, and the door keeps the reasons itself."""
 
 
 async def _until(condition: Callable[[], bool], end: float) -> None:
