@@ -12,8 +12,10 @@ from dataclasses import dataclass
 __all__ = ["Budget", "Share"]
 
 _MOST_BYTES = 256 * 1024**2
-# The first messages are asked for as if they were large; from then on as they are.
+# The first messages are asked for as if they were large, and not many: whoever gets none would take from the others what it does not
+# need. From then on they count as they are.
 _TYPICAL_BYTES, _OVERHEAD_BYTES = 64 * 1024, 512
+_FIRST = 64
 
 
 class Budget:
@@ -36,6 +38,7 @@ class Share:
     held: int = 0
     _claim: int = 0
     _typical: float = _TYPICAL_BYTES
+    _known: bool = False
 
     @property
     def allowed(self) -> int:
@@ -44,10 +47,12 @@ class Share:
 
     def room(self, wanted: int) -> int:
         """How many messages more may be asked for, with `wanted` under way; at least one by whoever has none."""
-        room = int((self.allowed - self.held) / self._typical) - wanted
+        room = int((self.allowed - self.held) / self._typical)
+        room = (room if self._known else min(room, _FIRST)) - wanted
         return max(room, 0 if self.held or wanted else 1)
 
     def came(self, size: int) -> None:
+        self._known = True
         self.held += size
         size += _OVERHEAD_BYTES
         self._typical = max(size, self._typical + (size - self._typical) / 16)
