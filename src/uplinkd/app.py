@@ -270,8 +270,8 @@ class _Supervisor:
                 signal.signal(number, handler)
 
     def _spawn(self, slot: int) -> _Worker:
-        reading, writing = _fork.Pipe(duplex=False)
         """The process of a slot: the workers', then the one that delivers, then the console's."""
+        reading, writing = _fork.Pipe(duplex=False)
         target, name = {
             self.doors.workers: (self._delivery, "the delivery"),
             self.doors.workers + 1: (self._console, "the console"),

@@ -14,7 +14,7 @@ from tests.contracts.test_bus import Line, running
 from tests.house import until
 from uplinkd.core.groups import Group, Kind, Plan
 from uplinkd.core.model import Origin, ProductKey
-from uplinkd.engine import Feed, Taken
+from uplinkd.engine import ORIGIN_HEADER, Feed, Taken
 from uplinkd.engine.api import ask_api
 from uplinkd.engine.deliveries import JetStreamDeliveries
 from uplinkd.engine.embedded import read_access
@@ -206,6 +206,39 @@ async def test_a_consumer_that_somebody_deleted_is_made_again(house: House) -> N
     await house.publish(b"two")
     await until(lambda: b"two" in consumer.payloads)
     assert consumer.payloads == [b"one", b"one", b"two"]
+
+
+@pytest.mark.parametrize(
+    "by_hand",
+    [{"headers_only": True}, {"filter_subject": "/.other.>"}, {"max_batch": 1}],
+)
+async def test_a_consumer_that_somebody_changed_is_as_the_group_wants_it_again(
+    house: House, by_hand: dict[str, object]
+) -> None:
+    """Whatever was set; and it stays where it was."""
+    bus, name = house.line.mine, consumer_name(GROUP)
+    await house.publish(b"one")
+    first = house.consumer(1)
+    await until(lambda: first.taken)
+    first.taken[0].accept()
+    first.feed.close()
+    await asyncio.sleep(0.2)
+    config = (await ask_api(bus, f"CONSUMER.INFO.{STREAM}.{name}"))["config"]
+    if "filter_subject" in by_hand:
+        del config["filter_subjects"]
+    await ask_api(bus, f"CONSUMER.CREATE.{STREAM}.{name}", {"stream_name": STREAM, "config": config | by_hand})
+    consumer = house.consumer(10)
+    await house.publish(b"two", b"three")
+    await until(lambda: consumer.payloads == [b"two", b"three"])
+
+
+async def test_an_origin_that_is_not_known_here_is_a_report(house: House) -> None:
+    """Of a later version, or by hand: it is read like any other, rather than fail each time that it comes."""
+    consumer = house.consumer(10)
+    await house.publish(b"one")  # the stream is there
+    house.line.mine.tell("/.pk.dev.user.update", b"two", {ORIGIN_HEADER: "teleprinter"})
+    await until(lambda: len(consumer.taken) == 2)
+    assert [each.message.origin for each in consumer.taken] == [Origin.HTTPS, Origin.HTTPS]
 
 
 async def test_a_group_begins_at_its_time_whatever_else_its_filters_match_later(house: House) -> None:

@@ -73,7 +73,7 @@ def test_a_group_is_what_it_was_made_as(registry: Registry) -> None:
     assert registry.groups.by_id(99) is None
 
 
-@pytest.mark.parametrize("name", ["", "x" * 65, "a b", "a/b", "ä", "a\n"])
+@pytest.mark.parametrize("name", ["", "x" * 65, "a b", "a/b", "ä", "a\n", ".", ".."])
 def test_a_group_name_that_breaks_the_rule_is_refused_with_it(registry: Registry, name: str) -> None:
     with pytest.raises(Rejected, match="1 to 64 letters, digits and - _"):
         registry.groups.create(name, PLAN)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -206,6 +209,21 @@ def test_pauses_double_from_a_second_to_ten_minutes() -> None:
 def test_a_shown_url_has_no_query() -> None:
     """It may hold a secret."""
     assert shown_url(f"{URL}?key=s3cret") == URL
+
+
+def test_the_version_is_the_same_in_every_process() -> None:
+    """Otherwise a form that somebody has open, or an If-Match, is out of date when the console was started again."""
+    code = (
+        "from uplinkd.core.groups import Group, Kind, Plan; "
+        "print(Group(1, 'billing', Plan(kinds=frozenset(Kind)), 0, 1, 0).version)"
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in "123"
+    }
+    assert len(told) == 1
 
 
 def test_the_version_changes_with_every_change_and_tells_no_secret() -> None:

@@ -19,6 +19,7 @@ from uplinkd.core.apps import hash_secret
 from uplinkd.core.groups import Group, Plan
 from uplinkd.core.model import App, DeviceName, Message, ProductKey
 from uplinkd.delivery.amqp import AmqpDoor, Lookups
+from uplinkd.delivery.budget import Budget
 from uplinkd.engine import Deliveries
 from uplinkd.engine.memory import MemoryDeliveries
 from uplinkd.journal import Refusal
@@ -117,11 +118,12 @@ async def doorway(
     deliveries: Deliveries | None = None,
     settings: Settings = SETTINGS,
     tls: ssl.SSLContext | None = None,
+    budget: Budget | None = None,
 ) -> AsyncIterator[Doorway]:
     memory = MemoryDeliveries(haste=20)
     known = known or Known()
     refusals: list[Refusal] = []
-    door = AmqpDoor(settings, registry or known, deliveries or memory, refusals.append)
+    door = AmqpDoor(settings, registry or known, deliveries or memory, refusals.append, budget)
     server = await asyncio.get_running_loop().create_server(door.connection, "127.0.0.1", 0, ssl=tls)
     opened = Doorway(door, known, memory, refusals, server.sockets[0].getsockname()[1])
     yield opened
@@ -198,6 +200,11 @@ class Peer(asyncio.Protocol):
         while self._transport and (size := self.engine.pending()) > 0:
             self._transport.write(self.engine.peek(size) or b"")
             self.engine.pop(size)
+
+    def write(self, data: bytes) -> None:
+        """Frames that proton does not know of."""
+        assert self._transport
+        self._transport.write(data)
 
     def leave(self) -> None:
         """Be gone, without a word."""

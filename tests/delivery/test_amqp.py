@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import struct
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from uplinkd.core.errors import Code, Unavailable
 from uplinkd.core.groups import Plan, Webhook
 from uplinkd.core.model import App, ProductKey
 from uplinkd.delivery import amqp, link
+from uplinkd.delivery.budget import Budget
 from uplinkd.registry import Change, open_registry
 from uplinkd.settings import Settings
 
@@ -371,6 +373,22 @@ async def test_malformed_frames_end_a_connection(
     assert capfd.readouterr().err == ""
 
 
+async def test_proton_prints_nothing(house: Doorway, capfd: pytest.CaptureFixture[str]) -> None:
+    """A client that says something odd would write into the log as often as it likes."""
+    login = b"\0%b\0%b" % tuple(each.encode() for each in credentials())
+    init = b"\x00\x53\x41\xd0%b\xa3\x05PLAIN\xb0%b" % (
+        struct.pack(">II", len(login) + 16, 2),
+        struct.pack(">I", len(login)),
+    )
+    head = struct.pack(">IBBH", 8 + len(init) + len(login), 2, 1, 0)
+    _, writer = await asyncio.open_connection("127.0.0.1", house.port)
+    writer.write(SASL + head + init + login + AMQP + performative(0x10, b"\xa1\x01c", b"\x40", number(1)))
+    await until(lambda: house.door.connections and not house.door.strangers)
+    await asyncio.sleep(0.05)
+    writer.close()
+    assert capfd.readouterr().err == ""
+
+
 async def test_who_does_not_sign_in_is_closed(house: Doorway, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within 15 s, as on the platform."""
     monkeypatch.setattr(amqp, "_ARRIVE_SECONDS", 0.05)
@@ -386,18 +404,36 @@ async def test_who_opens_no_link_is_closed(house: Doorway, monkeypatch: pytest.M
     assert house.refusals[0].reason.startswith("consumer 'client-1' of the group 'invoices': no receiver link")
 
 
-async def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them, and those that have not signed in."""
+async def test_connections_are_bounded() -> None:
+    """All of them."""
     async with doorway(settings=SETTINGS.model_copy(update={"max_connections": 1})) as house:
         await house.consumer()
         assert await raw(house, b"") == b""
-    monkeypatch.setattr(amqp, "_STRANGERS", 1)
+
+
+async def test_a_silent_connection_gives_way_to_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise as many as may be there without having signed in would keep every consumer out, for 15 seconds each."""
+    monkeypatch.setattr(amqp, "_STRANGERS", 3)
     async with doorway() as house:
         await house.consumer()
-        _, silent = await asyncio.open_connection("127.0.0.1", house.port)
-        await until(house.door.strangers)
+        silent = [await asyncio.open_connection("127.0.0.1", house.port) for _ in range(3)]
+        await until(lambda: len(house.door.strangers) == 3)
+        await house.consumer()
+        assert await silent[0][0].read() == b""
+        assert len(house.door.strangers) == 2
+        assert await house.reasons() == ["no sign-in had come, and 3 connections wait for theirs"]
+        for _, writer in silent:
+            writer.close()
+
+
+async def test_who_is_being_checked_does_not_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that have said who they are; one more is refused then."""
+    monkeypatch.setattr(amqp, "_STRANGERS", 1)
+    async with doorway() as house:
+        wrong = await house.connect(secret="wrong")
+        await house.reasons()
         assert await raw(house, b"") == b""
-        silent.close()
+        assert not wrong.lost
 
 
 async def test_a_real_registry_is_asked(tmp_path: Path) -> None:
@@ -446,6 +482,71 @@ async def test_a_client_that_tries_links_without_end_is_closed(house: Doorway) -
         peer.attach(f"more {number}")
     assert (await peer.closed())[0] == "amqp:not-allowed"
     assert len(house.refusals) == 1
+
+
+def performative(code: int, *fields: bytes, channel: int = 0) -> bytes:
+    """A frame as a client writes it that proton would not be."""
+    body = b"\x00\x53%c\xd0" % code + struct.pack(">II", sum(map(len, fields)) + 4, len(fields)) + b"".join(fields)
+    return struct.pack(">IBBH", 8 + len(body), 2, 0, channel) + body
+
+
+def number(value: int) -> bytes:
+    return b"\x70" + struct.pack(">I", value)
+
+
+async def test_sessions_that_come_and_go_leave_nothing_behind(house: Doorway) -> None:
+    """As many as a client opens one after the other, also where it does not wait for the end of the one before."""
+    peer = await house.consumer(credit=1)
+    begin, end = performative(0x11, b"\x40", number(0), number(9), number(9), channel=1), performative(0x17, channel=1)
+    for _ in range(50):
+        before = peer.heard
+        peer.write((begin + end) * 3)
+        await until(lambda before=before: peer.heard >= before + 100)  # type: ignore[misc]
+    house.memory.offer(message(1))
+    await peer.messages(1)
+    gc.collect()
+    assert sum(isinstance(each, proton.Session) for each in gc.get_objects()) < 10
+
+
+async def test_a_client_that_opens_sessions_without_end_is_closed(house: Doorway) -> None:
+    """Proton cannot tell it so: it prints a line, and is deaf and dumb from then on, while each session costs 3 KB."""
+    peer = await house.consumer()
+    begin, end = performative(0x11, b"\x40", number(0), number(9), number(9), channel=1), performative(0x17, channel=1)
+    peer.write((begin + end) * 500)
+    await until(lambda: not house.door.connections)
+    (reason,) = await house.reasons()
+    assert reason.endswith("a connection has at most 8 sessions, with those that have just ended")
+
+
+@pytest.mark.parametrize("credit", [2**31, 2**32 - 1])
+async def test_credit_beyond_what_can_be_counted_is_refused(house: Doorway, credit: int) -> None:
+    """And not taken for none, which a consumer would not learn of."""
+    peer = await house.consumer()
+    peer.write(performative(0x13, *map(number, (0, 1000, 0, 1000, 0, 0, credit))))
+    assert await peer.closed() == ("amqp:invalid-field", "link-credit is at most 2,147,483,647")
+
+
+async def test_the_largest_credit_is_one(house: Doorway) -> None:
+    peer = await house.consumer()
+    peer.write(performative(0x13, *map(number, (0, 1000, 0, 1000, 0, 0, 2**31 - 1))))
+    house.memory.offer(message(1))
+    await peer.messages(1)
+
+
+async def test_consumers_together_hold_a_bounded_number_of_bytes() -> None:
+    """Whoever comes when the others have everything gets a little all the same."""
+    async with doorway(budget=Budget(1024**2)) as house:
+        for _ in range(6):
+            await house.consumer(credit=1000)
+            house.memory.offer(*(message(each, bytes(60_000)) for each in range(40)))
+            await asyncio.sleep(0.05)
+        held = [each.held for each in house.door.consumers()]
+        assert min(held) >= 3
+        assert sum(held) * 60_000 < 1024**2 + 6 * 256 * 1024
+        for peer in house.peers:
+            peer.leave()
+        await until(lambda: not house.door.connections)
+        assert house.door.budget.used == 0
 
 
 async def test_a_group_has_64_consumers(house: Doorway, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -651,7 +752,7 @@ async def test_a_drain_ends_in_time() -> None:
         house.memory.offer(message(1))
         await peer.messages(1)
         _, silent = await asyncio.open_connection("127.0.0.1", house.port)
-        await until(house.door.strangers)
+        await until(lambda: house.door.strangers)
         begun = asyncio.get_running_loop().time()
         await house.door.drain(0.2)
         assert asyncio.get_running_loop().time() - begun < 1

@@ -197,6 +197,8 @@ def test_whose_fault_an_answer_is() -> None:
         ("1.5", None),
         ("٣", None),
         ("", None),
+        ("Mon, 01 Jan 2024 00:00:00 +99999999999999999999", None),
+        ("Mon, 01 Jan 2024 00:00:99999999999999999999 GMT", None),
     ],
 )
 def test_retry_after_is_seconds_or_a_date(text: str, seconds: float | None) -> None:

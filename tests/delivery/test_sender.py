@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import ipaddress
 import ssl
@@ -171,6 +172,32 @@ async def test_an_acceptance_is_one_whatever_follows() -> None:
         assert [(await sender.post(receiver.url, {}, b"", timeout=0.2)).status for _ in range(3)] == [200, 202, 204]
         await sender.close()
         assert receiver.connections == 3
+
+
+async def test_an_answer_that_nobody_has_asked_for_accepts_nothing() -> None:
+    """From a target that answers twice, the second time on an idle connection: the next message would count as accepted."""
+    requests: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(EOFError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                requests.append(await reader.readexactly(1))
+                writer.write(answer(204 if requests == [b"1"] else 500))
+                await asyncio.sleep(0.02)
+                writer.write(answer(200))
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/hook"
+    sender = Sender(HERE)
+    said = []
+    for body in (b"1", b"2", b"3"):
+        said.append((await sender.post(url, {}, body, timeout=2)).status)
+        await asyncio.sleep(0.05)
+    await sender.close()
+    server.close()
+    assert (said, requests) == ([204, 500, 500], [b"1", b"2", b"3"])
 
 
 async def test_a_connection_that_was_closed_meanwhile_costs_no_failure() -> None:

@@ -19,6 +19,7 @@ from uplinkd import __version__
 from uplinkd.core.groups import Form, Group
 from uplinkd.core.model import Message
 from uplinkd.delivery import webhook
+from uplinkd.delivery.budget import Budget
 from uplinkd.delivery.sender import Sender
 from uplinkd.delivery.webhook import Pump
 from uplinkd.engine.memory import MemoryDeliveries
@@ -273,6 +274,60 @@ async def test_a_device_with_too_much_behind_a_refused_message_waits_no_longer(
         "it answered 422 Unprocessable Entity, 2 times (too many messages of its device wait for a further try; there are 16): "
         "no such field"
     )
+
+
+async def test_many_devices_with_refused_messages_hold_no_other_up(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them has few behind its refused one, and together they would fill all that a pump holds."""
+    monkeypatch.setattr(webhook, "_MOST_ASIDE", 30)
+    async with (
+        receiving(bad(*range(0, 200, 10))) as receiver,
+        pumping(group(receiver.url, tries=16), sender, haste=1.0) as (_, deliveries),
+    ):
+        deliveries.offer(*(message(number, f"bad-{number // 10}") for number in range(200)))
+        deliveries.offer(*(message(number, "good") for number in range(200, 220)))
+        await until(lambda: {*range(200, 220)} <= set(receiver.accepted), 5)
+        await asyncio.sleep(0.05)
+        state = sorted(receiver.accepted)
+    assert state == sorted(set(state))
+
+
+async def test_large_messages_behind_a_refused_one_hold_no_other_up(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a pump may hold in bytes is not all theirs either, for the hour that sixteen tries take."""
+    monkeypatch.setattr(webhook, "_MOST_HELD_BYTES", 400_000)
+    async with (
+        receiving(bad(0)) as receiver,
+        pumping(group(receiver.url, tries=16, lanes=1), sender, haste=1.0) as (_, deliveries),
+    ):
+        deliveries.offer(*(message(number, "bad", payload=b'"%b"' % (b"x" * 40_000)) for number in range(20)))
+        deliveries.offer(message(20, "good"))
+        await until(lambda: 20 in receiver.accepted, 5)
+
+
+async def test_pumps_together_hold_a_bounded_number_of_bytes(sender: Sender) -> None:
+    """Those that come when the others have everything get a little all the same; what is given back is free again."""
+    budget = Budget(2 * 1024**2)
+    async with receiving(lambda got: 500) as receiver:
+        pumps = []
+        for number in range(4):
+            deliveries = MemoryDeliveries(haste=HASTE)
+            mine = group(receiver.url, name=f"g{number}", form=Form.BATCH, lanes=1)
+            pump = Pump(mine, deliveries, sender, haste=HASTE, budget=budget)
+            task = asyncio.create_task(pump.run())
+            deliveries.offer(*(message(each, payload=bytes(60_000)) for each in range(100)))
+            await until(lambda: receiver.got)
+            await asyncio.sleep(0.05)
+            pumps.append((pump, task, deliveries))
+        for pump, task, _ in pumps:
+            await pump.stop(0.1)
+            await task
+    held = [len(deliveries.again) for *_, deliveries in pumps]
+    assert min(held) >= 10
+    assert sum(held) * 60_000 < 2 * 1024**2 + 4 * 1024**2
+    assert budget.used == 0
 
 
 @pytest.mark.parametrize("status", [429, 503, 422])

@@ -112,8 +112,10 @@ class Group:
 
     @property
     def version(self) -> str:
-        """Another one after each change."""
-        return f"{self.id}-{zlib.crc32(repr((self.plan, self.start, self.generation, self.secret)).encode()):08x}"
+        """Another one after each change; the same in every process, whatever order a set has there."""
+        plan, kinds = replace(self.plan, kinds=frozenset()), sorted(self.plan.kinds)
+        facts = repr((plan, kinds, self.start, self.generation, self.secret))
+        return f"{self.id}-{zlib.crc32(facts.encode()):08x}"
 
 
 def kind_of(message: Message) -> Kind:

@@ -205,6 +205,15 @@ class Origin(StrEnum):
     STATUS = "status"
     LIFECYCLE = "lifecycle"
 
+    @classmethod
+    def named(cls, text: str | None) -> Origin:
+        """What a stored message says of itself. Nothing, or what only a later version knows, is a device's report: one that could
+        not be read would come to its groups for ever."""
+        try:
+            return cls(text or cls.HTTPS)
+        except ValueError:
+            return cls.HTTPS
+
 
 @dataclass(frozen=True, slots=True)
 class Message:

@@ -55,7 +55,8 @@ _PRODUCT_KEY = re.compile(r"[A-Za-z0-9]{1,30}")
 _DEVICE_NAME = re.compile(r"[A-Za-z0-9_@.:-]{4,32}")
 _IMPORTED_DEVICE_NAME = re.compile(r"[A-Za-z0-9_@.:-]{1,64}")
 _LEVEL = re.compile(r"[A-Za-z0-9_]+")
-_APP_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+# They stand in addresses, where . and .. are other places: no browser could ask for such a one.
+_APP_NAME = re.compile(r"(?!\.\.?$)[A-Za-z0-9_.-]{1,64}")
 
 
 def _random(length: int) -> str:
@@ -139,19 +140,19 @@ def check_device_secret(text: str) -> str:
 
 def check_app_name(text: str) -> str:
     if not _APP_NAME.fullmatch(text):
-        raise Rejected(f"application name {text!r}: it has 1 to 64 letters, digits and - _ .")
+        raise Rejected(f"application name {text!r}: it has 1 to 64 letters, digits and - _ . and is not . or ..")
     return text
 
 
 def check_group_name(text: str) -> str:
     if not _APP_NAME.fullmatch(text):
-        raise Rejected(f"consumer group {text!r}: its name has 1 to 64 letters, digits and - _ .")
+        raise Rejected(f"consumer group {text!r}: its name has 1 to 64 letters, digits and - _ . and is not . or ..")
     return text
 
 
 def check_user_name(text: str) -> str:
     if not _APP_NAME.fullmatch(text):
-        raise Rejected(f"user name {text!r}: it has 1 to 64 letters, digits and - _ .")
+        raise Rejected(f"user name {text!r}: it has 1 to 64 letters, digits and - _ . and is not . or ..")
     return text
 
 

@@ -96,7 +96,7 @@ def retry_after(text: str, *, now: float) -> float | None:
     else:
         try:
             at = parsedate_to_datetime(text)
-        except ValueError:
+        except (ValueError, OverflowError):  # the latter for a number that no clock has
             return None
         wanted = (at if at.tzinfo else at.replace(tzinfo=dt.UTC)).timestamp() - now
     return min(max(wanted, 0.0), LONGEST_RETRY_AFTER)

@@ -18,6 +18,7 @@ from uplinkd import asking
 from uplinkd.core.errors import Code, Refused, Rejected, Unavailable
 from uplinkd.core.groups import Group
 from uplinkd.core.model import App
+from uplinkd.delivery.budget import Budget
 from uplinkd.delivery.link import Link
 from uplinkd.delivery.sasl import (
     AMQP_HEADER,
@@ -105,15 +106,23 @@ class AmqpDoor:
     """
 
     def __init__(
-        self, settings: Settings, registry: Lookups, deliveries: Deliveries, record: Callable[[Refusal], None]
+        self,
+        settings: Settings,
+        registry: Lookups,
+        deliveries: Deliveries,
+        record: Callable[[Refusal], None],
+        budget: Budget | None = None,
     ) -> None:
         check_available(settings)
         self.deliveries = deliveries
+        self.budget = budget or Budget()
         self.record = record
         self.most = settings.max_connections
         self.draining = False
         self.changes = 0
         self.connections: set[Connection] = set()
+        self.strangers: dict[Connection, None] = {}
+        """Those that have not signed in yet, in the order in which they came."""
         self._registry = registry
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -172,9 +181,17 @@ class AmqpDoor:
             each.member is not None and each.member[1].id == group.id and each.linked for each in self.connections
         ) >= (_CONSUMERS_A_GROUP)
 
-    def strangers(self) -> int:
-        """How many have not signed in yet."""
-        return sum(each.member is None for each in self.connections)
+    def has_room(self) -> bool:
+        """Whether one more may come. Of many strangers the one that has said nothing for longest gives way: as long as each of them
+        might stay, a few hundred silent connections would keep everybody out."""
+        if self.draining or len(self.connections) >= self.most:
+            return False
+        if len(self.strangers) < _STRANGERS:
+            return True
+        silent = next((each for each in self.strangers if each.silent), None)
+        if silent:
+            silent.give_way()
+        return silent is not None
 
     def _look(self, login: Login) -> tuple[App, Group]:
         registry = self._registry
@@ -222,6 +239,8 @@ class Connection(asyncio.Protocol):
         self._header = b""
         self._link: Link | None = None
         self._refused_links = 0
+        self._sessions = self._ended_sessions = 0  # the latter until that is written
+        self._deaf = False
         self._flushing = False
         self._bye = False  # the client has closed its side
 
@@ -235,6 +254,17 @@ class Connection(asyncio.Protocol):
     def holds(self) -> bool:
         """Whether the client has messages that it has not settled."""
         return bool(self._link and self._link.held)
+
+    @property
+    def silent(self) -> bool:
+        """Whether the client has yet to say who it is."""
+        return self._stage == _SIGNING
+
+    def give_way(self) -> None:
+        self._record(Code.REQUEST_TOO_MANY, f"no sign-in had come, and {_STRANGERS} connections wait for theirs")
+        self._door.strangers.pop(self, None)
+        self._stage = _OVER
+        self.abort()
 
     def consumer(self) -> asking.Consumer | None:
         if not (self._link and self.login and self.member):
@@ -277,18 +307,20 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         door = self._door
-        if door.draining or len(door.connections) >= door.most or door.strangers() >= _STRANGERS:
+        peer = transport.get_extra_info("peername")
+        self.address = peer[0] if peer else ""
+        if not door.has_room():
             self._stage = _OVER
             self._transport.abort()
             return
         door.connections.add(self)
-        peer = transport.get_extra_info("peername")
-        self.address = peer[0] if peer else ""
+        door.strangers[self] = None
         self._transport.set_write_buffer_limits(high=_UNREAD_BYTES)
         self._within(_ARRIVE_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._door.connections.discard(self)
+        self._door.strangers.pop(self, None)
         self._unlink()
         for timer in (self._deadline, self._ticking, self._reading):
             if timer:
@@ -371,9 +403,11 @@ class Connection(asyncio.Protocol):
     def _begin(self, login: Login, member: tuple[App, Group]) -> None:
         """It is a consumer of ours: the rest is proton's."""
         self.login, self.member = login, member
+        self._door.strangers.pop(self, None)
         self._since = round(time.time() * 1000)
         self._write(outcome(OK))
         self._engine = proton.Transport(proton.Transport.SERVER)
+        self._engine.tracer = _hush
         self._engine.max_frame_size = _FRAME_BYTES
         self._engine.channel_max = _MOST_SESSIONS - 1
         self._engine.idle_timeout = _SILENCE_SECONDS
@@ -400,9 +434,9 @@ class Connection(asyncio.Protocol):
                 self._record(Code.PARAM_ERROR, f"after the sign-in came no header of AMQP 1.0, but {self._header!r}")
                 self._end()
                 return
-        left = data
+        left = b"" if self._deaf else data
         with contextlib.suppress(proton.ProtonException):  # malformed: the engine has said so in its answer
-            while left and (room := self._engine.capacity()) > 0:
+            while left and not self._deaf and (room := self._engine.capacity()) > 0:
                 self._engine.push(left[:room])
                 left = left[room:]
                 self._react()
@@ -429,6 +463,9 @@ class Connection(asyncio.Protocol):
         while not self._reading and (size := self._engine.pending()) > 0:
             self._transport.write(self._engine.peek(size) or b"")
             self._engine.pop(size)
+        if size == 0 and not self._reading:
+            self._sessions -= self._ended_sessions
+            self._ended_sessions = 0
         if size < 0:  # the engine has said everything
             self._stage = _CLOSING
             self._unlink()
@@ -475,6 +512,13 @@ class Connection(asyncio.Protocol):
         connection.close()
 
     def _session_opened(self, session: proton.Session) -> None:
+        if self._sessions == _MOST_SESSIONS:
+            # Proton would find no channel for it, and say and do nothing from then on; each costs it 3 KB until it is answered.
+            self._deaf = True
+            text = f"a connection has at most {_MOST_SESSIONS} sessions, with those that have just ended"
+            self._object(_TOO_MANY, text)
+            return
+        self._sessions += 1
         session.open()
 
     def _session_closed(self, session: proton.Session) -> None:
@@ -482,6 +526,8 @@ class Connection(asyncio.Protocol):
             self._unlink()
             self._within(_ARRIVE_SECONDS)
         session.close()
+        session.free()
+        self._ended_sessions += 1
 
     def _attached(self, link: proton.Link) -> None:
         assert self.member
@@ -504,7 +550,9 @@ class Connection(asyncio.Protocol):
             link.snd_settle_mode = proton.Link.SND_UNSETTLED  # also where settled ones are asked for: none may get lost
             link.rcv_settle_mode = proton.Link.RCV_FIRST
             link.open()
-            self._link = Link(group, self._door.deliveries, link, self._stirred, blocked=self._reading is not None)
+            self._link = Link(
+                group, self._door.deliveries, link, self._stirred, self._door.budget, blocked=self._reading is not None
+            )
             self._within(None)
 
     def _refuse_link(self, link: proton.Link, name: str, text: str) -> None:
@@ -527,7 +575,11 @@ class Connection(asyncio.Protocol):
         link.free()
 
     def _flowed(self, link: proton.Link) -> None:
-        if self._link and self._link.sender == link:
+        if not (self._link and self._link.sender == link):
+            return
+        if link.credit < -self._link.sent:  # proton counts in 32 bits with a sign: it would send nothing, for ever
+            self._object(_INVALID, f"link-credit is at most {2**31 - 1:,}")
+        else:
             self._link.flowed()
 
     def _delivery(self, delivery: proton.Delivery) -> None:
@@ -623,6 +675,10 @@ _ACTS: dict[str, Callable[[Connection, Any], None]] = {
 
 def _paused(group: Group) -> str:
     return f"the consumer group {group.name!r} is paused; connect again when it goes on" if group.plan.paused else ""
+
+
+def _hush(_engine: proton.Transport, _line: str) -> None:
+    """Where proton would print: any consumer could fill the log, and the door keeps the reasons itself."""
 
 
 async def _until(condition: Callable[[], bool], end: float) -> None:

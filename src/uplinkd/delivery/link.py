@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from uplinkd.core.groups import Group, pause_before
 from uplinkd.core.model import Message
+from uplinkd.delivery.budget import Budget, Share
 from uplinkd.engine import Deliveries, Feed, Taken
 
 if TYPE_CHECKING:
@@ -26,11 +27,9 @@ __all__ = ["WINDOW", "Link", "encode"]
 WINDOW = 1000
 """Messages that a consumer may hold without having settled them, however much credit it gives."""
 
-_WINDOW_BYTES = 4 * 1024**2
+_WINDOW_BYTES, _LEAST_BYTES = 4 * 1024**2, 256 * 1024
 # What proton has of messages and the client's session does not take yet.
 _UNSENT_BYTES = 1024**2
-# The first messages are asked for as if they were large; from then on as they are.
-_TYPICAL_BYTES, _OVERHEAD_BYTES = 64 * 1024, 512
 # A client that drains wants what is there, or to hear that nothing is. What was on its way to the feed has come by then.
 _DRAIN_SECONDS = 0.25
 
@@ -46,16 +45,19 @@ class Link:
     deliveries: Deliveries
     sender: proton.Sender
     stirred: Callable[[], None]
+    budget: Budget
     blocked: bool = False  # the client does not read
     held: dict[str, Taken] = field(default_factory=dict)  # by delivery tag
     _ready: deque[Taken] = field(default_factory=deque)
     _feed: Feed | None = None
     _wanted: int = 0
-    _bytes: int = 0
-    _typical: float = _TYPICAL_BYTES
     _number: int = 0
     _resting: bool = False
     _draining: asyncio.TimerHandle | None = None
+    _share: Share = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._share = self.budget.share(_WINDOW_BYTES, _LEAST_BYTES)
 
     def flowed(self) -> None:
         """The client has told how much credit it gives."""
@@ -69,6 +71,11 @@ class Link:
     def credit(self) -> int:
         """How many messages more the client would take."""
         return max(0, int(self.sender.credit))
+
+    @property
+    def sent(self) -> int:
+        """How many messages went to the client: by so many its idea of the credit may differ."""
+        return self._number
 
     def go_on(self) -> bool:
         """Send what is ready and may be sent, and ask for more; whether something was sent."""
@@ -85,7 +92,8 @@ class Link:
         delivery.settle()
         if taken is None:
             return
-        self._bytes -= len(taken.message.payload)
+        self._share.went(len(taken.message.payload))
+        self._share.claim(self._wanted)
         if state == _ACCEPTED:
             taken.accept()
         else:
@@ -104,13 +112,12 @@ class Link:
         for taken in self.held.values():
             _give_back(taken)
         self.held.clear()
-        self._bytes = 0
+        self._share.close()
 
     def _take(self, taken: Taken) -> None:
-        size = len(taken.message.payload) + _OVERHEAD_BYTES
-        self._typical = max(size, self._typical + (size - self._typical) / 16)
         self._wanted -= 1
-        self._bytes += len(taken.message.payload)
+        self._share.came(len(taken.message.payload))
+        self._share.claim(self._wanted)
         self._ready.append(taken)
         self._send()
         self.stirred()
@@ -140,13 +147,13 @@ class Link:
         count = min(self.credit - waiting, WINDOW - waiting - len(self.held))
         if count <= 0:
             return
-        room = int((_WINDOW_BYTES - self._bytes) / self._typical) - self._wanted
-        count = min(count, room if self.held or waiting else max(1, room))
+        count = min(count, self._share.room(self._wanted))
         if count <= 0:
             return
         if self._feed is None:
             self._feed = self.deliveries.feed(self.group, self._take)
         self._wanted += count
+        self._share.claim(self._wanted)
         self._feed.want(count)
 
     def _drained(self) -> None:
@@ -164,8 +171,9 @@ class Link:
         self._feed, self._wanted = None, 0
         while len(self._ready) > credit:
             taken = self._ready.pop()
-            self._bytes -= len(taken.message.payload)
+            self._share.went(len(taken.message.payload))
             _give_back(taken)
+        self._share.claim(0)
 
 
 def _give_back(taken: Taken) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.connector import Connection
 from yarl import URL
 
 from uplinkd import __version__
@@ -126,6 +127,7 @@ class Sender:
                 ),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=_HEADERS,
+                request_class=_Request,
                 skip_auto_headers=("Accept", "Accept-Encoding"),
                 auto_decompress=False,
                 trust_env=False,
@@ -137,6 +139,15 @@ class Sender:
             self._threads, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         )
         return [str(address[0]) for *_, address in found]
+
+
+class _Request(aiohttp.ClientRequest):
+    """One that takes no answer for its own which was there before it was sent, from a target that has answered twice."""
+
+    async def send(self, conn: Connection) -> aiohttp.ClientResponse:
+        if conn.protocol is None or conn.protocol.should_close:
+            raise aiohttp.ServerDisconnectedError
+        return await super().send(conn)
 
 
 class _Guard(AbstractResolver):

@@ -21,9 +21,11 @@ from uplinkd.asking import LIVE, TRYING, HookState, Live, Trial
 from uplinkd.core.errors import NotFound, Rejected, Unavailable
 from uplinkd.core.groups import Group
 from uplinkd.delivery.amqp import AmqpDoor
+from uplinkd.delivery.budget import Budget
 from uplinkd.delivery.lifecycle import Lifecycle
 from uplinkd.delivery.webhook import Pump, Sender, try_delivery
 from uplinkd.engine import Bus, Deliveries, Told
+from uplinkd.engine.api import ApiError, NotThere
 from uplinkd.engine.bus import NatsBus
 from uplinkd.engine.deliveries import JetStreamDeliveries
 from uplinkd.engine.embedded import Access
@@ -69,6 +71,7 @@ def run(task: DeliveryTask) -> None:
     gc.set_threshold(50_000, 20, 50)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(task))
+    os._exit(0)  # a thread that still looks a name up, which may take half a minute, would be waited for
 
 
 async def _serve(task: DeliveryTask) -> None:
@@ -84,7 +87,8 @@ async def _serve(task: DeliveryTask) -> None:
     bus = NatsBus(task.access, "uplinkd delivery")
     deliveries = JetStreamDeliveries(bus)
     sender = Sender(settings)
-    hooks = Hooks(registry, bus, deliveries, sender)
+    budget = Budget()
+    hooks = Hooks(registry, bus, deliveries, sender, budget)
     cache.on_change(hooks.changed)
     duties = [
         asyncio.create_task(duty)
@@ -92,7 +96,7 @@ async def _serve(task: DeliveryTask) -> None:
     ]
     door = server = None
     if task.amqp:
-        door = AmqpDoor(settings, registry, deliveries, journal.record)
+        door = AmqpDoor(settings, registry, deliveries, journal.record, budget)
         cache.on_change(door.changed)
         server = await loop.create_server(
             door.connection, sock=task.amqp, ssl=task.context, ssl_handshake_timeout=_HANDSHAKE_SECONDS
@@ -136,11 +140,14 @@ async def _serve(task: DeliveryTask) -> None:
 class Hooks:
     """A pump for each group with a webhook, and a consumer in JetStream for every group: both as the registry says now."""
 
-    def __init__(self, registry: Registry, bus: Bus, deliveries: Deliveries, sender: Sender) -> None:
+    def __init__(
+        self, registry: Registry, bus: Bus, deliveries: Deliveries, sender: Sender, budget: Budget | None = None
+    ) -> None:
         self._registry = registry
         self._bus = bus
         self._deliveries = deliveries
         self._sender = sender
+        self._budget = budget or Budget()
         self._pumps: dict[int, tuple[Group, Pump, asyncio.Task[None]]] = {}
         self._stirred = asyncio.Event()
         self._warn = Occasionally(10)
@@ -180,11 +187,17 @@ class Hooks:
         await asyncio.gather(*(self._end(self._pumps.pop(key), _STOP_SECONDS) for key in outdated))
         for group in wanted.values():
             if group.id not in self._pumps:
-                pump = Pump(group, self._deliveries, self._sender)
+                pump = Pump(group, self._deliveries, self._sender, budget=self._budget)
                 self._pumps[group.id] = group, pump, asyncio.create_task(_guarded(group, pump))
         if self._bus.connected:
             for group in groups:
-                await ensure(self._bus, group)
+                try:
+                    await ensure(self._bus, group)
+                except NotThere:
+                    raise  # the stream itself, for all of them
+                except ApiError as fault:
+                    if self._warn():
+                        log.warning("consumer group %s: %s", group.name, fault)
             await sweep(self._bus, groups)
 
     async def answer_trial(self, told: Told) -> None:

@@ -15,7 +15,7 @@ import random
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, field
 
 from uplinkd.asking import HookState
@@ -24,6 +24,7 @@ from uplinkd.core.cloudevents import Event
 from uplinkd.core.errors import Unavailable
 from uplinkd.core.groups import Form, Group, Webhook, pause_before, shown_url
 from uplinkd.core.webhooks import Verdict
+from uplinkd.delivery.budget import Budget
 from uplinkd.delivery.sender import Answer, Sender
 from uplinkd.engine import Deliveries, Feed, Taken
 from uplinkd.observe import Occasionally
@@ -35,10 +36,13 @@ log = logging.getLogger("uplinkd.delivery")
 
 _LARGEST_BATCH = 1024**2
 # What a pump holds: enough that no lane runs dry while messages come, and within bounds however large they are.
-_LEAST_HELD, _MOST_HELD, _MOST_HELD_BYTES = 16, 10_000, 32 * 1024**2
+_LEAST_HELD, _MOST_HELD = 16, 10_000
+_LEAST_HELD_BYTES, _MOST_HELD_BYTES = 1024**2, 32 * 1024**2
 _MOST_WANTED = 500
-# Refused messages, with those behind them, are held besides; a device with more than so many of them waits no longer.
+# Refused messages, with those behind them, are held besides. A device with more than so many of them waits no longer, nor does any
+# once all together are more, or have this part of the bytes: nothing would be left for the other devices.
 _MOST_ASIDE, _MOST_BEHIND = 5_000, 1_000
+_MOST_ASIDE_BYTES = 1 / 2
 
 _OPENS_AFTER = 5
 _LONGEST_PAUSE = 60.0
@@ -98,6 +102,7 @@ class Pump:
         *,
         clock: Callable[[], float] = time.time,
         haste: float = 1.0,
+        budget: Budget | None = None,
     ) -> None:
         assert group.plan.webhook
         self.group = group
@@ -116,8 +121,9 @@ class Pump:
         self._stopping = False
         self._wanted = 0
         self._holds = 0
-        self._bytes = 0
+        self._share = (budget or Budget()).share(_MOST_HELD_BYTES, _LEAST_HELD_BYTES)
         self._aside = 0
+        self._aside_bytes = 0
         self._got_through = 0
         self._accepted = 0
         self._failed = 0
@@ -182,11 +188,12 @@ class Pump:
         held = _Held(taken, device, asyncio.get_running_loop().time())
         lane = self._lanes[zlib.crc32(f"{device[0]}/{device[1]}".encode()) % len(self._lanes)]
         self._holds += 1
-        self._bytes += len(message.payload)
+        self._share.came(len(message.payload))
+        self._share.claim(self._wanted)
         if lane.aside and (aside := lane.aside.get(device)):
             aside.waiting.append(held)
-            self._aside += 1
-            if len(aside.waiting) > _MOST_BEHIND:
+            self._count_aside(1, held)
+            if self._crowded(aside.waiting):
                 aside.due, aside.at_once = 0.0, True
                 lane.stirred.set()
         else:
@@ -197,16 +204,29 @@ class Pump:
 
     def _refill(self) -> None:
         room = self._most + min(self._aside, _MOST_ASIDE) - self._holds - self._wanted
-        room = min(room, _MOST_WANTED - self._wanted)
-        if self._feed and not self._stopping and room > 0 and self._bytes < _MOST_HELD_BYTES:
+        room = min(room, _MOST_WANTED - self._wanted, self._share.room(self._wanted))
+        if self._feed and not self._stopping and room > 0:
             self._wanted += room
+            self._share.claim(self._wanted)
             self._feed.want(room)
 
     def _done_with(self, held: Iterable[_Held]) -> None:
         for each in held:
             self._holds -= 1
-            self._bytes -= len(each.taken.message.payload)
+            self._share.went(len(each.taken.message.payload))
+        self._share.claim(self._wanted)
         self._refill()
+
+    def _count_aside(self, by: int, *held: _Held) -> None:
+        self._aside += by * len(held)
+        self._aside_bytes += by * sum(len(each.taken.message.payload) for each in held)
+
+    def _crowded(self, waiting: Sized) -> bool:
+        """Whether more wait for a further try, of a device or of all, than may."""
+        return len(waiting) > _MOST_BEHIND or (
+            len(waiting) > 1
+            and (self._aside > _MOST_ASIDE or self._aside_bytes > self._share.allowed * _MOST_ASIDE_BYTES)
+        )
 
     def _all_held(self) -> list[_Held]:
         held: list[_Held] = []
@@ -230,6 +250,7 @@ class Pump:
             lane.under_way = []
             lane.queue.clear()
             lane.aside.clear()
+        self._share.close()
 
     # A lane.
 
@@ -319,7 +340,7 @@ class Pump:
         lane.under_way = []
         if lane.aside and (aside := lane.aside.get(held[0].device)) and aside.waiting[0] is held[0]:
             del lane.aside[held[0].device]
-            self._aside -= len(aside.waiting)
+            self._count_aside(-1, *aside.waiting)
             aside.waiting.popleft()
             lane.queue.extendleft(reversed(aside.waiting))
 
@@ -363,9 +384,10 @@ class Pump:
         behind = [each for each in lane.queue if each.device == one.device]
         if behind:
             lane.queue = deque(each for each in lane.queue if each.device != one.device)
-        crowded = len(behind) > _MOST_BEHIND
-        lane.aside[one.device] = _Aside(deque([one, *behind]), 0.0 if crowded else due, at_once=crowded)
-        self._aside += 1 + len(behind)
+        waiting = deque([one, *behind])
+        self._count_aside(1, *waiting)
+        crowded = self._crowded(waiting)
+        lane.aside[one.device] = _Aside(waiting, 0.0 if crowded else due, at_once=crowded)
         self._refill()
 
     def _split(self, lane: _Lane, held: list[_Held]) -> None:
@@ -411,7 +433,7 @@ class Pump:
             case Verdict.ACCEPTED:
                 if aside and other.device == one.device:
                     aside.waiting.remove(other)
-                    self._aside -= 1
+                    self._count_aside(-1, other)
                 else:
                     lane.queue.remove(other)
                 if other.device == one.device:

@@ -49,6 +49,16 @@ RETRIED = "uplinkd.retried."
 _MINE = "uplinkd.group"
 _NAME = re.compile(r"group-(\d+)-(\d+)")
 _MAX_ACK_PENDING = 20_000
+_FIXED = (
+    "durable_name",
+    "deliver_policy",
+    "opt_start_seq",
+    "opt_start_time",
+    "replay_policy",
+    "max_waiting",
+    "num_replicas",
+    "mem_storage",
+)
 # Dead letters go after this time, and the oldest of a group beyond this number.
 _DEAD_AGE, _MOST_DEAD = 30 * 86400 * 10**9, 100_000
 _DUPLICATE_WINDOW = 120 * 10**9
@@ -77,7 +87,7 @@ async def ensure(bus: Bus, group: Group) -> int:
     wanted = {**_pace(group), "filter_subjects": subjects_of(group.plan)}
     try:
         known = (await ask_api(bus, f"CONSUMER.INFO.{STREAM}.{name}"))["config"]
-        config = {**known, **wanted}
+        config = {**_fixed(known), **wanted}
     except NotThere:
         told = await bus.ask(f"$JS.API.DIRECT.GET.{STREAM}", json.dumps(first_at(group.start)).encode())
         config = {
@@ -299,7 +309,7 @@ def buried(told: Told) -> Message:
         DeviceName(device_name),
         int(headers[_TIME]),
         told.payload,
-        Origin(headers.get(ORIGIN_HEADER, Origin.HTTPS)),
+        Origin.named(headers.get(ORIGIN_HEADER)),
     )
 
 
@@ -323,6 +333,12 @@ def _pace(group: Group) -> dict[str, Any]:
         "max_ack_pending": _MAX_ACK_PENDING,
         "metadata": {_MINE: str(group.id)},
     }
+
+
+def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a consumer cannot be changed. All else that somebody has set by hand goes: a filter in place of ours, headers without
+    payloads, a bound that no request of ours keeps."""
+    return {name: config[name] for name in _FIXED if name in config}
 
 
 async def _create(bus: Bus, stream: str, name: str, config: Mapping[str, Any]) -> None:

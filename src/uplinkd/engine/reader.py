@@ -411,5 +411,5 @@ def _made(message_id: int, subject: str, at: int, payload: bytes, origin: str | 
         device_name=DeviceName(device_name),
         generate_time=at,
         payload=payload,
-        origin=Origin(origin or Origin.HTTPS),
+        origin=Origin.named(origin),
     )
