@@ -47,7 +47,7 @@ RETRIED = "uplinkd.retried."
 """Told, with a group's id behind it, when something is offered to it again."""
 
 _MINE = "uplinkd.group"
-_NAME = re.compile(r"group-(\d+)-(\d+)")
+_NAME = re.compile(r"group-(\d+)(?:-\d+)?")
 _MAX_ACK_PENDING = 20_000
 _FIXED = (
     "durable_name",
@@ -127,7 +127,8 @@ async def sweep(bus: Bus, groups: Sequence[Group]) -> int:
     wanted = {consumer_name(group) for group in groups}
     alive = {group.id for group in groups}
     stale = [name for name in await _consumers(bus, STREAM) if name not in wanted]
-    gone = {int(match[1]) for name in stale if (match := _NAME.fullmatch(name))} - alive
+    retrying = await _consumers(bus, RETRY)
+    gone = {int(match[1]) for name in (*stale, *retrying) if (match := _NAME.fullmatch(name))} - alive
     for group_id in gone:
         with contextlib.suppress(NotThere):
             await ask_api(bus, f"STREAM.PURGE.{DEAD}", {"filter": f"{_DEAD_SUBJECT}{group_id}"})
