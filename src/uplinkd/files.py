@@ -12,7 +12,16 @@ from pathlib import Path
 
 from uplinkd.core.errors import Rejected
 
-__all__ = ["FileState", "file_state", "keep_private", "kept_still", "publish", "sync_folder"]
+__all__ = [
+    "FileState",
+    "check_whole",
+    "file_state",
+    "keep_private",
+    "kept_still",
+    "publish",
+    "sync_folder",
+    "unfinished_file",
+]
 
 # What of a data folder holds secrets, in the clear or sealed.
 _SECRET = (
@@ -83,6 +92,19 @@ def kept_still(data: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def unfinished_file(data: Path) -> Path:
+    """It is there while a backup is brought into a data folder."""
+    return data / "restore.unfinished"
+
+
+def check_whole(data: Path) -> None:
+    """Raise Rejected for a data folder into which a backup was brought only in part."""
+    if unfinished_file(data).exists():
+        raise Rejected(
+            f"a backup is being restored into {data}, or was so in part: when nothing is at work, empty the folder and restore again"
+        )
 
 
 def publish(path: Path, content: bytes) -> bool:

@@ -58,6 +58,7 @@ from uplinkd.core.model import (
     StatusChange,
     TopicClass,
 )
+from uplinkd.files import check_whole
 from uplinkd.registry import Change, ImportProgress, ImportReport, ImportRow, Sighting, audit
 from uplinkd.registry.fleet import read_fleet, size_of, written_fleet
 from uplinkd.registry.groups import SqlGroups, announce_groups
@@ -81,7 +82,7 @@ from uplinkd.registry.vault import Vault, file_keys, key_of, make_key
 from uplinkd.serving import running_server
 from uplinkd.settings import Settings
 
-__all__ = ["KEPT_CHANGES", "SqlRegistry"]
+__all__ = ["KEPT_CHANGES", "SqlRegistry", "database_file"]
 
 KEPT_CHANGES = 100_000
 
@@ -199,7 +200,8 @@ class SqlRegistry:
     @classmethod
     def open(cls, settings: Settings) -> Self:
         """The registry of `settings`; made when absent, brought to the current schema, refused with the wrong key."""
-        path = _path(settings)
+        path = database_file(settings)
+        check_whole(settings.data)
         _make_file(settings, path)
         engine = _open_sqlite(path)
         where = str(path)
@@ -798,8 +800,8 @@ class SqlRegistry:
             )
         if prefix is not None and not self._vault.seal_under(prefix):
             raise Unavailable(
-                f"the secrets of the registry {self._where} are sealed with key {prefix[1:].hex()} now, which this process does not have: "
-                "start it again with that key"
+                f"the secrets of the registry {self._where} are sealed with key {prefix[1:].hex()} now, which this process does not "
+                "have: start it again with that key"
             )
 
     def _insert_product(self, connection: Connection, key: ProductKey, name: str, secret: str) -> Product:
@@ -1101,7 +1103,7 @@ def _outages_of(where: str) -> Iterator[None]:
         raise Unavailable(f"the registry {where} is away: its {_CONNECTIONS} connections are all busy") from error
 
 
-def _path(settings: Settings) -> Path:
+def database_file(settings: Settings) -> Path:
     database = make_url(settings.database).database
     if not database or database == ":memory:":
         raise Rejected(
