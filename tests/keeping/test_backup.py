@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import nats
 import pytest
 
 from tests.faults.load import LIMITS, start_load
@@ -369,3 +370,49 @@ def test_ids_and_sequences_lead_to_each_other_through_every_restore() -> None:
     assert Base(7).id(3) == 10
     with pytest.raises(Unavailable, match="was not made by uplinkd"):
         base_of_metadata({"metadata": {}})
+
+
+async def test_an_application_makes_the_ids_that_devices_were_given_before_and_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what its consumer's metadata says, as the recipes do; it goes on where it was."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent.parent / "examples" / "recipes")
+    from uplink import bases_of, report_of
+
+    homes = Homes(tmp_path / "data")
+    app = cli_json("app", "renew-secret", "reader", data=homes.data)
+    key, secret = app.get("user") or app["key"], app.get("password") or app["secret"]
+    file, data = tmp_path / "backup.tar", tmp_path / "restored"
+    options = OPTIONS[: OPTIONS.index("--nats-listen")]
+
+    async def fetch(server: Server, count: int) -> dict[int, bytes]:
+        client = await nats.connect(
+            f"nats://127.0.0.1:{server.nats_port}", user=key, password=secret, inbox_prefix=f"_INBOX.{key}"
+        )
+        uplink = await client.jetstream().pull_subscribe_bind(key, stream="UPLINKD")
+        bases = bases_of((await uplink.consumer_info()).config.metadata or {})
+        found: dict[int, bytes] = {}
+        while len(found) < count:
+            for message in await uplink.fetch(100, timeout=5):
+                if (message.headers or {}).get("Uplinkd-Origin", "https") == "https":
+                    found[report_of(message, bases).message_id] = message.data
+                await message.ack_sync()
+        await client.close()
+        return found
+
+    with serving(homes.data, *options) as server:
+        lamp = homes.lamp(server)
+        await lamp.login()
+        first = await publish(lamp, b"read before")
+        assert await fetch(server, 1) == {first[0]: b"read before"}
+        unread = await publish(lamp, b"not read yet")
+        cli("backup", str(file), data=homes.data)
+        await lamp.close()
+        server.stop()
+    cli("restore", str(file), data=data)
+    with serving(data, *options) as server:
+        again = homes.lamp(server, lamp.token)
+        fresh = await publish(again, b"new")
+        assert await fetch(server, 2) == {unread[0]: b"not read yet", fresh[0]: b"new"}
+        await again.close()
+        server.stop()
