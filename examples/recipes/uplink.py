@@ -41,22 +41,22 @@ async def _pull(write: Callable[[list[Report]], None], url: str, key: str, secre
     nc = await nats.connect(url, user=key, password=secret, inbox_prefix=f"_INBOX.{key}", max_reconnect_attempts=-1)
     uplink = await nc.jetstream().pull_subscribe_bind(key, stream="UPLINKD")
     log.info("connected to %s", url)
-    base = None
+    bases: list[tuple[float, int]] = []
     while True:
         try:
-            if base is None:  # what makes a messageId of a number in the stream; another one when that was made anew
-                base = int(((await uplink.consumer_info()).config.metadata or {})["uplinkd.base"])
+            if not bases:  # others when the stream was made anew
+                bases = bases_of((await uplink.consumer_info()).config.metadata or {})
             batch = await uplink.fetch(AT_ONCE)
         except nats.errors.TimeoutError:
             continue  # nothing new
         except nats.js.errors.Error as fault:  # as when the server ends
             log.warning("%s", fault)
-            base = None
+            bases = []
             await asyncio.sleep(1)
             continue
         while True:
             try:
-                await asyncio.to_thread(write, [report_of(message, base) for message in batch])
+                await asyncio.to_thread(write, [report_of(message, bases) for message in batch])
                 break
             except Exception as fault:
                 log.warning("%d messages are not written yet: %s", len(batch), fault)
@@ -67,10 +67,19 @@ async def _pull(write: Callable[[list[Report]], None], url: str, key: str, secre
             await message.ack()
 
 
-def report_of(message: Msg, base: int) -> Report:
+def bases_of(metadata: dict[str, str]) -> list[tuple[float, int]]:
+    """What makes a messageId of a number in the stream, each up to a number: one, and more where the server was restored from a
+    backup."""
+    parts = (part.split(":") for part in metadata.get("uplinkd.restored", "").split())
+    return [*((int(last), int(base)) for last, base in parts), (float("inf"), int(metadata["uplinkd.base"]))]
+
+
+def report_of(message: Msg, bases: list[tuple[float, int]]) -> Report:
     topic = message.subject[1:].replace("//", "\0").replace(".", "/").replace("\0", ".")
     levels = topic.split("/")[1:]
     product_key, device_name = levels[BEFORE_PRODUCT.get(levels[0], 0) :][:2]
     origin = (message.headers or {}).get("Uplinkd-Origin", "https")
     told = message.metadata
-    return Report(base + told.sequence.stream, told.timestamp, topic, product_key, device_name, origin, message.data)
+    number = told.sequence.stream
+    base = next(base for last, base in bases if number <= last)
+    return Report(base + number, told.timestamp, topic, product_key, device_name, origin, message.data)

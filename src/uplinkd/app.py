@@ -7,7 +7,6 @@ context with its ticket keys, the flow control table, the metrics) is made here,
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import logging
 import multiprocessing
@@ -26,11 +25,13 @@ from types import FrameType
 
 from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.engine.embedded import Access, EmbeddedServer
+from uplinkd.files import keep_private
 from uplinkd.flow import Flow
 from uplinkd.listener import Port
 from uplinkd.metrics import Metrics
 from uplinkd.ports import patiently, probe
 from uplinkd.registry import Operators, open_registry
+from uplinkd.serving import serving
 from uplinkd.settings import Settings, address, reachable
 from uplinkd.tls import CertificateFiles, ensure_material, operator_context, reissue, server_context
 from uplinkd.worker import DRAIN_SECONDS, Task, run
@@ -41,7 +42,7 @@ log = logging.getLogger("uplinkd")
 
 _READY_SECONDS = 20.0
 _WATCH_SECONDS = 0.1
-# A port or a lock of a server that was killed a moment ago is let go within this time.
+# A port of a server that was killed a moment ago is let go within this time.
 _PATIENCE_SECONDS = 2.0
 _STEADY_SECONDS = 5.0
 _LONGEST_PAUSE = 5.0
@@ -79,7 +80,10 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
     with contextlib.ExitStack() as stack:
         _raise_file_limit()
         _data_folder(settings.data)
-        stack.enter_context(_lock(settings.data / "serve.lock"))
+        ttl = round(settings.token_ttl * 1000)
+        stack.enter_context(serving(settings.data, token_ttl=ttl, now=round(time.time() * 1000)))
+        for warning in keep_private(settings.data):
+            log.warning("%s", warning)
         registry = open_registry(settings)
         # Nobody serves yet: whatever session a registry tells of has died with its worker.
         registry.abandoned(None, now=round(time.time() * 1000), timeout=round(settings.online_timeout * 1000))
@@ -384,22 +388,6 @@ def _data_folder(data: Path) -> None:
         raise Rejected(
             f"the data folder {data} cannot be written: {error.strerror}; name another with --data"
         ) from error
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold `path` locked; the lock ends with this process, however it ends. Workers do not inherit it."""
-    with path.open("w") as file:
-        end = time.monotonic() + _PATIENCE_SECONDS
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() > end:
-                    raise Rejected(f"another uplinkd serves from the data folder {path.parent}") from error
-                time.sleep(0.1)
-        yield
 
 
 def _bind(where: tuple[str, int], count: int, setting: str, stack: contextlib.ExitStack) -> list[socket.socket]:

@@ -124,13 +124,16 @@ class Gateway:
         self._monotonic = monotonic
         self._fruitless: dict[int, float] = {}
         downlink.on_waiting(self._look_again)
-        self._keys = {key.id: key for key in keys}
-        self._key = max((key for key in keys if not key.retired), key=lambda key: key.id)
+        self.take_keys(keys)
         self._clock = clock
         self._token_ttl = round(settings.token_ttl * 1000)
         self._window = round(settings.timestamp_window * 1000)
         self._tokens: dict[str, tokens.Token] = {}
         self._topics: dict[bytes | str, topics.Topic] = {}
+
+    def take_keys(self, keys: list[SigningKey]) -> None:
+        """Sign and verify tokens with these from now on."""
+        self._keys = {key.id: key for key in keys}
 
     def authenticate(self, request: Request) -> str:
         """The token for the device that `request` signs for. Raise Refused with the documented code, or Wait."""
@@ -140,7 +143,8 @@ class Gateway:
         login = wire.login(request.body)
         entry = self._recognise(request, login, now)
         self._presence.saw(entry, now, request.address)
-        return tokens.issue(self._key, entry.device, expires=now + self._token_ttl)
+        key = tokens.signing_key(self._keys.values(), now=now)
+        return tokens.issue(key, entry.device, expires=now + self._token_ttl)
 
     def connect(self, request: Request, login: wire.Login) -> Entry:
         """The device that signs in over MQTT, with its rights. Raise Refused, or Wait."""

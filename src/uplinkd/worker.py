@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 import uvloop
 
 from uplinkd.core.apps import check_app_secret
-from uplinkd.core.errors import Code
+from uplinkd.core.errors import Code, Unavailable
 from uplinkd.core.model import App, DeviceName, ProductKey
 from uplinkd.core.topics import owner
 from uplinkd.engine import open_publisher
@@ -41,7 +41,7 @@ from uplinkd.registry.cache import DeviceCache
 from uplinkd.roster import Roster
 from uplinkd.sending import Sending
 from uplinkd.settings import Settings
-from uplinkd.tasks import end_tasks
+from uplinkd.tasks import end_tasks, spawn
 from uplinkd.tls import CertificateFiles, count_handshakes, renew
 
 __all__ = ["DRAIN_SECONDS", "Task", "run"]
@@ -51,6 +51,7 @@ log = logging.getLogger("uplinkd")
 DRAIN_SECONDS = 4.0
 _MEASURE_SECONDS = 0.25
 _CLOSING_SECONDS = 4.0
+_KEYS_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,8 @@ async def _serve(task: Task) -> None:
         downlink=downlink,
         keys=registry.signing_keys(),
     )
+    reading: set[asyncio.Task[None]] = set()
+    cache.on_change(lambda change: _follow_keys(registry, gateway, reading) if change.of_signing_keys else None)
     record = _recorder(journal)
     sending = Sending(bus, gateway, lambda *broadcast: mqtt.deliver_to_product(*broadcast), _dropped(record))
     mqtt = MqttDoor(gateway, roster, downlink, bus, cache, record, _Apps(registry), sending, time.monotonic)
@@ -156,7 +159,7 @@ async def _serve(task: Task) -> None:
     await presence.close()
     await engine.stop()
     failed = [duty for duty in duties if duty.done() and not duty.cancelled()]
-    await end_tasks(stopped, *duties)
+    await end_tasks(stopped, *duties, *reading)
     task.meter.flush()
     task.meter.rest()
     await journal.close()
@@ -164,6 +167,22 @@ async def _serve(task: Task) -> None:
     registry.close()
     for duty in failed:
         duty.result()
+
+
+def _follow_keys(registry: Registry, gateway: Gateway, owned: set[asyncio.Task[None]]) -> None:
+    """Have the gateway take the signing keys as they are now."""
+
+    async def read() -> None:
+        while True:
+            try:
+                gateway.take_keys(await asyncio.to_thread(registry.signing_keys))
+            except Unavailable as fault:
+                log.warning("the new signing key is not known here yet: %s", fault)
+                await asyncio.sleep(_KEYS_SECONDS)
+            else:
+                return
+
+    spawn(read(), owned)
 
 
 async def _measure(meter: Meter, https: HttpDoor, mqtt: MqttDoor) -> None:

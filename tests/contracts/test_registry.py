@@ -473,7 +473,7 @@ def test_everything_is_there_again_after_a_restart(settings: Settings) -> None:
     second = open_registry(settings)
     assert second.products() == [product]
     assert list(second.devices(product.key)) == [device]
-    assert [(key.id, key.key, key.retired) for key in keys] == [(1, second.signing_keys()[0].key, False)]
+    assert [(key.id, key.key, key.retired) for key in keys] == [(1, second.signing_keys()[0].key, None)]
     assert len(keys[0].key) == 32
     second.close()
 

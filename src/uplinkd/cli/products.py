@@ -24,7 +24,7 @@ from uplinkd.core.operators import Actor, acting
 from uplinkd.registry import Management, open_registry
 from uplinkd.settings import Settings
 
-__all__ = ["UNSEEN", "opened", "product", "registry_options"]
+__all__ = ["UNSEEN", "act_as_me", "opened", "product", "registry_options"]
 
 registry_options = settings_options("database_url", "secret_key", remote=KEY_FLAGS)
 # --key is the ProductKey there.
@@ -42,11 +42,16 @@ def opened(settings: Settings) -> Iterator[Management]:
         yield RemoteRegistry(server)
         return
     registry = open_registry(settings)
-    acting.set(Actor(_me(), "cli"))
+    act_as_me()
     try:
         yield registry
     finally:
         registry.close()
+
+
+def act_as_me() -> None:
+    """What is done from now on stands in the audit as done by this user."""
+    acting.set(Actor(_me(), "cli"))
 
 
 def _me() -> str:

@@ -135,11 +135,15 @@ class TopicClass:
 
 @dataclass(frozen=True, slots=True)
 class SigningKey:
-    """A key that signs tokens; a `retired` one still recognises its old tokens, which no longer stand."""
+    """A key that signs tokens from `begins` on (ms), where none does that is newer.
+
+    Tokens of a key that gives way stand until it is `retired` (ms); then it still recognises them, and they stand no longer.
+    """
 
     id: int
     key: bytes = field(repr=False)
-    retired: bool
+    begins: int = 0
+    retired: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

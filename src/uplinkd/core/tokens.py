@@ -10,13 +10,13 @@ import base64
 import binascii
 import hmac
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from uplinkd.core.errors import Code, Refused
 from uplinkd.core.model import Device, SigningKey
 
-__all__ = ["Token", "check", "is_ahead", "issue", "read"]
+__all__ = ["Token", "check", "is_ahead", "issue", "read", "signing_key"]
 
 _FIELDS = struct.Struct(">BHQIQ")
 _VERSION = 1
@@ -32,6 +32,13 @@ class Token:
     device_id: int
     generation: int
     expires: int
+
+
+def signing_key(keys: Iterable[SigningKey], *, now: int) -> SigningKey:
+    """The key that signs at `now` (ms): the newest that has begun."""
+    standing = [key for key in keys if key.retired is None or now < key.retired]
+    begun = [key for key in standing if key.begins <= now] or standing
+    return max(begun, key=lambda key: key.id)
 
 
 def issue(key: SigningKey, device: Device, *, expires: int) -> str:
@@ -76,7 +83,7 @@ def check(token: Token, device: Device | None, keys: Mapping[int, SigningKey], *
         reason = "the device was disabled or its secret was changed after this token was issued"
     elif now >= token.expires:
         reason = f"the token expired {(now - token.expires) / 1000:.0f} s ago"
-    elif keys[token.key_id].retired:
+    elif (retired := keys[token.key_id].retired) is not None and now >= retired:
         reason = "the signing key of this token has been rotated out"
     if reason:
         raise Refused(Code.TOKEN_IS_EXPIRED, reason, product_key=device.product_key, device_name=device.name)

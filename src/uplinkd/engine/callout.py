@@ -27,7 +27,7 @@ from uplinkd.core.subjects import SENDING, filters_of
 from uplinkd.engine.api import NotThere, call, connect, first_at, in_words, sequence_in
 from uplinkd.engine.embedded import APPS_ACCOUNT, Access
 from uplinkd.engine.nkeys import AccountKey, claims_of
-from uplinkd.engine.stream import BASE, DELETED, STREAM, base_of
+from uplinkd.engine.stream import DELETED, STREAM, base_metadata, base_of
 from uplinkd.observe import Occasionally
 
 if TYPE_CHECKING:
@@ -245,9 +245,10 @@ class _Login:
 
 async def _ensure_consumer(engine: Client, app: App) -> None:
     """The application's durable consumer with the filters of its products; what else was set on it by hand stays. Its metadata has
-    the base of the ids: what is added to a message's stream sequence makes its messageId."""
+    the base of the ids: what is added to a message's stream sequence makes its messageId; and in a stream that was restored, which
+    messages have another."""
     stream = await _call(engine, f"STREAM.INFO.{STREAM}")
-    metadata = {_MINE: app.name, BASE: str(base_of(stream["config"]))}
+    metadata = {_MINE: app.name, **base_metadata(base_of(stream["config"]))}
     filters = [subject for product_key in app.products for subject in filters_of(product_key, None)]
     try:
         config = (await _call(engine, f"CONSUMER.INFO.{STREAM}.{app.key}"))["config"]

@@ -22,7 +22,7 @@ from uplinkd.core.model import Message
 from uplinkd.engine import Bus, Taken, Told
 from uplinkd.engine.groups import RETRIED, RETRY, buried, bury, consumer_name, ensure, retry_name
 from uplinkd.engine.reader import delivered
-from uplinkd.engine.stream import STREAM
+from uplinkd.engine.stream import STREAM, Base
 from uplinkd.observe import Occasionally
 from uplinkd.tasks import spawn
 
@@ -104,7 +104,7 @@ class _Feed:
     wanted: int = 0
     asked: int = 0
     spare: deque[_Taken] = field(default_factory=deque)
-    base: int = 0
+    base: Base = Base()  # noqa: RUF009 - it never changes
     heard: float = 0.0
     ready: bool = False
     closed: bool = False

@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote
 from uplinkd.core.errors import Unavailable
 from uplinkd.engine import Bus, SessionRecord, Told, Waiting
 from uplinkd.engine.api import ApiError, NotThere, ask_api, document_of, get_stored
-from uplinkd.engine.stream import base_of_metadata, new_base, with_base
+from uplinkd.engine.stream import Base, base_of_metadata, new_base, with_base
 from uplinkd.settings import Settings
 
 __all__ = ["JetStreamDownlink"]
@@ -39,7 +39,7 @@ class JetStreamDownlink:
         self._settings = settings
         self._bus = bus
         self._clock = clock
-        self._base = 0
+        self._base = Base()
         self._acts: list[Callable[[int], None]] = []
         self.waiting: set[int] = set()
         self.persistent: set[int] = set()
@@ -62,7 +62,7 @@ class JetStreamDownlink:
         answer = await self._bus.ask(f"{_DOWN_SUBJECT}{device_id}", payload, {_TOPIC_HEADER: quote(topic, safe="/")})
         sequence = int(document_of(answer.payload)["seq"])
         self._note("down", device_id)
-        return base + sequence
+        return base.id(sequence)
 
     async def count(self, device_id: int) -> int:
         subject = f"{_DOWN_SUBJECT}{device_id}"
@@ -77,7 +77,7 @@ class JetStreamDownlink:
                 self.waiting.discard(device_id)
             return None
         sequence = int(found.headers["Nats-Sequence"])
-        return Waiting(base + sequence, sequence, unquote(found.headers.get(_TOPIC_HEADER, "")), found.payload)
+        return Waiting(base.id(sequence), sequence, unquote(found.headers.get(_TOPIC_HEADER, "")), found.payload)
 
     async def remove(self, sequence: int) -> None:
         try:
@@ -104,7 +104,7 @@ class JetStreamDownlink:
         self.persistent.discard(device_id)
         self._note("gone", device_id)
 
-    def _known_base(self) -> int:
+    def _known_base(self) -> Base:
         if not self._base:
             raise Unavailable("the engine has only just been reached")
         return self._base

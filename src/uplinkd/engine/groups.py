@@ -25,7 +25,7 @@ from uplinkd.engine import ORIGIN_HEADER, Bus, DeadLetter, GroupState, Told
 from uplinkd.engine.api import ApiError, NotThere, ask_api, document_of, first_at, get_stored, moment_of, sequence_in
 from uplinkd.engine.bus import NatsBus
 from uplinkd.engine.embedded import Access
-from uplinkd.engine.stream import STREAM, base_of
+from uplinkd.engine.stream import STREAM, Base, base_of
 from uplinkd.tasks import end_tasks
 
 __all__ = [
@@ -80,7 +80,7 @@ def retry_name(group: Group) -> str:
     return f"group-{group.id}"
 
 
-async def ensure(bus: Bus, group: Group) -> int:
+async def ensure(bus: Bus, group: Group) -> Base:
     """See that the group's consumer is there and as its plan wants it; the base of the stream's ids. Raise Unavailable."""
     stream = await ask_api(bus, f"STREAM.INFO.{STREAM}")
     name = consumer_name(group)

@@ -28,7 +28,7 @@ from uplinkd.core.topics import owner, parse
 from uplinkd.engine import ORIGIN_HEADER, Glimpse, Query, StreamState, Told
 from uplinkd.engine.api import NotThere, call, connect, first_at, in_words, moment_of, sequence_in
 from uplinkd.engine.embedded import Access
-from uplinkd.engine.stream import STREAM, base_of
+from uplinkd.engine.stream import STREAM, Base, base_of
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -110,10 +110,12 @@ class JetStreamReader:
             if stream is None:
                 return None
             base = base_of(stream["config"])
-            if not stream["state"]["first_seq"] <= message_id - base <= stream["state"]["last_seq"]:
+            sequence = base.sequence(message_id)
+            state = stream["state"]
+            if base.id(sequence) != message_id or not state["first_seq"] <= sequence <= state["last_seq"]:
                 return None
             try:
-                answer = await self._call(f"STREAM.MSG.GET.{STREAM}", {"seq": message_id - base})
+                answer = await self._call(f"STREAM.MSG.GET.{STREAM}", {"seq": sequence})
             except NotThere:
                 return None
         return _stored_message(answer["message"], base)
@@ -154,7 +156,7 @@ class JetStreamReader:
         check(query)
         with in_words():
             stream = await self._stream()
-            base, start = (base_of(stream["config"]) if stream else 0), 1
+            base, start = (base_of(stream["config"]) if stream else Base()), 1
             if stream:
                 state = stream["state"]
                 start = state["last_seq"] + 1 if query.since is None else await self._at(query.since, state)
@@ -167,7 +169,7 @@ class JetStreamReader:
                             base, start = base_of(stream["config"]), 1
                         async with contextlib.aclosing(self._arriving(query, base, start)) as messages:
                             async for message in messages:
-                                start = message.id - base + 1
+                                start = base.sequence(message.id) + 1
                                 if matches(query, message):
                                     yield message
             except Unavailable:
@@ -179,7 +181,7 @@ class JetStreamReader:
         others counted. An engine that is away is waited for."""
         check(query)
         start: int | None = None
-        base = 0
+        base = Base()
         while True:
             try:
                 with in_words():
@@ -192,14 +194,14 @@ class JetStreamReader:
                         async with contextlib.aclosing(self._glimpses(query, base, start, most, pause)) as glimpses:
                             async for glimpse in glimpses:
                                 if glimpse.messages:
-                                    start = glimpse.messages[-1].id - base + 1
+                                    start = base.sequence(glimpse.messages[-1].id) + 1
                                 yield glimpse
             except Unavailable:
                 await self.close()
                 yield Glimpse([], 0)
             await asyncio.sleep(_PAUSE_SECONDS)
 
-    async def _glimpses(self, query: Query, base: int, start: int, most: int, pause: float) -> AsyncGenerator[Glimpse]:
+    async def _glimpses(self, query: Query, base: Base, start: int, most: int, pause: float) -> AsyncGenerator[Glimpse]:
         """Raise Unavailable when the consumer is gone."""
         filters = await self._filters(query, coming=True)
         if not filters:  # of a device that has never reported
@@ -225,7 +227,7 @@ class JetStreamReader:
             for batch, wait in ((1, True), (most, False)):  # the first is waited for, the others are there or not
                 async with contextlib.aclosing(self._pull(consumer, base, batch, wait=wait)) as messages:
                     async for message in messages:
-                        start = message.id - base + 1
+                        start = base.sequence(message.id) + 1
                         if matches(query, message):
                             found.append(message)
                 if not found:
@@ -242,16 +244,16 @@ class JetStreamReader:
         """How many messages that match the consumer has not seen yet."""
         return int((await self._call(f"CONSUMER.INFO.{STREAM}.{consumer}"))["num_pending"])
 
-    async def _end(self, query: Query, base: int, state: dict[str, Any]) -> int:
+    async def _end(self, query: Query, base: Base, state: dict[str, Any]) -> int:
         """The sequence before which the messages lie that `query` asks for."""
         end = int(state["last_seq"]) + 1
         if query.before is not None:
-            end = min(end, max(query.before - base, 0))
+            end = min(end, base.sequence(query.before))
         if query.until is not None:
             end = min(end, await self._at(query.until + 1, state))
         return end
 
-    async def _arriving(self, query: Query, base: int, start: int) -> AsyncGenerator[Message]:
+    async def _arriving(self, query: Query, base: Base, start: int) -> AsyncGenerator[Message]:
         """Messages from `start` on as they are stored; it raises Unavailable when the consumer is gone."""
         anywhere = query.topic is None and query.product_key is None
         filters = filters_of(None, None) if anywhere else await self._filters(query, coming=True)
@@ -339,7 +341,7 @@ class JetStreamReader:
         with contextlib.suppress(Unavailable):
             await self._call(f"CONSUMER.DELETE.{STREAM}.{consumer}")
 
-    async def _pull(self, consumer: str, base: int, batch: int, *, wait: bool) -> AsyncGenerator[Message]:
+    async def _pull(self, consumer: str, base: Base, batch: int, *, wait: bool) -> AsyncGenerator[Message]:
         """At most `batch` messages: those that are there, or with `wait` also those that come within a moment."""
         client = await self._connected()
         inbox = client.new_inbox()
@@ -379,7 +381,7 @@ class JetStreamReader:
         return self._client
 
 
-def delivered(told: Told, base: int) -> tuple[Message, int]:
+def delivered(told: Told, base: Base) -> tuple[Message, int]:
     """A message that a consumer of the stream was given, and how often it was.
 
     The reply subject is `$JS.ACK.<stream>.<consumer>.<delivered>.<sequence>.<consumer sequence>.<nanoseconds>.<pending>`; newer
@@ -388,17 +390,17 @@ def delivered(told: Told, base: int) -> tuple[Message, int]:
     tokens = told.reply.split(".")
     at = tokens.index(STREAM)
     origin = told.headers.get(ORIGIN_HEADER)
-    message_id, moment = base + int(tokens[at + 3]), int(tokens[at + 5]) // 10**6
+    message_id, moment = base.id(int(tokens[at + 3])), int(tokens[at + 5]) // 10**6
     return _made(message_id, told.subject, moment, told.payload, origin), int(tokens[at + 2])
 
 
-def _stored_message(document: dict[str, Any], base: int) -> Message:
+def _stored_message(document: dict[str, Any], base: Base) -> Message:
     """From what STREAM.MSG.GET answers: headers and data are base64, the time has nanoseconds."""
     headers = base64.b64decode(document.get("hdrs", "")).decode(errors="replace")
     origin = re.search(rf"^{ORIGIN_HEADER}: *(\w+)", headers, re.MULTILINE)
     payload = base64.b64decode(document.get("data", ""))
     moment = moment_of(document["time"])
-    return _made(base + document["seq"], document["subject"], moment, payload, origin and origin[1])
+    return _made(base.id(document["seq"]), document["subject"], moment, payload, origin and origin[1])
 
 
 def _made(message_id: int, subject: str, at: int, payload: bytes, origin: str | None) -> Message:

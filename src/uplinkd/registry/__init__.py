@@ -48,7 +48,12 @@ __all__ = [
 class Change:
     """Something a gateway may hold in its cache has changed: one device, or (device_id None) a whole product, that is its
     topic classes or its existence; or, where app_id or group_id is given, an application or a consumer group. An empty product_key
-    without either means: forget everything, the changes in between are not known."""
+    without either means: forget everything, the changes in between are not known; with the device_id 0: there is a new signing key."""
+
+    @property
+    def of_signing_keys(self) -> bool:
+        """Whether the signing keys may be others now."""
+        return not (self.product_key or self.device_id or self.app_id or self.group_id)
 
     product_key: ProductKey
     device_id: int | None

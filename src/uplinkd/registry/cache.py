@@ -138,7 +138,8 @@ class DeviceCache:
         if change.app_id is not None or change.group_id is not None:
             return
         if not change.product_key:
-            self.forget()
+            if change.device_id is None:
+                self.forget()
         elif change.device_id is not None:
             self._forgotten += 1
             self._drop(change.device_id)

@@ -188,8 +188,8 @@ class SqlOperators:
         return Answer(body)
 
     def keep_answer(self, key: str, body: bytes) -> None:
-        sealed = self._vault.seal(body, owner=_answer_owner(key))
         with self._writing() as connection:
+            sealed = self._vault.seal(body, owner=_answer_owner(key))
             connection.execute(update(answers).where(answers.c.key_hash == _hash(key)).values(answer=sealed))
 
     def forget_answer(self, key: str) -> None:

@@ -12,6 +12,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
@@ -30,6 +31,7 @@ from sqlalchemy import (
     insert,
     literal,
     select,
+    text,
     true,
     update,
 )
@@ -56,9 +58,11 @@ from uplinkd.core.model import (
     StatusChange,
     TopicClass,
 )
+from uplinkd.files import check_whole
 from uplinkd.registry import Change, ImportProgress, ImportReport, ImportRow, Sighting, audit
 from uplinkd.registry.fleet import read_fleet, size_of, written_fleet
 from uplinkd.registry.groups import SqlGroups, announce_groups
+from uplinkd.registry.keys import IN_USE, SqlKeys, app_owner, device_owner, product_owner, signing_key_owner
 from uplinkd.registry.operators import SqlOperators
 from uplinkd.registry.schema import (
     REVISIONS,
@@ -74,10 +78,11 @@ from uplinkd.registry.schema import (
     status_changes,
     topic_classes,
 )
-from uplinkd.registry.vault import Vault, key_of, make_key
+from uplinkd.registry.vault import Vault, file_keys, key_of, make_key
+from uplinkd.serving import running_server
 from uplinkd.settings import Settings
 
-__all__ = ["KEPT_CHANGES", "SqlRegistry"]
+__all__ = ["KEPT_CHANGES", "SqlRegistry", "database_file"]
 
 KEPT_CHANGES = 100_000
 
@@ -121,6 +126,9 @@ _APP_BY_NAME = _APP.where(apps.c.name == bindparam("app_name"))
 _APP_BY_KEY = _APP.where(apps.c.key == bindparam("app_key"))
 _APP_BY_ID = _APP.where(apps.c.id == bindparam("app_id"))
 _CLASSES = select(topic_classes.c.levels, topic_classes.c.right).order_by(topic_classes.c.id)
+_STANDING = select(
+    select(text("version_num")).select_from(text("alembic_version")).scalar_subquery(), IN_USE.scalar_subquery()
+)
 _CHANGES_KEPT = select(
     select(func.min(changes.c.seq)).scalar_subquery(), select(func.max(changes.c.seq)).scalar_subquery()
 )
@@ -187,11 +195,13 @@ class SqlRegistry:
         self._where = where
         self.operators = SqlOperators(self._reading, self._writing, vault)
         self.groups = SqlGroups(self._reading, self._writing, vault)
+        self.keys = SqlKeys(self._reading, self._writing, vault)
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
         """The registry of `settings`; made when absent, brought to the current schema, refused with the wrong key."""
-        path = _path(settings)
+        path = database_file(settings)
+        check_whole(settings.data)
         _make_file(settings, path)
         engine = _open_sqlite(path)
         where = str(path)
@@ -201,7 +211,8 @@ class SqlRegistry:
                 if sample is None:
                     with _alone(path):
                         sample = _sealed_sample(engine, where) or _prepare(engine, settings)
-            return cls(engine, Vault(key_of(settings, sample=sample, where=where)), where)
+            more = partial(file_keys, settings)
+            return cls(engine, Vault(key_of(settings, sample=sample, where=where), more), where)
         except BaseException:
             engine.dispose()
             raise
@@ -553,8 +564,10 @@ class SqlRegistry:
         for batch in _batches(members.values(), _BATCH):
             known = self._secrets(connection, product_id, product_key, [row.device_name for row, _ in batch])
             fresh = []
-            for row, sealed in batch:
+            for row, sealed_before in batch:
                 if row.device_name not in known:
+                    # It was sealed before this transaction, perhaps under a key that has given way since.
+                    sealed = self._vault.resealed(sealed_before, owner=device_owner(product_key, row.device_name))
                     fresh.append(_new_device(product_id, row.device_name, sealed, now))
                     report.secrets_made += not row.secret
                 elif row.secret in ("", known[row.device_name]):
@@ -578,7 +591,7 @@ class SqlRegistry:
             devices.c.product_id == product_id, devices.c.name.in_(wanted)
         )
         return {
-            name: self._vault.open(sealed, owner=_device_owner(product_key, name)).decode()
+            name: self._vault.open(sealed, owner=device_owner(product_key, name)).decode()
             for name, sealed in connection.execute(statement)
         }
 
@@ -710,7 +723,7 @@ class SqlRegistry:
             row = connection.execute(select(apps.c.secret).where(apps.c.key == key)).first()
         if row is None:
             return None
-        return self._vault.open(row.secret, owner=_app_owner(key)).decode() if row.secret is not None else ""
+        return self._vault.open(row.secret, owner=app_owner(key)).decode() if row.secret is not None else ""
 
     # what happens to devices
 
@@ -736,12 +749,7 @@ class SqlRegistry:
 
     def signing_keys(self) -> list[SigningKey]:
         """Oldest first; at least one is not retired."""
-        with self._reading() as connection:
-            rows = connection.execute(select(signing_keys).order_by(signing_keys.c.id)).all()
-        return [
-            SigningKey(row.id, self._vault.open(row.key, owner=_signing_key_owner(row.id)), row.retired is not None)
-            for row in rows
-        ]
+        return self.keys.signing_keys()
 
     def changes_cursor(self) -> int:
         with self._reading() as connection:
@@ -776,13 +784,29 @@ class SqlRegistry:
         """A transaction that holds the database's one write lock from its beginning: what it reads stays so."""
         try:
             with _outages_of(self._where), self._writer.begin() as connection:
+                self._check_in(connection)
                 yield connection
         except IntegrityError as error:
             raise Conflict("another command made the same thing at this moment; look, and try again") from error
 
+    def _check_in(self, connection: Connection) -> None:
+        """Before anything is written: the schema is the one that is known here, and what will be sealed is sealed under the key
+        that is in use now."""
+        revision, prefix = connection.execute(_STANDING).one()
+        if revision not in REVISIONS:
+            raise Unavailable(
+                f"a newer uplinkd has brought the registry {self._where} to the schema {revision!r}, which this one does not know: "
+                "start the newer version in its place"
+            )
+        if prefix is not None and not self._vault.seal_under(prefix):
+            raise Unavailable(
+                f"the secrets of the registry {self._where} are sealed with key {prefix[1:].hex()} now, which this process does not "
+                "have: start it again with that key"
+            )
+
     def _insert_product(self, connection: Connection, key: ProductKey, name: str, secret: str) -> Product:
         now = _now()
-        sealed = self._vault.seal(secret.encode(), owner=_product_owner(key))
+        sealed = self._vault.seal(secret.encode(), owner=product_owner(key))
         result = connection.execute(insert(products).values(key=key, name=name, secret=sealed, created=now))
         assert result.inserted_primary_key is not None
         product_id: int = result.inserted_primary_key[0]
@@ -818,15 +842,15 @@ class SqlRegistry:
     def _app_secret(self, key: str, secret: str) -> dict[str, bytes]:
         return {
             "secret_hash": hash_secret(secret),
-            "secret": self._vault.seal(secret.encode(), owner=_app_owner(key)),
+            "secret": self._vault.seal(secret.encode(), owner=app_owner(key)),
         }
 
     def _seal_device(self, product_key: str, name: str, secret: str) -> bytes:
-        return self._vault.seal(secret.encode(), owner=_device_owner(product_key, name))
+        return self._vault.seal(secret.encode(), owner=device_owner(product_key, name))
 
     def _product(self, row: Any) -> Product:
         product_id, key, name, sealed, created = row
-        secret = self._vault.open(sealed, owner=_product_owner(key)).decode()
+        secret = self._vault.open(sealed, owner=product_owner(key)).decode()
         return Product(product_id, ProductKey(key), name, secret, created)
 
     def _device(self, row: Any) -> Device:
@@ -836,7 +860,7 @@ class SqlRegistry:
             device_id,
             ProductKey(product_key),
             DeviceName(name),
-            self._vault.open(sealed, owner=_device_owner(product_key, name)).decode(),
+            self._vault.open(sealed, owner=device_owner(product_key, name)).decode(),
             enabled,
             generation,
             created,
@@ -992,22 +1016,6 @@ def _status_change(row: Any) -> StatusChange:
     return StatusChange(change_id, ProductKey(product_key), DeviceName(name), online, at, last_seen, address)
 
 
-def _product_owner(key: str) -> str:
-    return f"product/{key}"
-
-
-def _device_owner(product_key: str, name: str) -> str:
-    return f"device/{product_key}/{name}"
-
-
-def _app_owner(key: str) -> str:
-    return f"app/{key}"
-
-
-def _signing_key_owner(key_id: int) -> str:
-    return f"signing-key/{key_id}"
-
-
 def _new_device(product_id: int, name: str, sealed: bytes, now: int) -> dict[str, object]:
     return {
         "product_id": product_id,
@@ -1095,7 +1103,7 @@ def _outages_of(where: str) -> Iterator[None]:
         raise Unavailable(f"the registry {where} is away: its {_CONNECTIONS} connections are all busy") from error
 
 
-def _path(settings: Settings) -> Path:
+def database_file(settings: Settings) -> Path:
     database = make_url(settings.database).database
     if not database or database == ":memory:":
         raise Rejected(
@@ -1236,12 +1244,19 @@ def _prepare(engine: Engine, settings: Settings) -> bytes:
     with engine.connect() as connection:
         connection.exec_driver_sql("PRAGMA journal_mode=WAL")
     with _writer(engine).begin() as connection:
-        if _revision(connection) != REVISIONS[-1]:
+        revision = _revision(connection)
+        if revision != REVISIONS[-1]:
+            if revision and (server := running_server(settings.data)):
+                version = f"uplinkd {server.version}" if server.version else "an older uplinkd"
+                raise Rejected(
+                    f"{version} serves from {settings.data} with the schema {revision!r}, and this version would bring it to "
+                    f"{REVISIONS[-1]!r}: stop that server first, and start this version in its place"
+                )
             _migrate(connection)
         sample: bytes | None = connection.execute(select(signing_keys.c.key)).scalar()
         if sample is None:
             vault = Vault(make_key(settings))
-            sample = vault.seal(secrets.token_bytes(32), owner=_signing_key_owner(1))
+            sample = vault.seal(secrets.token_bytes(32), owner=signing_key_owner(1))
             connection.execute(insert(signing_keys).values(id=1, key=sample, created=_now()))
         return sample
 
