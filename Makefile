@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SUPPLY := .venv-supply
 .DEFAULT_GOAL := help
 
-.PHONY: help serve amqp test slow lint check docs bench lock clean
+.PHONY: help serve amqp test slow lint check docs audit sbom bench lock clean
 
 help:  ## say what each command does
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -31,8 +32,27 @@ lint: $(VENV)/dev.stamp  ## style, types and import contracts
 check: lint  ## lint and the fast tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/core tests/http tests/contracts
 
-docs: $(VENV)/dev.stamp  ## write the tables of codes and settings into the documents
+docs: $(VENV)/dev.stamp  ## write the tables of codes and settings into the documents, and THIRD_PARTY.md
 	$(BIN)/python -m docs.generate
+
+audit: $(SUPPLY)/stamp  ## ask whether a locked dependency has a known vulnerability
+	@$(SUPPLY)/bin/python docs/audit.py $(SUPPLY)/bin/pip-audit
+
+sbom: $(VENV)/dev.stamp $(SUPPLY)/stamp  ## write what uplinkd is made of to dist/uplinkd.cdx.json (CycloneDX)
+	@mkdir -p dist
+	@$(SUPPLY)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible $(VENV) >dist/environment.cdx.json
+	@$(BIN)/python -m docs.sbom <dist/environment.cdx.json >dist/uplinkd.cdx.json
+	@rm dist/environment.cdx.json
+	@$(SUPPLY)/bin/python -c "$$VALIDATE" dist/uplinkd.cdx.json
+
+define VALIDATE
+import sys
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+fault = JsonStrictValidator(SchemaVersion.V1_6).validate_str(open(sys.argv[1]).read())
+sys.exit(fault and f"{sys.argv[1]} is no valid CycloneDX: {fault}")
+endef
+export VALIDATE
 
 bench: $(VENV)/dev.stamp  ## measure against nginx and FastAPI in one run (needs nginx and wrk)
 	$(BIN)/python -m bench
@@ -44,10 +64,11 @@ lock: $(VENV)/bin/python  ## resolve the dependencies anew into requirements/*.t
 	@$(BIN)/python -m pip install -q uv
 	$(COMPILE) --group build -o requirements/build.txt
 	$(COMPILE) pyproject.toml -o requirements/run.txt
-	$(COMPILE) pyproject.toml --extra amqp -o requirements/amqp.txt
-	$(COMPILE) pyproject.toml --group dev -o requirements/dev.txt
+	$(COMPILE) pyproject.toml --extra amqp -c requirements/run.txt -o requirements/amqp.txt
+	$(COMPILE) pyproject.toml --group dev -c requirements/run.txt -o requirements/dev.txt
 	$(COMPILE) --group linkkit -o requirements/linkkit.txt
 	$(COMPILE) --group recipes -o requirements/recipes.txt
+	$(COMPILE) --group supply -o requirements/supply.txt
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -65,8 +86,13 @@ $(VENV)/dev.stamp: requirements/dev.txt requirements/amqp.txt $(VENV)/run.stamp
 	@$(AMQP) >$(VENV)/amqp.log 2>&1 || echo "tests of the AMQP door are skipped: $(NO_AMQP)"
 	@touch $@
 
+$(SUPPLY)/stamp: requirements/supply.txt
+	@$(PYTHON) -m venv $(SUPPLY)
+	@$(SUPPLY)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/supply.txt
+	@touch $@
+
 AMQP := $(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/amqp.txt
 NO_AMQP := python-qpid-proton could not be compiled; it needs gcc and Python's headers (see $(VENV)/amqp.log)
 
 clean:  ## remove the virtual environment and caches, never ./data
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SUPPLY) .pytest_cache .mypy_cache .ruff_cache .hypothesis

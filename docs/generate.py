@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from docs import licences
+
 from uplinkd.admin.words import translated
 from uplinkd.core.errors import EXPLANATIONS, MESSAGES, Code
 from uplinkd.settings import Settings, shown
@@ -59,6 +61,7 @@ def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def main() -> None:
+    licences.main()
     for language, documents in DOCUMENTS.items():
         for document in documents:
             document.write_text(render(document.read_text(), language))

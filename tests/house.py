@@ -122,6 +122,7 @@ class Server:
     nats_port: int = 0
     amqp_port: int | None = None  # None: without that door
     console_port: int | None = None  # None: without a console, which takes a second to start
+    variables: dict[str, str] = field(default_factory=dict)  # in its environment
     log: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -147,7 +148,7 @@ class Server:
                 [*UPLINKD, "serve", "--data", str(self.data), *listen, *self.options],
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment(),
+                env=environment(**self.variables),
                 cwd=self.data.parent,
             )
         assert self.process.stdout

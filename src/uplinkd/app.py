@@ -30,6 +30,7 @@ from uplinkd.flow import Flow
 from uplinkd.listener import Port
 from uplinkd.metrics import Metrics
 from uplinkd.ports import patiently, probe
+from uplinkd.processes import call_me, keep_memory_private
 from uplinkd.registry import Operators, open_registry
 from uplinkd.serving import serving
 from uplinkd.settings import Settings, address, reachable
@@ -78,6 +79,9 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
     Raise Rejected or Unavailable with one clear line when it cannot start.
     """
     with contextlib.ExitStack() as stack:
+        os.umask(0o077)  # whatever writes here, SQLite and nats-server too: nobody else reads it
+        if not settings.core_dumps:
+            keep_memory_private()
         _raise_file_limit()
         _data_folder(settings.data)
         ttl = round(settings.token_ttl * 1000)
@@ -91,7 +95,7 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
         registry.close()
         prepare(settings)
         certificates = ensure_material(settings)
-        context = server_context(certificates)
+        context = server_context(certificates, legacy=settings.tls_legacy)
         count = settings.workers or len(os.sched_getaffinity(0))
         tls = _bind(address(settings.listen), count, "listen", stack)
         plain, mqtt, mqtt_plain = (
@@ -326,8 +330,7 @@ class _Supervisor:
 
     def _begin(self, name: str, *others: socket.socket | None) -> None:
         """In a new process: bear a name of its own in `ps` and `top`, and let go of what is the supervisor's or `others`'."""
-        with contextlib.suppress(OSError):  # only Linux has it
-            Path("/proc/self/comm").write_text(name)
+        call_me(name)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.close(self.lifeline[1])
         for sock in others:

@@ -23,13 +23,14 @@ from uplinkd.core.errors import Unavailable
 from uplinkd.observe import Occasionally
 from uplinkd.settings import Settings
 
-__all__ = ["Journal", "Refusal", "Wanted", "after", "counts", "follow", "read"]
+__all__ = ["STANDING", "Journal", "Refusal", "Wanted", "after", "counts", "follow", "read"]
 
 log = logging.getLogger("uplinkd.journal")
 
 _FLUSH_SECONDS = 0.2
 _PRUNE_SECONDS = 30.0
 _WAITING = 5000
+_DAY = 86_400_000
 _LONGEST_REASON = 8192
 _READER_PATIENCE = 5.0
 # Shorter than a drain may last: a stop does not wait for a file that someone else holds.
@@ -44,7 +45,8 @@ class Refusal:
     """One no. `endpoint` is auth, topic, http (before it was known), mqtt, send or amqp, `status` HTTP's, a CONNACK's or a SASL
     outcome's, `at` in ms since 1970.
 
-    A note has the code 0: nothing was refused (a will was ignored, say). One about the journal itself has the endpoint journal.
+    A note has the code 0: nothing was refused (a will was ignored, say). One about the journal itself has the endpoint journal, and
+    STANDING is that of the latest note about each device's TLS suite.
     `id` is where it stands in the record, 0 before it does: a later one has a larger id.
     """
 
@@ -61,6 +63,10 @@ class Refusal:
     id: int = field(default=0, compare=False)
 
 
+STANDING = "tls"
+"""The endpoint of notes of which one is kept for each device, the latest. They have a table of their own: a fleet of old devices is
+many, and would push the refusals out. Who does not ask for this endpoint does not see them."""
+
 _NAMES = [each.name for each in fields(Refusal) if each.name != "id"]
 _COLUMNS = ", ".join(_NAMES)
 _ROW = f"({', '.join('?' for _ in _NAMES)})"
@@ -75,6 +81,10 @@ CREATE INDEX IF NOT EXISTS refusals_device ON refusals (device_name, id);
 CREATE INDEX IF NOT EXISTS refusals_at ON refusals (at);
 CREATE INDEX IF NOT EXISTS refusals_code ON refusals (code, id);
 CREATE INDEX IF NOT EXISTS refusals_address ON refusals (address, id);
+CREATE TABLE IF NOT EXISTS standing (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, request_id TEXT NOT NULL, at INTEGER NOT NULL, endpoint TEXT NOT NULL,
+  code INTEGER NOT NULL, status INTEGER NOT NULL, product_key TEXT NOT NULL, device_name TEXT NOT NULL,
+  address TEXT NOT NULL, topic TEXT NOT NULL, reason TEXT NOT NULL, UNIQUE (product_key, device_name));
 """
 
 
@@ -84,6 +94,8 @@ class Journal:
     def __init__(self, settings: Settings) -> None:
         self._path = journal_file(settings)
         self._age = round(settings.log_age * 1000)
+        # Within the life of a token each device that reports over HTTPS signs in anew; a session over MQTT is told of each day.
+        self._standing_age = max(self._age, round(settings.token_ttl * 1000) + _DAY)
         self._entries = settings.log_entries
         self._waiting: list[Refusal] = []
         self._dropped = 0
@@ -143,12 +155,15 @@ class Journal:
         connection = self._connection
         try:
             connection.execute("BEGIN IMMEDIATE")
-            _insert(connection, refusals)
+            _insert(connection, [each for each in refusals if each.endpoint != STANDING])
+            _insert(connection, [each for each in refusals if each.endpoint == STANDING], into="standing")
             # In a flood not only by the clock, or the file would grow by what a minute of refusals takes.
             self._written += len(refusals)
             if now >= self._prune_due or self._written > self._entries // 10:
                 self._prune_due, self._written = now + _PRUNE_SECONDS, 0
-                connection.execute("DELETE FROM refusals WHERE at < ?", (round(time.time() * 1000) - self._age,))
+                wall = round(time.time() * 1000)
+                connection.execute("DELETE FROM refusals WHERE at < ?", (wall - self._age,))
+                connection.execute("DELETE FROM standing WHERE at < ?", (wall - self._standing_age,))
                 connection.execute(
                     "DELETE FROM refusals WHERE id <= (SELECT max(id) FROM refusals) - ?", (self._entries,)
                 )
@@ -186,7 +201,7 @@ def read(settings: Settings, wanted: Wanted, limit: int) -> list[Refusal]:
         if connection is None:
             return []
         where, values = _where(wanted)
-        sql = f"SELECT {_COLUMNS}, id FROM refusals WHERE {where} ORDER BY id DESC LIMIT ?"  # noqa: S608 - names of ours
+        sql = f"SELECT {_COLUMNS}, id FROM {_table(wanted)} WHERE {where} ORDER BY id DESC LIMIT ?"  # noqa: S608 - names of ours
         found = [Refusal(*row) for row in connection.execute(sql, (*values, limit))]
     found.reverse()
     found.sort(key=attrgetter("at"))  # workers write in turn, not in the order of events
@@ -242,12 +257,12 @@ def _summary(dropped: int, fault: str) -> Refusal:
     return Refusal("", round(time.time() * 1000), "journal", 0, 0, "", "", "", "", reason)
 
 
-def _insert(connection: sqlite3.Connection, refusals: list[Refusal]) -> None:
+def _insert(connection: sqlite3.Connection, refusals: list[Refusal], into: str = "refusals") -> None:
     """Many rows a statement: sqlite3 lets the interpreter go and asks for it back at each one, which beside a busy event
     loop costs 5 ms. Measured there: 400 rows/s by executemany, 34,000 in statements of 500; 150,000 beside an idle one."""
     for first in range(0, len(refusals), _ROWS_A_STATEMENT):
         part = refusals[first : first + _ROWS_A_STATEMENT]
-        sql = f"INSERT INTO refusals ({_COLUMNS}) VALUES {', '.join([_ROW] * len(part))}"  # noqa: S608 - names of ours
+        sql = f"INSERT OR REPLACE INTO {into} ({_COLUMNS}) VALUES {', '.join([_ROW] * len(part))}"  # noqa: S608 - names of ours
         connection.execute(sql, [_storable(value) for value in chain.from_iterable(map(_values, part))])
 
 
@@ -258,6 +273,10 @@ def _storable(value: object) -> object:
     if value.isascii():
         return value[:_LONGEST_REASON]
     return value.encode(errors="backslashreplace")[:_LONGEST_REASON].decode(errors="ignore")
+
+
+def _table(wanted: Wanted) -> str:
+    return "standing" if wanted.endpoint == STANDING else "refusals"
 
 
 def _where(wanted: Wanted) -> tuple[str, list[object]]:

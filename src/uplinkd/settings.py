@@ -242,6 +242,9 @@ class Settings(BaseModel):
     tls_key: Paths = Field((), description="private key of each tls_cert, in the same order")
     tls_name: Names = Field((), description="further names and addresses in the certificate that uplinkd makes itself")
 
+    tls_legacy: Switch = Field(
+        True, description="offer devices the TLS 1.2 suites without forward secrecy, which old SDKs need (static RSA)"
+    )
     token_ttl: Seconds = Field(7 * 86400.0, ge=1, le=10 * 365 * 86400, description="life of a token")
     timestamp_window: Seconds = Field(
         900.0, ge=0, description="how far the timestamp of /auth may lie from the server's clock; 0: not checked"
@@ -282,6 +285,9 @@ class Settings(BaseModel):
     body_timeout: Seconds = Field(30.0, gt=0, description="longest time for a request's body to arrive")
     idle_timeout: Seconds = Field(600.0, gt=0, description="an idle connection is closed after this time")
     max_connections: int = Field(20_000, ge=1, description="connections of one worker; further ones are closed at once")
+    core_dumps: Switch = Field(
+        False, description="let core dumps be written and debuggers attach; both show keys and secrets"
+    )
     access_log: Switch = Field(False, description="log successes too, one line a request")
     log_format: Literal["text", "json"] = Field(
         "text", description="how the log on standard error is written: text, or json with one object a line"

@@ -11,7 +11,8 @@ import os
 import re
 import socket
 import ssl
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,9 @@ from uplinkd.settings import Settings, address, is_address
 
 __all__ = [
     "CIPHERS",
+    "LEGACY_CIPHERS",
     "CertificateFiles",
+    "LegacyDevices",
     "Renewal",
     "count_handshakes",
     "ensure_material",
@@ -39,14 +42,20 @@ __all__ = [
 
 log = logging.getLogger("uplinkd.tls")
 
-CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:AES256-SHA256:AES128-SHA256:AES256-SHA:AES128-SHA"
-"""For TLS 1.2; the static-RSA suites are the only ones that iotkit-embedded and Link SDK C offer. TLS 1.3 brings its own."""
+CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
+"""For TLS 1.2; TLS 1.3 brings its own."""
+
+LEGACY_CIPHERS = "AES256-SHA256:AES128-SHA256:AES256-SHA:AES128-SHA"
+"""For TLS 1.2, behind CIPHERS: the static-RSA suites are the only ones that iotkit-embedded and Link SDK C offer. Who has recorded
+a connection and comes by the server's RSA key later can read it."""
 
 _AUTHORITY_DAYS = 3650
 # Apple's clients refuse server certificates of more than 825 days, whoever issued them.
 _SERVER_DAYS = 820
 _RENEW_DAYS = 30
 _RENEWAL_SECONDS = 2.0
+_NOTE_SECONDS = 86_400.0
+_REMEMBERED = 100_000
 _NAME = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 
 _Key = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
@@ -89,11 +98,12 @@ def reissue(settings: Settings) -> None:
         log.warning("the door goes on with the certificates that it has: %s", fault)
 
 
-def server_context(files: Sequence[CertificateFiles]) -> ssl.SSLContext:
-    """The context of every TLS door. One RSA and one ECDSA chain stand side by side: new clients take the cheaper ECDSA."""
+def server_context(files: Sequence[CertificateFiles], *, legacy: bool = True) -> ssl.SSLContext:
+    """The context of every TLS door of devices, with LEGACY_CIPHERS where `legacy`. One RSA and one ECDSA chain stand side by side:
+    new clients take the cheaper ECDSA."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers(CIPHERS)
+    context.set_ciphers(f"{CIPHERS}:{LEGACY_CIPHERS}" if legacy else CIPHERS)
     context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE | ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["http/1.1"])
     for pair in files:
@@ -138,13 +148,45 @@ class _Counted(ssl.SSLObject):
             raise
         if not self._decided:
             self._decided = True
-            version = self.version() or ""
-            static = version != "TLSv1.3" and not (self.cipher() or ("",))[0].startswith("ECDHE")
-            self.meter.shook_hands(version, "rsa" if static else "ecdhe")
+            self.meter.shook_hands(self.version() or "", "rsa" if _is_legacy(self.cipher()) else "ecdhe")
 
     def __del__(self) -> None:
         if not self._decided:
             self.meter.handshake_failed("timeout_or_closed")
+
+
+def _is_legacy(cipher: tuple[str, str, int] | None) -> bool:
+    """Whether it is one of LEGACY_CIPHERS, of (name, version, bits) as OpenSSL tells it. The suites of TLS 1.3 are all called
+    TLS_…; they are no legacy."""
+    return cipher is not None and not cipher[0].startswith(("ECDHE", "TLS_"))
+
+
+class LegacyDevices:
+    """Tells `note` which device signs in over which legacy suite, each device once a day: (product key, device name, address, door,
+    suite). What it remembers is bounded; a device that it forgets is told of again."""
+
+    def __init__(
+        self, note: Callable[[str, str, str, str, str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._note = note
+        self._clock = clock
+        self._due: dict[tuple[str, str], float] = {}
+
+    def signed_in(
+        self, transport: asyncio.BaseTransport, product_key: str, device_name: str, address: str, door: str
+    ) -> bool:
+        """Look at the suite of a connection whose device was recognised, or whose session still stands; whether it is a legacy
+        one."""
+        cipher = transport.get_extra_info("cipher")
+        if not _is_legacy(cipher):
+            return False
+        now, who = self._clock(), (product_key, device_name)
+        if now >= self._due.get(who, 0.0):
+            if len(self._due) >= _REMEMBERED:
+                self._due.clear()
+            self._due[who] = now + _NOTE_SECONDS
+            self._note(product_key, device_name, address, door, cipher[0])
+        return True
 
 
 # OpenSSL's words for what goes wrong while a device says hello; a peer's alert tells what it did not like about us.
@@ -307,7 +349,7 @@ def _make_authority(files: CertificateFiles) -> None:
         .sign(key, hashes.SHA256())
     )
     _write(files.key, _key_pem(key))
-    _write(files.certificate, _pem(certificate), mode=0o644)
+    _write(files.certificate, _pem(certificate))
 
 
 def _issue(key: _Key, names: list[str], authority: x509.Certificate, authority_key: _Key) -> bytes:
@@ -432,10 +474,10 @@ def _pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
-def _write(path: Path, content: bytes, *, mode: int = 0o600) -> None:
+def _write(path: Path, content: bytes) -> None:
     """Replace the file as a whole."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
         file.flush()

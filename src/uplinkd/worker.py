@@ -29,7 +29,7 @@ from uplinkd.gateway import Gateway, Outcome, Sent
 from uplinkd.http.limits import Limits
 from uplinkd.http.protocol import Connection as HttpConnection
 from uplinkd.http.protocol import Door as HttpDoor
-from uplinkd.journal import Journal, Refusal
+from uplinkd.journal import STANDING, Journal, Refusal
 from uplinkd.listener import Listener, Port
 from uplinkd.metrics import Meter
 from uplinkd.mqtt.session import Connection as MqttConnection
@@ -42,7 +42,7 @@ from uplinkd.roster import Roster
 from uplinkd.sending import Sending
 from uplinkd.settings import Settings
 from uplinkd.tasks import end_tasks, spawn
-from uplinkd.tls import CertificateFiles, count_handshakes, renew
+from uplinkd.tls import CertificateFiles, LegacyDevices, count_handshakes, renew
 
 __all__ = ["DRAIN_SECONDS", "Task", "run"]
 
@@ -114,6 +114,8 @@ async def _serve(task: Task) -> None:
     mqtt.take_limits(settings)
     https = HttpDoor(gateway, Limits.of(settings), record, time.monotonic, settings.access_log)
     mqtt.meter = https.meter = task.meter
+    if settings.tls_legacy:
+        mqtt.legacy = https.legacy = LegacyDevices(_legacy_recorder(journal))
     https.websocket = lambda: WebSocket(lambda: MqttConnection(mqtt))
     doors = [
         Listener(https, lambda: HttpConnection(https), task.https),
@@ -237,6 +239,32 @@ def _recorder(journal: Journal) -> Callable[[Outcome], None]:
                 address=outcome.address,
                 topic=outcome.topic,
                 reason=outcome.reason,
+            )
+        )
+
+    return record
+
+
+def _legacy_recorder(journal: Journal) -> Callable[[str, str, str, str, str], None]:
+    """Records which devices need the legacy suites."""
+
+    def record(product_key: str, device_name: str, address: str, door: str, suite: str) -> None:
+        reason = (
+            f"signed in over {door.upper()} with the TLS suite {suite} (static RSA, no forward secrecy); once no device does, "
+            "tls_legacy = false switches such suites off"
+        )
+        journal.record(
+            Refusal(
+                request_id=secrets.token_hex(8),
+                at=round(time.time() * 1000),
+                endpoint=STANDING,
+                code=Code.SUCCESS,
+                status=0,
+                product_key=product_key,
+                device_name=device_name,
+                address=address,
+                topic="",
+                reason=reason,
             )
         )
 

@@ -66,6 +66,33 @@ async def test_what_is_recorded_is_found_by_all_that_is_asked_for(settings: Sett
     assert read(settings, Wanted(code=40000), 50) == []
 
 
+async def test_of_a_devices_suite_the_latest_note_is_kept_apart_from_refusals(settings: Settings) -> None:
+    """A fleet of old devices neither pushes refusals out nor stands between them; each is there once, however often it signs in."""
+    short = settings.model_copy(update={"log_entries": 100})
+    entries = [refusal(number) for number in range(100)]
+    notes = [
+        refusal(number, endpoint="tls", code=0, device_name=f"old{number % 300}", reason=f"note {number}")
+        for number in range(1000)
+    ]
+    await write(short, *notes[:500], *entries, *notes[500:])
+    assert read(settings, Wanted(), 2000) == entries
+    kept = read(settings, Wanted(endpoint="tls"), 2000)
+    assert kept == notes[700:]
+    assert read(settings, Wanted(endpoint="tls", device="old7"), 50) == [notes[907]]
+    _, told, _ = journal.after(settings, Wanted(), 0)
+    assert told == entries
+
+
+async def test_notes_of_suites_are_kept_for_as_long_as_a_token_lasts(settings: Settings) -> None:
+    """Until then a device that still needs one need not sign in, and so would not be told of again."""
+    day = 86_400_000
+    fresh, lately, long_ago = (
+        refusal(at=NOW - days * day, endpoint="tls", code=0, device_name=f"{days} days") for days in (0, 7, 9)
+    )
+    await write(settings, long_ago, lately, fresh)
+    assert read(settings, Wanted(endpoint="tls"), 9) == [lately, fresh]
+
+
 async def test_a_running_journal_is_written_within_a_second(settings: Settings) -> None:
     """The reader needs no server, and the writer no stop."""
     pen = Journal(settings)

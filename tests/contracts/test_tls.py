@@ -22,7 +22,7 @@ from cryptography.x509.oid import NameOID
 from uplinkd import tls
 from uplinkd.core.errors import Rejected
 from uplinkd.settings import Settings
-from uplinkd.tls import CertificateFiles, Renewal, ensure_material, reissue, server_context
+from uplinkd.tls import CertificateFiles, LegacyDevices, Renewal, ensure_material, reissue, server_context
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 
@@ -128,6 +128,44 @@ async def test_old_sdks_suites_connect_and_are_shown_rsa(tmp_path: Path, cipher:
         )  # fmt: skip
     assert f"Ciphersuite: {cipher}" in said
     assert "Verification: OK" in said
+
+
+@needs_openssl
+async def test_without_legacy_suites_only_forward_secrecy_is_left(tmp_path: Path) -> None:
+    """RSA certificates are served as before, for their signature alone."""
+    async with serving(server_context(ensure_material(Settings(data=tmp_path)), legacy=False)) as port:
+        for cipher in ("AES256-SHA256", "AES256-SHA", "AES128-SHA256", "AES128-SHA"):
+            assert "Ciphersuite" not in await s_client(port, "-tls1_2", "-cipher", cipher)
+        said = await s_client(port, "-tls1_2", "-sigalgs", "RSA+SHA256")
+        assert "Ciphersuite: ECDHE-RSA" in said
+        assert "Protocol version: TLSv1.3" in await s_client(port)
+
+
+@pytest.mark.parametrize(
+    ("cipher", "legacy"),
+    [
+        (("AES128-SHA", "TLSv1.0", 128), True),
+        (("AES256-SHA256", "TLSv1.2", 256), True),
+        (("ECDHE-RSA-AES128-GCM-SHA256", "TLSv1.2", 128), False),
+        (("TLS_AES_128_GCM_SHA256", "TLSv1.3", 128), False),
+        (None, False),
+    ],
+)
+def test_a_device_with_a_legacy_suite_is_told_of_once_a_day(cipher: object, legacy: bool) -> None:
+    """However often it signs in; what came in plain text through a proxy has no suite."""
+
+    class Transport(asyncio.Transport):
+        def get_extra_info(self, name: str, default: object = None) -> object:
+            return cipher if name == "cipher" else default
+
+    told: list[tuple[str, ...]] = []
+    now = [1000.0]
+    devices = LegacyDevices(lambda *what: told.append(what), lambda: now[0])
+    for seconds in (0, 1, 3600, 86_400, 1):
+        now[0] += seconds
+        assert devices.signed_in(Transport(), "pk", "lamp", "192.0.2.7", "https") is legacy
+    expected = [("pk", "lamp", "192.0.2.7", "https", cipher[0])] * 2 if isinstance(cipher, tuple) and legacy else []
+    assert told == expected
 
 
 @needs_openssl

@@ -836,7 +836,7 @@ async def live_page(request: Request, who: Views) -> Response:
 
 
 def _filters(request: Request) -> dict[str, str]:
-    names = ("product", "device", "topic", "since", "requestId", "code", "address")
+    names = ("product", "device", "topic", "since", "requestId", "code", "address", "endpoint")
     return {name: request.query_params.get(name, "").strip()[:255] for name in names}
 
 
@@ -879,6 +879,7 @@ async def logs_page(request: Request, office: In, who: Views, cursor: Text = "")
         query["device"],
         api.number_in(code),
         query["address"],
+        query["endpoint"],
         since=_since(query["since"]),
         before=api.number_in(cursor),
     )

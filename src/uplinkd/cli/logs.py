@@ -33,6 +33,11 @@ __all__ = ["logs"]
 @click.option("--product", metavar="PK", help="Of this product.")
 @click.option("--device", metavar="DN", help="Of this device.")
 @click.option("--code", type=int, help="With this code, such as 20000.")
+@click.option(
+    "--endpoint",
+    metavar="E",
+    help="Of this part: auth, topic, http, mqtt, send, amqp; tls: which devices sign in over a legacy TLS suite.",
+)
 @click.option("--since", metavar="AGE", help="Not older than this, such as 10m or 7d.")
 @click.option(
     "--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="At most this many, the newest."
@@ -47,6 +52,7 @@ def logs(
     product: str | None,
     device: str | None,
     code: int | None,
+    endpoint: str | None,
     since: str | None,
     limit: int,
     follow: bool,
@@ -59,7 +65,11 @@ def logs(
     oldest = round((time.time() - duration(since)) * 1000) if since else None
     if request_id and request and request_id != request:
         raise click.UsageError(f"two requests are asked for: {request_id} and {request}")
-    wanted = Wanted(request_id or request, product, device, code, oldest)
+    if follow and endpoint == journal.STANDING:
+        raise click.UsageError(
+            "--endpoint tls is one note for each device, renewed once a day: ask for it without --follow"
+        )
+    wanted = Wanted(request_id or request, product, device, code, oldest, endpoint=endpoint)
     if follow:
         _follow(settings, wanted, as_json)
         return
@@ -74,7 +84,9 @@ def logs(
         return
     for refusal in found:
         _show(refusal)
-    if not found:
+    if not found and endpoint == journal.STANDING:
+        click.echo("no device signs in over a legacy TLS suite", err=True)
+    elif not found:
         click.echo("nothing was refused" + (" that matches" if wanted != Wanted() else ""), err=True)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +15,7 @@ import click
 
 from uplinkd import __version__
 from uplinkd.cli.common import json_option, print_json, print_table, settings_options
-from uplinkd.settings import Settings, reachable, shown
+from uplinkd.settings import Origins, Settings, reachable, shown
 
 if TYPE_CHECKING:
     from uplinkd.app import Started
@@ -27,12 +29,15 @@ DEMO_DEVICE = "demo-device"
 @click.command()
 @settings_options("*")
 @click.option("--demo", is_flag=True, help="With an empty registry, make a product and a device to try things with.")
-def serve(settings: Settings, demo: bool) -> None:
+@click.pass_context
+def serve(ctx: click.Context, settings: Settings, demo: bool) -> None:
     """Serve devices over HTTPS and MQTT until Ctrl-C or SIGTERM."""
     from uplinkd import app
     from uplinkd.observe import set_up_logging
 
     set_up_logging(json=settings.log_format == "json")
+    for line in _told_to_everybody(settings, ctx.meta["uplinkd.origins"]):
+        logging.getLogger("uplinkd").warning(line)
 
     def prepare(settings: Settings) -> None:
         if demo:
@@ -55,6 +60,20 @@ def show_settings(ctx: click.Context, settings: Settings, as_json: bool) -> None
         print_json([dict(zip(("name", "value", "origin", "description"), row, strict=True)) for row in rows])
     else:
         print_table(("SETTING", "VALUE", "FROM", "WHAT IT IS"), rows)
+
+
+def _told_to_everybody(settings: Settings, origins: Origins) -> Iterator[str]:
+    """Which secrets stand on the command line."""
+    secret = {
+        "secret_key": bool(settings.secret_key.get_secret_value()),
+        "nats_url": shown(settings, "nats_url") != settings.nats_url,
+    }
+    for name, is_set in secret.items():
+        if is_set and origins[name].startswith("--"):
+            yield (
+                f"{origins[name]} has a secret, and each user of this machine sees the command line: put {name} into uplinkd.toml, "
+                "which your user alone may read"
+            )
 
 
 def _make_demo(settings: Settings) -> None:

@@ -11,7 +11,6 @@ exactly as long as the process lives, whoever started it and however it ends.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import hashlib
 import importlib.metadata
@@ -24,9 +23,8 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -37,6 +35,7 @@ from uplinkd.engine.nkeys import AccountKey
 from uplinkd.engine.stream import STREAM
 from uplinkd.files import FileState, file_state
 from uplinkd.ports import patiently, probe
+from uplinkd.processes import die_with, environment_of_children
 from uplinkd.settings import Settings, address, reachable
 
 __all__ = ["APPS_ACCOUNT", "Access", "EmbeddedServer", "access_for", "account_key", "announced"]
@@ -78,7 +77,6 @@ _ROOM_BYTES = 4 * 1024**2
 _PORT_TAKEN = "address already in use"
 _GREETING_BYTES = 4096
 _FAILED_TO_STORE = b"JetStream failed to store"
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +290,8 @@ class EmbeddedServer:
                 pass_fds=(self._lock,),
                 # Ctrl-C in the terminal must not end it before the workers have drained.
                 start_new_session=True,
-                preexec_fn=_die_with(os.getpid()),
+                preexec_fn=die_with(os.getpid()),
+                env=environment_of_children(os.environ),
             )
 
     def _await_ready(self) -> None:
@@ -534,17 +533,3 @@ def _write_private(path: Path, text: str) -> None:
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
     fresh.replace(path)
-
-
-def _die_with(parent: int) -> Callable[[], None] | None:
-    """For a new child: end when `parent` does, however that ends. Linux only; elsewhere the child may outlive a kill -9."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None).prctl
-
-    def arrange() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return arrange

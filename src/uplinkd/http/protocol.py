@@ -26,6 +26,7 @@ from uplinkd.gateway import Gateway, Outcome, Request, Wait
 from uplinkd.http.limits import Limits
 from uplinkd.metrics import Meter, spare
 from uplinkd.tasks import spawn
+from uplinkd.tls import LegacyDevices
 
 __all__ = ["Connection", "Door"]
 
@@ -88,6 +89,7 @@ class Door:
     now: float = 0.0
     draining: bool = False
     websocket: Callable[[], asyncio.Protocol] | None = None  # speaks MQTT over WebSocket, at /mqtt
+    legacy: LegacyDevices | None = None  # None where no legacy suite is offered
     connections: set[Connection] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     ok: bytes = b""
@@ -443,7 +445,12 @@ class Connection(asyncio.Protocol):
         """Ask the gateway; on Wait fetch the missing fact in a task and ask again."""
         try:
             if self._endpoint == "auth":
-                self._answer(wire.token_issued(self._door.gateway.authenticate(request)))
+                token = self._door.gateway.authenticate(request)
+                if self._door.legacy and self._transport:
+                    self._door.legacy.signed_in(
+                        self._transport, request.product_key, request.device_name, self._address, "https"
+                    )
+                self._answer(wire.token_issued(token))
             else:
                 self._door.gateway.publish(request, self._stored)
         except Refused as refused:

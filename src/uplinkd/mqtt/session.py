@@ -30,6 +30,7 @@ from uplinkd.registry.cache import DeviceCache, Entry
 from uplinkd.roster import Roster
 from uplinkd.settings import Settings, is_loopback
 from uplinkd.tasks import spawn
+from uplinkd.tls import LegacyDevices
 
 __all__ = ["ACCEPTED", "Apps", "Connection", "Door", "Sender"]
 
@@ -96,6 +97,7 @@ class Door:
     products: dict[str, set[Connection]] = field(default_factory=dict)
     apps: dict[int, set[Connection]] = field(default_factory=dict)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    legacy: LegacyDevices | None = None  # None where no legacy suite is offered
 
     def __post_init__(self) -> None:
         self.now = self.clock()
@@ -200,6 +202,7 @@ class Connection(asyncio.Protocol):
         "_held",
         "_inflight",
         "_keep_alive",
+        "_legacy",
         "_next_id",
         "_noted",
         "_parser",
@@ -231,6 +234,7 @@ class Connection(asyncio.Protocol):
         self._entry: Entry | None = None
         self._app: App | None = None
         self._who = ("", "")
+        self._legacy = True  # whether its TLS suite may be a legacy one
         self._clean = True
         self._auto: tuple[str, ...] = ()
         self._keep_alive = 0.0
@@ -320,6 +324,9 @@ class Connection(asyncio.Protocol):
         """Say that the device is there, not more often than anybody needs."""
         assert self._entry
         self._telling = now + _TELL_SECONDS
+        if self._legacy and self._door.legacy and self._transport:
+            # Once a day, also of a session that stands for weeks.
+            self._legacy = self._door.legacy.signed_in(self._transport, *self._who, self.address, "mqtt")
         self._door.gateway.heard(self._entry, self.address, self.stamp)
         if not self._clean and now >= self._remembering:
             self._remembering = now + _REMEMBER_SECONDS
