@@ -59,8 +59,11 @@ FURTHER = {
 
 
 # Why devices are refused; what is put together of parts is here as a whole.
-REFUSING = [SOURCES / name for name in ("gateway.py", "core/tokens.py", "core/wire.py", "mqtt/session.py")]
-REFUSALS = {"Refused", "_unauthenticated"}
+REFUSING = [
+    SOURCES / name
+    for name in ("gateway.py", "core/tokens.py", "core/wire.py", "floods.py", "flow.py", "mqtt/session.py")
+]
+REFUSALS = {"Refused", "_unauthenticated", "_reason"}
 TOGETHER = re.compile(r"malformed topic |no topic class |the topic class |stale timestamp: |wrong sign: ")
 
 

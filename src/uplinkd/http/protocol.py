@@ -22,6 +22,8 @@ import httptools
 
 from uplinkd.core import wire
 from uplinkd.core.errors import MESSAGES, Code, Refused, Unavailable
+from uplinkd.floods import Floods
+from uplinkd.flow import network_of
 from uplinkd.gateway import Gateway, Outcome, Request, Wait
 from uplinkd.http.limits import Limits
 from uplinkd.metrics import Meter, spare
@@ -48,7 +50,7 @@ _SLICE = 16 * 1024
 
 
 # The headers that mean something here.
-_OTHER, _CONTENT_TYPE, _PASSWORD, _HOST, _EXPECT, _LENGTH, _ENCODING = range(7)
+_OTHER, _CONTENT_TYPE, _PASSWORD, _HOST, _EXPECT, _LENGTH, _ENCODING, _FORWARDED = range(8)
 _EXPECTS, _MEASURED, _CHUNKED = 1 << _EXPECT, 1 << _LENGTH, 1 << _ENCODING
 _HEADERS = {
     b"content-type": _CONTENT_TYPE,
@@ -57,6 +59,7 @@ _HEADERS = {
     b"expect": _EXPECT,
     b"content-length": _LENGTH,
     b"transfer-encoding": _ENCODING,
+    b"x-forwarded-for": _FORWARDED,
 }
 # The spellings that nearly every request has need no lower().
 _SPELLINGS = {name: kind for known, kind in _HEADERS.items() for name in (known, known.title())}
@@ -87,12 +90,16 @@ class Door:
     meter: Meter = field(default_factory=spare)
     now: float = 0.0
     draining: bool = False
-    websocket: Callable[[], asyncio.Protocol] | None = None  # speaks MQTT over WebSocket, at /mqtt
+    # Speaks MQTT over WebSocket, at /mqtt, with a device at this address, and of this network (see Request).
+    websocket: Callable[[str, str], asyncio.Protocol] | None = None
+    forwarded_for: bool = False  # the proxy at the plain-text port says for whom it asks
     connections: set[Connection] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     ok: bytes = b""
+    floods: Floods = field(init=False)
 
     def __post_init__(self) -> None:
+        self.floods = Floods(self.refused, self.clock)
         self.tick()
 
     def tick(self) -> None:
@@ -105,6 +112,7 @@ class Door:
         )
         for connection in [each for each in self.connections if each.deadline <= self.now]:
             connection.expire()
+        self.floods.tick()
 
     def drain(self) -> None:
         """Answer what is under way, close what is idle; a request that is just arriving still gets its answer."""
@@ -121,17 +129,21 @@ class _Parsed(NamedTuple):
     body: bytes
     keep_alive: bool
     old: bool
+    address: str
+    network: str
 
 
 class Connection(asyncio.Protocol):
-    """One device's connection. Requests are answered in order, one at a time; further ones wait, bounded."""
+    """One device's connection, or a proxy's (`proxied`) for many of them. Requests are answered in order, one at a time; further
+    ones wait, bounded."""
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: Door, *, proxied: bool = False) -> None:
         self._door = door
         self._limits = door.limits
         self._transport: asyncio.Transport | None = None
         self._parser: Any = None
-        self._address = ""
+        self._proxied = proxied
+        self._address = self._network = ""
         self.deadline = _NEVER
 
         self._held: deque[bytes] = deque()  # bytes not parsed yet
@@ -164,6 +176,7 @@ class Connection(asyncio.Protocol):
         self._old = False
         self._content_type: str | None = None
         self._password: str | None = None
+        self._forwarded = b""
         self._length = 0
         self._body: bytes | bytearray = b""
 
@@ -180,6 +193,7 @@ class Connection(asyncio.Protocol):
         door.meter.accepted("https")
         peer = transport.get_extra_info("peername")
         self._address = peer[0] if peer else ""
+        self._network = "" if self._proxied else network_of(self._address)
         self._parser = httptools.HttpRequestParser(self)
         self.deadline = door.now + self._limits.idle_timeout
 
@@ -292,6 +306,7 @@ class Connection(asyncio.Protocol):
         self._head_bytes = self._headers = self._seen = self._length = 0
         self._old = False
         self._content_type = self._password = None
+        self._forwarded = b""
         self._body = b""
         self._stage = _HEAD
         self._messages += 1
@@ -313,6 +328,9 @@ class Connection(asyncio.Protocol):
                 self._stop(431, f"there are more than {self._limits.headers} headers")
             return
         bit = 1 << kind
+        if kind == _FORWARDED:  # of several the last one is the last proxy's, as of the entries in one
+            self._forwarded = value
+            return
         if self._seen & bit:
             # A proxy before us may have acted on the other one.
             self._stop(400, f"the header {name.decode()} is there twice")
@@ -379,8 +397,18 @@ class Connection(asyncio.Protocol):
                 self._body if isinstance(self._body, bytes) else bytes(self._body),
                 parser.should_keep_alive(),
                 self._old,
+                *self._client(),
             )
         )
+
+    def _client(self) -> tuple[str, str]:
+        """The address that the request comes from, and whom limits by address hold for. The proxy's word counts for its own
+        connections alone; where it says nothing its address is nobody's, and is not limited: that would hit all at once."""
+        if self._proxied and self._door.forwarded_for:
+            address = self._forwarded.rpartition(b",")[2].strip().decode("latin-1")
+            if network := network_of(address):
+                return address, network
+        return self._address, self._network
 
     def _may_hand_over(self) -> bool:
         """Whether this connection can become a WebSocket: it has raw bytes of one request alone, and none is under way."""
@@ -397,7 +425,7 @@ class Connection(asyncio.Protocol):
         self._transport = self._parser = None
         if self._paused:
             transport.resume_reading()
-        successor = self._door.websocket()
+        successor = self._door.websocket(*self._client())
         transport.set_protocol(successor)
         successor.connection_made(transport)
         successor.data_received(raw)
@@ -436,7 +464,9 @@ class Connection(asyncio.Protocol):
         self._began = monotonic()
         self.deadline = _NEVER
         topic = path[_TOPIC_PREFIX:]
-        self._request = Request(self._address, parsed.content_type, parsed.body, parsed.password, topic, bool(mark))
+        self._request = Request(
+            parsed.address, parsed.content_type, parsed.body, parsed.password, topic, bool(mark), parsed.network
+        )
         self._act(self._request)
 
     def _act(self, request: Request) -> None:
@@ -511,13 +541,17 @@ class Connection(asyncio.Protocol):
     def _answer_refused(self, refused: Refused) -> None:
         request = self._request
         assert request
+        if refused.limit:
+            self._door.meter.limited(refused.limit)
+            self._answer(self._door.floods.met(refused, request, self._endpoint).body, refused.code)
+            return
         outcome = Outcome(
             secrets.token_hex(8),
             self._endpoint,
             200,
             refused.code,
             refused.reason,
-            self._address,
+            request.address,
             refused.product_key or request.product_key,
             refused.device_name or request.device_name,
             refused.topic or request.topic or request.path[:300].decode(errors="backslashreplace"),
@@ -532,14 +566,16 @@ class Connection(asyncio.Protocol):
     def _answer(self, body: bytes, code: Code = Code.SUCCESS) -> None:
         request, self._request = self._request, None
         door = self._door
-        if code:
-            door.meter.count(self._endpoint, code, monotonic() - self._began)
-        else:
+        if not code:
             door.meter.answered[self._endpoint].append(monotonic() - self._began)
+        elif code is Code.REQUEST_TOO_MANY:
+            door.meter.held_back[self._endpoint].append(monotonic() - self._began)
+        else:
+            door.meter.count(self._endpoint, code, monotonic() - self._began)
         if self._transport is None:  # the device has gone; what it sent is stored all the same
             return
         if door.access_log and request:
-            log.info("%s POST /%s%s %d %s", self._address, self._endpoint, request.topic, code, MESSAGES[code])
+            log.info("%s POST /%s%s %d %s", request.address, self._endpoint, request.topic, code, MESSAGES[code])
         if self._keep_alive and not self._answer_old and not door.draining:
             self._transport.write(b"%b%d\r\n\r\n%b" % (door.ok, len(body), body))
         else:
