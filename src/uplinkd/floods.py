@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from uplinkd.core import wire
-from uplinkd.core.errors import Refused
+from uplinkd.core.errors import Code, Refused
 from uplinkd.gateway import Outcome, Request
 
-__all__ = ["Flood", "Floods"]
+__all__ = ["NO_FLOOD", "Flood", "Floods"]
 
 _SECONDS = 10.0
 # So many kinds are told apart at a time; what comes beyond them is counted by its limit alone.
@@ -26,11 +26,17 @@ _OF_ADDRESS = frozenset({"address_rate", "address_auth_rate"})
 
 @dataclass(slots=True)
 class Flood:
-    """One kind: `body` is its answer over HTTPS; `more` came since it was last recorded."""
+    """One kind: `body` is its answer over HTTPS; `more` came since it was last recorded, and who comes within ten seconds of the
+    one before may be added here."""
 
     outcome: Outcome
     body: bytes
     more: int = 0
+    fresh: bool = True
+
+
+NO_FLOOD = Flood(Outcome("", "", 0, Code.SUCCESS, "", ""), b"")
+"""Stands where there is none."""
 
 
 class Floods:
@@ -98,6 +104,6 @@ class Floods:
         for kind, flood in list(self._floods.items()):
             if flood.more:
                 self._record(replace(flood.outcome, times=flood.more))
-                flood.more = 0
-            else:
+            elif not flood.fresh:
                 del self._floods[kind]
+            flood.more, flood.fresh = 0, False

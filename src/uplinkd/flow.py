@@ -29,11 +29,12 @@ _WAYS = 8
 _PRODUCTS, _OF_PRODUCT = 1 << 12, 2  # messages, bytes
 _NETWORKS, _OF_NETWORK = 1 << 17, 3  # requests, refused logins, look-ups for further ones
 _GUESSED, _OF_GUESSED = 1 << 17, 1  # refused logins
-_GUESSING = "guessed "
+# Marks a refusal for what somebody may be guessing; a wrong guess stays wrong for so long, unless the registry is changed.
+_GUESSING, _GUESS_SECONDS = "guessed ", 0.25
 _LOCKS = 16
 _MINUTE = 60.0
-# Beyond its refused logins an address is still looked up this many times as often, see `may_look_up`.
-_LOOK_UPS = 10
+# Beyond its refused logins an address is still looked up this many times as often, and for so long at once: see `may_look_up`.
+_LOOK_UPS, _LOOK_UP_SECONDS = 10, 6.0
 # Whoever holds a lock may have lost its core for a while. A worker killed in the microsecond that it holds one leaves it taken:
 # then the others go on without, until the supervisor has healed it.
 _LOCK_PATIENCE = 0.05
@@ -56,7 +57,7 @@ class Flow:
         self._login_cost = _cost(settings.auth_rate, _MINUTE)
         self._refusal_cost = _cost(settings.address_auth_rate, _MINUTE)
         self._wide = bool(self._product_cost or self._product_byte_cost or self._request_cost)
-        # Made once, for a flood of refusals; nothing is ever said in addition to what they say.
+        # Made once, for a flood of refusals; but for `wait` they stay as they are.
         self._refusals = {
             limit: Refused(Code.REQUEST_TOO_MANY, reason, limit=limit.removeprefix(_GUESSING))
             for limit, reason in _reasons(settings).items()
@@ -113,7 +114,9 @@ class Flow:
                 until[slot] = messages
                 until[slot + 1] = volume
                 return
-        raise self._too_many("device_bytes" if messages else "device_rate")
+        if messages:
+            raise self._too_many("device_bytes")
+        raise self._too_many("device_rate", until[slot] - now, self._message_cost)
 
     def _charge_all(self, device_id: int, size: int, product_key: str, network: str) -> None:
         slot, product, address = device_id % _DEVICES * _SLOT, hash(product_key), hash(network)
@@ -139,7 +142,10 @@ class Flow:
                 for (_, place, _), moment in zip(charges, moments, strict=True):
                     until[place] = moment
                 return
-        raise self._too_many(charges[moments.index(0.0)][0])
+        limit, place, cost = charges[moments.index(0.0)]
+        if limit.endswith("_rate"):
+            raise self._too_many(limit, until[place] - now, cost)
+        raise self._too_many(limit)
 
     def login(self, device_id: int, network: str = "") -> None:
         """Charge a login with a right sign to the device and its network; raise Refused 40000 over the rate of one of them.
@@ -213,9 +219,12 @@ class Flow:
         if not self._refusal_cost or not network:
             return True
         tag = hash(network)
+        place, cost = self._networks.known(tag), self._refusal_cost / _LOOK_UPS
+        if place and not _charged(self._until[place + 2], self._clock(), cost, _LOOK_UP_SECONDS):
+            return False
         with self._networks.guard(tag):
             place = self._networks.place(tag) + 2
-            charged = _charged(self._until[place], self._clock(), self._refusal_cost / _LOOK_UPS, _MINUTE)
+            charged = _charged(self._until[place], self._clock(), cost, _LOOK_UP_SECONDS)
             self._until[place] = charged or self._until[place]
         return bool(charged)
 
@@ -239,12 +248,18 @@ class Flow:
             lock.acquire(timeout=1)
             lock.release()
 
-    def _too_many(self, limit: str) -> Refused:
-        return self._refusals[limit].with_traceback(None)
+    def _too_many(self, limit: str, ahead: float = 0.0, cost: float = 0.0) -> Refused:
+        """`ahead` is how far the rate is used up in advance, where each request costs the same: it only grows meanwhile, whatever
+        other workers do."""
+        refused = self._refusals[limit]
+        refused.wait = ahead - max(1.0 - cost, 0.0) if cost else 0.0
+        return refused.with_traceback(None)
 
     def guessing(self, limit: str) -> Refused:
         """The refusal for what `guessed` has named."""
-        return self._too_many(_GUESSING + limit)
+        refused = self._too_many(_GUESSING + limit)
+        refused.wait = _GUESS_SECONDS
+        return refused
 
 
 class _Table:

@@ -308,9 +308,14 @@ class Gateway:
         """
         request.product_key, request.device_name = login.product_key[:_LONGEST_NAME], login.device_name[:_LONGEST_NAME]
         entry = request.entry if request.fresh else self._cache.get_by_name(login.product_key, login.device_name)
-        fault = self._fault(login, entry.device if entry else None, now)
+        device = entry.device if entry else None
+        right = signature.matches((device or _NOBODY).secret, login.content, login.method, login.sign)
         guessed = self._flow.guessed(login.product_key, login.device_name, request.network)
-        if guessed and (fault or (entry and len(entry.device.secret) < _NEVER_GUESSED)):
+        if not guessed:
+            fault = self._fault(login, device, right, now)
+        elif device and right and len(device.secret) >= _NEVER_GUESSED and device.enabled and not self._off(login, now):
+            fault = None
+        else:
             fault = self._flow.guessing(guessed)
         if fault and not request.fresh:
             # A refusal is decided on fresh facts alone: a secret changed a moment ago counts, and what the registry
@@ -320,12 +325,11 @@ class Gateway:
             raise Wait(lambda: self._load_by_name(request, login))
         if guessed and fault:
             raise fault
-        if fault or entry is None:
+        if fault or entry is None or device is None:
             if guessed := self._flow.refused_login(login.product_key, login.device_name, request.network):
                 raise self._flow.guessing(guessed)
             raise fault or Refused(Code.AUTH_CHECK_ERROR, "the device is not known")
 
-        device = entry.device
         if device.activated is None:
             raise Wait(lambda: self._activate(request, device, now))
         self._flow.login(device.id, request.network)
@@ -336,9 +340,13 @@ class Gateway:
         if not topics.may_publish(topic, device, entry.publish_levels):
             raise Refused(Code.PUBLISH_MESSAGE_ERROR, topics.explain(topic, device, entry.classes), topic=topic.text)
 
-    def _fault(self, login: wire.Login, device: Device | None, now: int) -> Refused | None:
-        """Why `login` is not accepted, None if it is. Each way out has cost one HMAC."""
-        right = signature.matches((device or _NOBODY).secret, login.content, login.method, login.sign)
+    def _off(self, login: wire.Login, now: int) -> int:
+        """By how many ms the login's timestamp is off; 0 where that is within what is allowed."""
+        off = 0 if login.timestamp is None or not self._window else login.timestamp - now
+        return off if abs(off) > self._window else 0
+
+    def _fault(self, login: wire.Login, device: Device | None, right: bool, now: int) -> Refused | None:
+        """Why `login`, whose sign is `right` or not, is not accepted; None if it is."""
         if device is None:
             return _unauthenticated(f"there is no device {login.device_name!r} in a product {login.product_key!r}")
         if not right:
@@ -357,8 +365,8 @@ class Gateway:
                 f"the device is disabled; `uplinkd device enable {device.product_key} {device.name}` lets it in again",
                 forbidden=True,
             )
-        if login.timestamp is not None and self._window and abs(now - login.timestamp) > self._window:
-            off = (login.timestamp - now) / 1000
+        if milliseconds := self._off(login, now):
+            off = milliseconds / 1000
             return _unauthenticated(
                 f"stale timestamp: {login.timestamp} is {abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} the server's "
                 f"clock ({now}); at most {self._window / 1000:g} s are allowed (timestamp_window)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,52 @@ async def test_the_answers_of_a_flood_lead_to_its_record(house: House) -> None:
     ids = {reply.json["info"]["requestId"] for reply in replies}
     assert ids == {outcome.request_id for outcome in house.outcomes}
     assert all(reply.json["message"] == "request too many" for reply in replies)
+
+
+async def test_while_nothing_can_pass_nothing_is_asked(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first refusal it is known how long that holds: the next ones cost neither a look-up nor a lock. Another token on
+    the same connection, and what comes when the time is over, are looked at."""
+    house.registry.create_device(PRODUCT, "second", secret=STRONG)
+    reply = await house.connect().ask(login_request(device="second", secret=STRONG))
+    other = publish_request(reply.json["info"]["token"], topic=f"/{PRODUCT}/second/user/update")
+    raw, now, clock = publish_request(await house.token()), [5000.0], [1000.0]
+    monkeypatch.setattr("uplinkd.http.protocol.monotonic", lambda: now[0])
+    house.flow._clock = lambda: clock[0]
+    asked = count_calls(house.gateway, "publish", monkeypatch)
+    peer = house.connect()
+    assert [(await peer.ask(raw)).code for _ in range(50)] == [0] * 30 + [40000] * 20
+    assert len(asked) == 31
+    assert (await peer.ask(other)).code == 0
+    assert len(asked) == 32
+    for step in (0.02, 0.02):
+        now[0] += step
+        clock[0] += step
+        last = await peer.ask(raw)
+    assert last.code == 0
+    assert len(asked) == 33
+    house.later(11)
+    assert sum(outcome.times for outcome in house.outcomes) == 21
+
+
+@pytest.mark.parametrize("settings", [{"device_rate": 0.001}])
+async def test_a_device_that_is_disabled_while_it_floods_is_told_so(tmp_path: Path, settings: dict[str, float]) -> None:
+    """Within the second that any worker may take to hear of it, however slow its rate is."""
+    async with open_room(Settings(data=tmp_path, **settings), House) as house:
+        token = await house.token()
+        peer = house.connect()
+        assert [(await peer.ask(publish_request(token))).code for _ in range(3)] == [0, 40000, 40000]
+        house.registry.set_enabled(PRODUCT, DEVICE, False)
+        house.cache.forget()
+        assert await until_other(peer, publish_request(token), 40000) == 20001
+
+
+async def until_other(peer: Peer, raw: bytes, code: int) -> int:
+    """The first code that is another one."""
+    for _ in range(100):
+        if (found := (await peer.ask(raw)).code) != code:
+            return found
+        await asyncio.sleep(0.01)
+    return code
 
 
 # products and addresses
@@ -243,8 +290,26 @@ async def test_guessers_do_not_keep_the_registry_busy(
     found.clear()
     codes = [(await house.connect(ATTACKER).ask(login_request(device=f"d{number}"))).code for number in range(100)]
     assert codes == [20000] * 6 + [40000] * 94
-    assert len(found) == 6 + 60
+    assert len(found) == 6 + 6
     assert await login(house, ATTACKER, **lock) == 0
+
+
+async def test_a_login_that_is_refused_again_and_again_is_refused_unseen(
+    house: House, lock: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Firmware with a wrong secret says the same each time: it is looked at four times a second, from its own address alone."""
+    await guess(house, 31)
+    asked = count_calls(house.gateway, "authenticate", monkeypatch)
+    assert await guess(house, 20) == [40000] * 20
+    assert len(asked) == 0
+    assert await login(house, ELSEWHERE, device="lock", secret="guess") == 20000
+    assert await login(house, ATTACKER, device="lock", secret="another guess") == 40000
+    assert len(asked) == 4  # each once more with what the registry says
+    house.later(0.3)
+    assert await guess(house, 20) == [40000] * 20
+    assert len(asked) == 6
+    house.later(11)
+    assert sum(outcome.times for outcome in house.outcomes if outcome.code == 40000) == 42
 
 
 async def test_all_guesses_beyond_the_limit_cost_the_same(
@@ -256,6 +321,7 @@ async def test_all_guesses_beyond_the_limit_cost_the_same(
     await guess(house, 30, device=DEVICE)
     found = count_calls(house.registry, "find_device", monkeypatch)
     for device in ("lock", "nobody", DEVICE):
+        house.door.tick()
         found.clear()
         assert await guess(house, 1, device=device) == [40000]
         assert len(found) == 1

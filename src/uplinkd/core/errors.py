@@ -137,7 +137,7 @@ class Refused(Exception):  # noqa: N818 - a refusal is an answer, not an error o
     """The device is answered no with `code`; `reason` is for the operator alone and ends the search.
 
     `forbidden`: it has shown who it is, and may not all the same (MQTT tells these two apart). `limit` is the setting that
-    flow control went by, one of LIMITS.
+    flow control went by, one of LIMITS; `wait` says for how many seconds the same will not pass either, where that is certain.
     """
 
     def __init__(
@@ -154,6 +154,7 @@ class Refused(Exception):  # noqa: N818 - a refusal is an answer, not an error o
         super().__init__(reason)
         self.forbidden = forbidden
         self.limit = limit
+        self.wait = 0.0
         self.code = code
         self.reason = reason
         self.product_key = product_key
