@@ -173,6 +173,11 @@ def _beside_rows(beside: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _sync_row(connections: str, each: Mapping[str, Any]) -> tuple[str, ...]:
+    rates = (f"{each[name]:,.0f}" for name in ("shipped", "always"))
+    return connections, *rates, f"{each['ratio']:.2f}", f"{each['p50']:.1f}", f"{each['p99']:.1f}"
+
+
 def _refusal_row(what: str, each: Mapping[str, Any]) -> tuple[str, ...]:
     served, refused, ratio = f"{each['served']:.1f}", f"{each['refused']:.1f}", f"{each['ratio']:.2f}"
     return what, served, refused, ratio, f"{each['rate']:,.0f}"
@@ -231,6 +236,9 @@ def render(facts: Mapping[str, Any]) -> str:
     if refused := facts.get("refusals"):
         kinds = ("flow control", "served, µs", "refused, µs", "ratio", "refused/s")
         lines += ["", table(kinds, [_refusal_row(what, one) for what, one in refused.items()])]
+    if synced := facts.get("sync"):
+        parts = ("sync_interval, connections", "100ms, /s", "always, /s", "ratio", "p50 ms", "p99 ms")
+        lines += ["", table(parts, [_sync_row(count, one) for count, one in synced.items()])]
     if visited := facts.get("pages"):
         rows = [(path, f"{each['median']:.0f} ms", f"{each['worst']:.0f} ms") for path, each in visited.items()]
         lines += ["", table(("pages beside a large fleet", "median", "worst"), rows)]

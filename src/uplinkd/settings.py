@@ -232,6 +232,10 @@ class Settings(BaseModel):
     nats_server: str = Field(
         "", description="nats-server binary to start; empty: the one that was installed with uplinkd"
     )
+    sync_interval: Literal["100ms", "always"] = Field(
+        "100ms",
+        description="how often nats-server has messages written to the disk itself (fsync); always: before each is acknowledged",
+    )
     nats_listen: Annotated[str, AfterValidator(_optional_address)] = Field(
         "127.0.0.1:4223",
         description="address at which applications reach the nats-server that uplinkd looks after; empty: no application does",

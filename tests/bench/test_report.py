@@ -113,6 +113,13 @@ def test_refusals_stand_beside_what_is_served() -> None:
     assert [(measured, reached) for _, measured, _, reached in report.goals(found)] == [("1.01 ×", False)]
 
 
+def test_what_waiting_for_the_disk_costs_stands_by_connections() -> None:
+    """Beside the server as shipped, whose rate it is a part of."""
+    each = {"shipped": 20_000.0, "always": 5_000.0, "ratio": 0.25, "p50": 11.04, "p99": 20.0}
+    lines = [line.split() for line in report.render(facts() | {"sync": {"64": each}}).splitlines()]
+    assert ["64", "20,000", "5,000", "0.25", "11.0", "20.0"] in lines
+
+
 def test_a_server_that_was_left_out_gives_no_ratio() -> None:
     """`--only uplinkd` compares with nothing."""
     text = report.render(facts(publish={"uplinkd": row("uplinkd")}))
