@@ -143,11 +143,13 @@ def publish_load(peer: Peer, folder: Path, *, connections: int, seconds: float, 
     return _wrk(peer, "publish.lua", connections, seconds, TOKENS=str(tokens), PAYLOAD=str(payload))
 
 
-def auth_load(peer: Peer, folder: Path, *, connections: int, seconds: float, keep_alive: bool) -> Measured:
+def auth_load(
+    peer: Peer, folder: Path, *, connections: int, seconds: float, keep_alive: bool, secret: str = SECRET
+) -> Measured:
     """Logins, over kept-alive connections or each over a new one."""
-    bodies = folder / "bodies"
+    bodies = folder / f"bodies.{secret}"
     names = [f"device{number:04}" for number in range(connections)]
-    bodies.write_text("\n".join(login_body(PRODUCT, name, SECRET, method="hmacsha1") for name in names) + "\n")
+    bodies.write_text("\n".join(login_body(PRODUCT, name, secret, method="hmacsha1") for name in names) + "\n")
     connection = "keep-alive" if keep_alive else "close"
     return _wrk(peer, "auth.lua", connections, seconds, BODIES=str(bodies), CONNECTION=connection)
 

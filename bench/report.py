@@ -109,6 +109,9 @@ def goals(facts: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
     if beside := facts.get("beside delivery"):
         ratio = beside["ratio"]
         found.append(("HTTPS publish beside a group that is posted", f"{ratio:.3f} ×", "≥ 0.85 ×", ratio >= 0.85))
+    if refused := facts.get("refusals"):
+        ratio = max(each["ratio"] for each in refused.values())
+        found.append(("CPU of a refused request against a served one", f"{ratio:.2f} ×", "< 1 ×", ratio < 1))
     if visited := facts.get("pages"):
         slowest = max(each["median"] for each in visited.values())
         found.append(("the slowest page beside a large fleet", f"{slowest:.0f} ms", "< 200 ms", slowest < 200))
@@ -170,6 +173,16 @@ def _beside_rows(beside: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _sync_row(connections: str, each: Mapping[str, Any]) -> tuple[str, ...]:
+    rates = (f"{each[name]:,.0f}" for name in ("shipped", "always"))
+    return connections, *rates, f"{each['ratio']:.2f}", f"{each['p50']:.1f}", f"{each['p99']:.1f}"
+
+
+def _refusal_row(what: str, each: Mapping[str, Any]) -> tuple[str, ...]:
+    served, refused, ratio = f"{each['served']:.1f}", f"{each['refused']:.1f}", f"{each['ratio']:.2f}"
+    return what, served, refused, ratio, f"{each['rate']:,.0f}"
+
+
 def faults(facts: Mapping[str, Any]) -> list[str]:
     """What makes the figures worthless: answers that were not right, messages that were acknowledged and are not there."""
     found = [
@@ -220,6 +233,12 @@ def render(facts: Mapping[str, Any]) -> str:
         lines += ["", table(columns, [row for way, each in ways.items() for row in _delivery_rows(way, each)])]
     if beside := facts.get("beside delivery"):
         lines += ["", table(("devices beside delivery", ""), _beside_rows(beside))]
+    if refused := facts.get("refusals"):
+        kinds = ("flow control", "served, µs", "refused, µs", "ratio", "refused/s")
+        lines += ["", table(kinds, [_refusal_row(what, one) for what, one in refused.items()])]
+    if synced := facts.get("sync"):
+        parts = ("sync_interval, connections", "100ms, /s", "always, /s", "ratio", "p50 ms", "p99 ms")
+        lines += ["", table(parts, [_sync_row(count, one) for count, one in synced.items()])]
     if visited := facts.get("pages"):
         rows = [(path, f"{each['median']:.0f} ms", f"{each['worst']:.0f} ms") for path, each in visited.items()]
         lines += ["", table(("pages beside a large fleet", "median", "worst"), rows)]

@@ -1,12 +1,15 @@
-"""Flow control that holds for a device whichever worker it meets: one table in memory that all workers share.
+"""Flow control that holds whichever worker a request meets: one table in memory that all workers share.
 
-Each limit is a GCRA (virtual scheduling, ITU-T I.371): the table keeps, as one double, the moment until which a device has
-used up its rate in advance. A request is in order if that moment lies no further ahead than the burst. So an idle device
-costs nothing, a refused request is charged nothing, and there is no counter to reset.
+Each limit is a GCRA (virtual scheduling, ITU-T I.371): the table keeps, as one double, the moment until which a rate has been
+used up in advance. A request is in order if that moment lies no further ahead than the burst. So what is idle costs nothing, a
+refused request is charged nothing, and there is no counter to reset. What is charged to several limits is charged to all of
+them or to none.
 """
 
 from __future__ import annotations
 
+import functools
+import ipaddress
 import mmap
 import multiprocessing
 import multiprocessing.synchronize
@@ -16,51 +19,94 @@ from collections.abc import Callable
 from uplinkd.core.errors import Code, Refused
 from uplinkd.settings import Settings
 
-__all__ = ["Flow"]
+__all__ = ["Flow", "network_of"]
 
 # A device's slot: messages, bytes, logins, and until when it is claimed.
 _SLOT = 4
 _DEVICES = 1 << 22
-_REFUSALS = 1 << 20
+# The entries of the tables that go by name: how many buckets, and what is kept of each name.
+_WAYS = 8
+_PRODUCTS, _OF_PRODUCT = 1 << 12, 2  # messages, bytes
+_NETWORKS, _OF_NETWORK = 1 << 17, 3  # requests, refused logins, look-ups for further ones
+_GUESSED, _OF_GUESSED = 1 << 17, 1  # refused logins
+# Marks a refusal for what somebody may be guessing; a wrong guess stays wrong for so long, unless the registry is changed.
+_GUESSING, _GUESS_SECONDS = "guessed ", 0.25
 _LOCKS = 16
 _MINUTE = 60.0
-# A worker killed in the microsecond that it holds a lock leaves it taken: wait this long, then go on without.
-_LOCK_PATIENCE = 0.002
+# Beyond its refused logins an address is still looked up this many times as often, and for so long at once: see `may_look_up`.
+_LOOK_UPS, _LOOK_UP_SECONDS = 10, 6.0
+# Whoever holds a lock may have lost its core for a while. A worker killed in the microsecond that it holds one leaves it taken:
+# then the others go on without, until the supervisor has healed it.
+_LOCK_PATIENCE = 0.05
 
 
 class Flow:
     """Made before the workers are forked, which then share its table and its locks.
 
-    Devices whose ids differ by a multiple of 4,194,304 share a slot; two addresses share one by a chance of 1 in a million,
-    which nobody can aim at: Python's string hash is salted anew in each supervisor and the same in its workers.
+    Devices whose ids differ by a multiple of 4,194,304 share a slot. Products and addresses are told apart by 64 bits of a hash
+    that is salted anew in each supervisor and the same in its workers, so nobody can aim at another's.
     """
 
     def __init__(self, settings: Settings, *, shared: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._message_cost = _cost(settings.device_rate, 1.0)
         self._byte_cost = _cost(float(settings.device_bytes), 1.0)
+        self._product_cost = _cost(settings.product_rate, 1.0)
+        self._product_byte_cost = _cost(float(settings.product_bytes), 1.0)
+        self._request_cost = _cost(settings.address_rate, 1.0)
         self._login_cost = _cost(settings.auth_rate, _MINUTE)
         self._refusal_cost = _cost(settings.address_auth_rate, _MINUTE)
-        self._settings = settings
-        size = (_DEVICES * _SLOT + 2 * _REFUSALS) * 8
+        self._wide = bool(self._product_cost or self._product_byte_cost or self._request_cost)
+        # Made once, for a flood of refusals; but for `wait` they stay as they are.
+        self._refusals = {
+            limit: Refused(Code.REQUEST_TOO_MANY, reason, limit=limit.removeprefix(_GUESSING))
+            for limit, reason in _reasons(settings).items()
+        }
+        sizes = (
+            _DEVICES * _SLOT,
+            _PRODUCTS * _WAYS * (1 + _OF_PRODUCT),
+            _NETWORKS * _WAYS * (1 + _OF_NETWORK),
+            _GUESSED * _WAYS * (1 + _OF_GUESSED),
+        )
         # Untouched pages take no memory, whatever the size.
-        self._memory = mmap.mmap(-1, size, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+        self._memory = mmap.mmap(
+            -1, sum(sizes) * 8, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        )
         self._until = memoryview(self._memory).cast("d")
+        self._tags = memoryview(self._memory).cast("q")
         context = multiprocessing.get_context("fork")
-        self._locks = [context.Lock() for _ in range(_LOCKS)] if shared else []
-        self._guards: list[_Guard] = [_Guard(lock) for lock in self._locks] or [_NoGuard()]
+        self._locks: list[multiprocessing.synchronize.Lock] = []
+
+        def guards() -> list[_Guard]:
+            """Of one table; who takes several takes them in the order in which they are made here."""
+            if not shared:
+                return [_NoGuard()]
+            locks = [context.Lock() for _ in range(_LOCKS)]
+            self._locks += locks
+            return [_Guard(lock) for lock in locks]
+
+        self._guards = guards()
+        views = self._tags, self._until
+        self._products = _Table(*views, sizes[0], _PRODUCTS, _OF_PRODUCT, guards())
+        self._networks = _Table(*views, sum(sizes[:2]), _NETWORKS, _OF_NETWORK, guards())
+        self._guessed = _Table(*views, sum(sizes[:3]), _GUESSED, _OF_GUESSED, guards())
 
     def close(self) -> None:
         self._until.release()
+        self._tags.release()
         self._memory.close()
 
-    def message(self, device_id: int, size: int) -> None:
-        """Charge a message of `size` bytes to the device; raise Refused 40000 over its rate, charging nothing."""
+    def message(self, device_id: int, size: int, product_key: str = "", network: str = "") -> None:
+        """Charge a message of `size` bytes to the device, its product and the network that it came from (see `network_of`); raise
+        Refused 40000 over the rate of one of them, charging none."""
+        if self._wide:
+            self._charge_all(device_id, size, product_key, network)
+            return
         if not self._message_cost and not self._byte_cost:
             return
         slot = device_id % _DEVICES * _SLOT
         until = self._until
-        with self._locked(slot):
+        with self._guards[device_id % len(self._guards)]:
             now = self._clock()
             messages = _charged(until[slot], now, self._message_cost, 1.0)
             volume = _charged(until[slot + 1], now, self._byte_cost * size, 1.0)
@@ -68,55 +114,125 @@ class Flow:
                 until[slot] = messages
                 until[slot + 1] = volume
                 return
-        if not messages:
-            raise _too_many(
-                f"the device sends more than {self._settings.device_rate:g} messages a second (device_rate)"
-            )
-        raise _too_many(f"the device sends more than {self._settings.device_bytes} bytes a second (device_bytes)")
+        if messages:
+            raise self._too_many("device_bytes")
+        raise self._too_many("device_rate", until[slot] - now, self._message_cost)
 
-    def login(self, device_id: int) -> None:
-        """Charge a login with a right sign; raise Refused 40000 over the device's rate.
-
-        Only right signs are charged, so that nobody else can use a device's logins up.
-        """
-        if not self._login_cost:
-            return
-        slot = device_id % _DEVICES * _SLOT + 2
-        with self._locked(slot):
-            charged = _charged(self._until[slot], self._clock(), self._login_cost, _MINUTE)
-            if charged:
-                self._until[slot] = charged
-                return
-        raise _too_many(f"the device logs in more than {self._settings.auth_rate:g} times a minute (auth_rate)")
-
-    def before_login(self, product_key: str, device_name: str, address: str) -> None:
-        """Raise Refused 40000 when too many logins of this address, or of this device from it, were refused lately."""
-        now = self._clock()
-        by_device, by_address = _refusal_slots(product_key, device_name, address)
-        if self._login_cost and self._until[by_device] - now > _MINUTE - self._login_cost:
-            raise _too_many(
-                f"more than {self._settings.auth_rate:g} logins of this device from {address} were refused within a minute "
-                "(auth_rate)"
-            )
-        if self._refusal_cost and self._until[by_address] - now > _MINUTE - self._refusal_cost:
-            raise _too_many(
-                f"more than {self._settings.address_auth_rate:g} logins from {address} were refused within a minute "
-                "(address_auth_rate)"
-            )
-
-    def refused_login(self, product_key: str, device_name: str, address: str) -> None:
-        """Charge a refused login to its address, and to the device as seen from that address."""
-        for slot, cost in zip(
-            _refusal_slots(product_key, device_name, address), (self._login_cost, self._refusal_cost), strict=True
+    def _charge_all(self, device_id: int, size: int, product_key: str, network: str) -> None:
+        slot, product, address = device_id % _DEVICES * _SLOT, hash(product_key), hash(network)
+        until = self._until
+        with (
+            self._guards[device_id % len(self._guards)],
+            self._products.guard(product),
+            self._networks.guard(address),
         ):
-            with self._locked(slot):
-                self._until[slot] = max(self._until[slot], self._clock()) + cost
+            charges = [
+                ("device_rate", slot, self._message_cost),
+                ("device_bytes", slot + 1, self._byte_cost * size),
+            ]
+            if self._product_cost or self._product_byte_cost:
+                place = self._products.place(product)
+                charges.append(("product_rate", place, self._product_cost))
+                charges.append(("product_bytes", place + 1, self._product_byte_cost * size))
+            if self._request_cost and network:
+                charges.append(("address_rate", self._networks.place(address), self._request_cost))
+            now = self._clock()
+            moments = [_charged(until[place], now, cost, 1.0) for _, place, cost in charges]
+            if all(moments):
+                for (_, place, _), moment in zip(charges, moments, strict=True):
+                    until[place] = moment
+                return
+        limit, place, cost = charges[moments.index(0.0)]
+        if limit.endswith("_rate"):
+            raise self._too_many(limit, until[place] - now, cost)
+        raise self._too_many(limit)
+
+    def login(self, device_id: int, network: str = "") -> None:
+        """Charge a login with a right sign to the device and its network; raise Refused 40000 over the rate of one of them.
+
+        Only right signs are charged to the device, so that nobody else can use its logins up.
+        """
+        counted = self._request_cost and network
+        if not self._login_cost and not counted:
+            return
+        slot, address = device_id % _DEVICES * _SLOT + 2, hash(network)
+        until = self._until
+        with self._guards[device_id % len(self._guards)], self._networks.guard(address):
+            now = self._clock()
+            limit, logins = "auth_rate", _charged(until[slot], now, self._login_cost, _MINUTE)
+            if logins and counted:
+                place = self._networks.place(address)
+                limit, requests = "address_rate", _charged(until[place], now, self._request_cost, 1.0)
+                if requests:
+                    until[slot], until[place] = logins, requests
+                    return
+            elif logins:
+                until[slot] = logins
+                return
+        raise self._too_many(limit)
+
+    def check_network(self, network: str) -> None:
+        """Raise Refused 40000 when the network has no request left now, charging nothing: before anything is done for it."""
+        if self._request_cost and network:
+            place = self._networks.known(hash(network))
+            if place and not _charged(self._until[place], self._clock(), self._request_cost, 1.0):
+                raise self._too_many("address_rate")
+
+    def guessed(self, product_key: str, device_name: str, network: str) -> str:
+        """The limit that lately refused logins have reached, of this network, or of this device from it; empty if none."""
+        now = self._clock()
+        place = self._guessed.known(hash((product_key, device_name, network)))
+        if self._login_cost and place and not _charged(self._until[place], now, self._login_cost, _MINUTE):
+            return "auth_rate"
+        if self._refusal_cost and network:
+            place = self._networks.known(hash(network))
+            if place and not _charged(self._until[place + 1], now, self._refusal_cost, _MINUTE):
+                return "address_auth_rate"
+        return ""
+
+    def before_login(self, product_key: str, device_name: str, network: str) -> None:
+        """Raise Refused 40000 when `guessed` names a limit."""
+        if limit := self.guessed(product_key, device_name, network):
+            raise self.guessing(limit)
+
+    def refused_login(self, product_key: str, device_name: str, network: str) -> str:
+        """Charge a refused login to its network, and to the device as seen from there; or charge neither and give the limit that it
+        would break, as `guessed` does: of those that are decided at the same time no more pass than one after the other."""
+        tag, pair = hash(network), hash((product_key, device_name, network))
+        until = self._until
+        with self._networks.guard(tag), self._guessed.guard(pair):
+            if limit := self.guessed(product_key, device_name, network):
+                return limit
+            now = self._clock()
+            if self._login_cost:
+                place = self._guessed.place(pair)
+                until[place] = max(until[place], now) + self._login_cost
+            if network and (self._refusal_cost or self._request_cost):
+                place = self._networks.place(tag)
+                until[place] = max(until[place], now) + self._request_cost
+                until[place + 1] = max(until[place + 1], now) + self._refusal_cost
+        return ""
+
+    def may_look_up(self, network: str) -> bool:
+        """Whether the registry may be asked about one more login of a network whose refused logins have reached a limit; ten times
+        as often as logins may be refused."""
+        if not self._refusal_cost or not network:
+            return True
+        tag = hash(network)
+        place, cost = self._networks.known(tag), self._refusal_cost / _LOOK_UPS
+        if place and not _charged(self._until[place + 2], self._clock(), cost, _LOOK_UP_SECONDS):
+            return False
+        with self._networks.guard(tag):
+            place = self._networks.place(tag) + 2
+            charged = _charged(self._until[place], self._clock(), cost, _LOOK_UP_SECONDS)
+            self._until[place] = charged or self._until[place]
+        return bool(charged)
 
     def claim(self, device_id: int, seconds: float) -> bool:
         """Whether the caller alone, of all workers, may now do for the device what is done by one at a time; for `seconds`, or until
         it lets go by `release`."""
         slot = device_id % _DEVICES * _SLOT + 3
-        with self._locked(slot):
+        with self._guards[device_id % len(self._guards)]:
             now = self._clock()
             if self._until[slot] > now:
                 return False
@@ -132,22 +248,85 @@ class Flow:
             lock.acquire(timeout=1)
             lock.release()
 
-    def _locked(self, slot: int) -> _Guard:
-        return self._guards[slot // _SLOT % len(self._guards)]
+    def _too_many(self, limit: str, ahead: float = 0.0, cost: float = 0.0) -> Refused:
+        """`ahead` is how far the rate is used up in advance, where each request costs the same: it only grows meanwhile, whatever
+        other workers do."""
+        refused = self._refusals[limit]
+        refused.wait = ahead - max(1.0 - cost, 0.0) if cost else 0.0
+        return refused.with_traceback(None)
+
+    def guessing(self, limit: str) -> Refused:
+        """The refusal for what `guessed` has named."""
+        refused = self._too_many(_GUESSING + limit)
+        refused.wait = _GUESS_SECONDS
+        return refused
+
+
+class _Table:
+    """What is charged under a name. An entry is a tag, the name's hash, and `width` moments. Of the eight entries of a bucket the
+    one that is charged least gives way to a new name; its moments have passed, unless eight others are busy there at once."""
+
+    def __init__(
+        self,
+        tags: memoryview[int],
+        until: memoryview[float],
+        first: int,
+        buckets: int,
+        width: int,
+        guards: list[_Guard],
+    ) -> None:
+        self._tags = tags
+        self._until = until
+        self._first = first
+        self._buckets = buckets
+        self._stride = 1 + width
+        self._guards = guards
+
+    def guard(self, tag: int) -> _Guard:
+        return self._guards[tag % self._buckets % len(self._guards)]
+
+    def known(self, tag: int) -> int:
+        """Where the first moment of the name is; 0 if it has no entry."""
+        tags = self._tags
+        for place in self._bucket(tag):
+            if tags[place] == tag:
+                return place + 1
+        return 0
+
+    def place(self, tag: int) -> int:
+        """The same; it has an entry afterwards. To be called under the name's guard."""
+        if known := self.known(tag):
+            return known
+        until, width = self._until, self._stride - 1
+        place = min(self._bucket(tag), key=lambda place: max(until[place + 1 : place + 1 + width]))
+        self._tags[place] = tag
+        for moment in range(place + 1, place + 1 + width):
+            until[moment] = 0.0
+        return place + 1
+
+    def _bucket(self, tag: int) -> range:
+        first = self._first + tag % self._buckets * _WAYS * self._stride
+        return range(first, first + _WAYS * self._stride, self._stride)
 
 
 class _Guard:
-    """One lock that many devices share; a plain class, since contextlib's costs a microsecond a use."""
+    """One lock that many share; a plain class, since contextlib's costs a microsecond a use."""
 
-    __slots__ = ("_acquire", "_release", "_taken")
+    __slots__ = ("_acquire", "_patience", "_release", "_taken")
 
     def __init__(self, lock: multiprocessing.synchronize.Lock) -> None:
         self._acquire = lock.acquire
         self._release = lock.release
+        self._patience = _LOCK_PATIENCE
         self._taken = False
 
     def __enter__(self) -> None:
-        self._taken = self._acquire(True, _LOCK_PATIENCE)
+        self._taken = self._acquire(True, self._patience)
+        # A lock whose holder has died is waited for once, not by each.
+        if not self._taken:
+            self._patience = 0.0
+        elif not self._patience:
+            self._patience = _LOCK_PATIENCE
 
     def __exit__(self, *_: object) -> None:
         if self._taken:
@@ -169,12 +348,48 @@ class _NoGuard(_Guard):
         pass
 
 
-def _refusal_slots(product_key: str, device_name: str, address: str) -> tuple[int, int]:
-    first = _DEVICES * _SLOT
-    return (
-        first + hash((product_key, device_name, address)) % _REFUSALS,
-        first + _REFUSALS + hash(address) % _REFUSALS,
-    )
+@functools.lru_cache(65_536)
+def network_of(address: str) -> str:
+    """Whom the limits by address hold for: an IPv4 address, the /64 of an IPv6 address, since that is what one household or one
+    server gets; empty where `address` is none."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return ""
+    if isinstance(ip, ipaddress.IPv4Address):
+        return str(ip)
+    if ip.ipv4_mapped:
+        return str(ip.ipv4_mapped)
+    return str(ipaddress.IPv6Address(int(ip) >> 64 << 64))
+
+
+def _reasons(settings: Settings) -> dict[str, str]:
+    """What the operator reads, by limit, and by those that `guessed` names."""
+    return {
+        "device_rate": _reason(f"the device sends more than {settings.device_rate:g} messages a second (device_rate)"),
+        "device_bytes": _reason(f"the device sends more than {settings.device_bytes} bytes a second (device_bytes)"),
+        "product_rate": _reason(
+            f"the product's devices send more than {settings.product_rate:g} messages a second together (product_rate)"
+        ),
+        "product_bytes": _reason(
+            f"the product's devices send more than {settings.product_bytes} bytes a second together (product_bytes)"
+        ),
+        "address_rate": _reason(
+            f"more than {settings.address_rate:g} requests a second come from this address (address_rate)"
+        ),
+        "auth_rate": _reason(f"the device logs in more than {settings.auth_rate:g} times a minute (auth_rate)"),
+        _GUESSING + "auth_rate": _reason(
+            f"more than {settings.auth_rate:g} logins of this device from this address were refused within a minute (auth_rate)"
+        ),
+        _GUESSING + "address_auth_rate": _reason(
+            f"more than {settings.address_auth_rate:g} logins from this address were refused within a minute (address_auth_rate)"
+        ),
+    }
+
+
+def _reason(text: str) -> str:
+    """Marks what an operator reads, for whoever translates it."""
+    return text
 
 
 def _cost(rate: float, period: float) -> float:
@@ -190,7 +405,3 @@ def _charged(until: float, now: float, cost: float, burst: float) -> float:
     charged = until + cost
     # A nanosecond's grace: the sum of 30 thirtieths is not quite 1.
     return charged if charged - now <= burst + 1e-9 or (until == now and cost > burst) else 0.0
-
-
-def _too_many(reason: str) -> Refused:
-    return Refused(Code.REQUEST_TOO_MANY, reason)

@@ -37,6 +37,8 @@ _CLAIM_PATIENCE, _CLAIM_PAUSE = 0.2, 0.002
 _FRUITLESS_SECONDS = 5.0
 _FRUITLESS = 100_000
 _LONGEST_NAME = 64
+# Who tries a million secrets a second needs 10^15 years for one of so many letters and digits.
+_NEVER_GUESSED = 16
 
 # Unknown devices are signed with this secret, so that they cost what a wrong sign costs.
 _NOBODY = Device(0, ProductKey(""), DeviceName(""), "0" * 32, False, 0, 0, None, None)
@@ -46,7 +48,8 @@ _NOBODY = Device(0, ProductKey(""), DeviceName(""), "0" * 32, False, 0, 0, None,
 class Request:
     """What a door hands over; below the line what was learned of it on the way, for the record of a refusal.
 
-    `path` is the topic as it stands in the URL, percent-encoded; `query` says whether the URL had a `?`.
+    `path` is the topic as it stands in the URL, percent-encoded; `query` says whether the URL had a `?`. `network` is whom limits by
+    address hold for (see flow.network_of), empty where the device's address is not known.
     """
 
     address: str
@@ -55,6 +58,7 @@ class Request:
     password: str | None = None
     path: bytes = b""
     query: bool = False
+    network: str = ""
     # ---
     product_key: str = ""
     device_name: str = ""
@@ -66,7 +70,8 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a request ended, for the record. `endpoint` is auth, topic, http (before it was known) or mqtt; `status` is HTTP's, or
-    the return code of a CONNACK; `reason` is for the operator. The code SUCCESS marks a note: nothing was refused."""
+    the return code of a CONNACK; `reason` is for the operator. The code SUCCESS marks a note: nothing was refused. `times`: it stands
+    for so many alike."""
 
     request_id: str
     endpoint: str
@@ -77,6 +82,7 @@ class Outcome:
     product_key: str = ""
     device_name: str = ""
     topic: str = ""
+    times: int = 1
 
 
 class Wait(Exception):  # noqa: N818 - not an error: the answer needs a fact that is not in memory
@@ -138,6 +144,7 @@ class Gateway:
     def authenticate(self, request: Request) -> str:
         """The token for the device that `request` signs for. Raise Refused with the documented code, or Wait."""
         now = round(self._clock() * 1000)
+        self._flow.check_network(request.network)
         if not wire.media_type_is(request.content_type, "application/json"):
             raise Refused(Code.PARAM_ERROR, f"Content-Type is {request.content_type!r}; it must be application/json")
         login = wire.login(request.body)
@@ -148,6 +155,7 @@ class Gateway:
 
     def connect(self, request: Request, login: wire.Login) -> Entry:
         """The device that signs in over MQTT, with its rights. Raise Refused, or Wait."""
+        self._flow.check_network(request.network)
         return self._recognise(request, login, round(self._clock() * 1000))
 
     def publish(self, request: Request, done: Done) -> None:
@@ -163,7 +171,7 @@ class Gateway:
         request.product_key, request.device_name = device.product_key, device.name
 
         request.entry = entry
-        self._flow.message(device.id, len(request.body))
+        self._flow.message(device.id, len(request.body), device.product_key, request.network)
         topic = self._topic(request)
         self._check_right(topic, entry)
         self._presence.saw(entry, now, request.address)
@@ -172,18 +180,18 @@ class Gateway:
     def report(self, request: Request, entry: Entry, done: Done) -> None:
         """The same for a message over MQTT, to `request.topic` from the device that has signed in."""
         device = entry.device
-        self._flow.message(device.id, len(request.body))
+        self._flow.message(device.id, len(request.body), device.product_key, request.network)
         topic = self._topics.get(request.topic) or self._remember(request.topic, topics.of_text(request.topic))
         self._check_right(topic, entry)
         self._engine.publish(topic.subject, request.body, done, Origin.MQTT)
 
-    def before_app(self, key: str, address: str) -> None:
-        """Raise Refused 40000 when too many applications' logins from `address` were refused lately."""
-        self._flow.before_login("", key, address)
+    def before_app(self, key: str, network: str) -> None:
+        """Raise Refused 40000 when too many applications' logins from `network` were refused lately."""
+        self._flow.before_login("", key, network)
 
-    def refused_app(self, key: str, address: str) -> None:
+    def refused_app(self, key: str, network: str) -> None:
         """An application's login was refused."""
-        self._flow.refused_login("", key, address)
+        self._flow.refused_login("", key, network)
 
     def heard(self, entry: Entry, address: str, stamp: int) -> None:
         """The device's MQTT session `stamp` (see roster) stands."""
@@ -295,24 +303,40 @@ class Gateway:
     # -- what both doors share
 
     def _recognise(self, request: Request, login: wire.Login, now: int) -> Entry:
-        """The device that `login` is of."""
-        request.product_key, request.device_name = login.product_key[:_LONGEST_NAME], login.device_name[:_LONGEST_NAME]
-        self._flow.before_login(login.product_key, login.device_name, request.address)
+        """The device that `login` is of.
 
+        Once so many logins were refused that somebody may be guessing (Flow.guessed), a wrong one is told 40000, and a right one
+        passes still: the device itself may share its address with whoever guesses, and 16 characters are never guessed. A shorter
+        secret, which only an import can bring, might be: then nothing passes from there, for a right guess must not be told from
+        a wrong one.
+        """
+        request.product_key, request.device_name = login.product_key[:_LONGEST_NAME], login.device_name[:_LONGEST_NAME]
         entry = request.entry if request.fresh else self._cache.get_by_name(login.product_key, login.device_name)
-        fault = self._fault(login, entry.device if entry else None, now)
+        device = entry.device if entry else None
+        right = signature.matches((device or _NOBODY).secret, login.content, login.method, login.sign)
+        guessed = self._flow.guessed(login.product_key, login.device_name, request.network)
+        if not guessed:
+            fault = self._fault(login, device, right, now)
+        elif device and right and len(device.secret) >= _NEVER_GUESSED and device.enabled and not self._off(login, now):
+            fault = None
+        else:
+            fault = self._flow.guessing(guessed)
         if fault and not request.fresh:
             # A refusal is decided on fresh facts alone: a secret changed a moment ago counts, and what the registry
-            # does not know takes as long as what it knows.
+            # does not know takes as long as what it knows. But guesses do not keep the registry busy.
+            if guessed and not self._flow.may_look_up(request.network):
+                raise fault
             raise Wait(lambda: self._load_by_name(request, login))
-        if fault or entry is None:
-            self._flow.refused_login(login.product_key, login.device_name, request.address)
+        if guessed and fault:
+            raise fault
+        if fault or entry is None or device is None:
+            if guessed := self._flow.refused_login(login.product_key, login.device_name, request.network):
+                raise self._flow.guessing(guessed)
             raise fault or Refused(Code.AUTH_CHECK_ERROR, "the device is not known")
 
-        device = entry.device
         if device.activated is None:
             raise Wait(lambda: self._activate(request, device, now))
-        self._flow.login(device.id)
+        self._flow.login(device.id, request.network)
         return entry
 
     def _check_right(self, topic: topics.Topic, entry: Entry) -> None:
@@ -320,9 +344,13 @@ class Gateway:
         if not topics.may_publish(topic, device, entry.publish_levels):
             raise Refused(Code.PUBLISH_MESSAGE_ERROR, topics.explain(topic, device, entry.classes), topic=topic.text)
 
-    def _fault(self, login: wire.Login, device: Device | None, now: int) -> Refused | None:
-        """Why `login` is not accepted, None if it is. Each way out has cost one HMAC."""
-        right = signature.matches((device or _NOBODY).secret, login.content, login.method, login.sign)
+    def _off(self, login: wire.Login, now: int) -> int:
+        """By how many ms the login's timestamp is off; 0 where that is within what is allowed."""
+        off = 0 if login.timestamp is None or not self._window else login.timestamp - now
+        return off if abs(off) > self._window else 0
+
+    def _fault(self, login: wire.Login, device: Device | None, right: bool, now: int) -> Refused | None:
+        """Why `login`, whose sign is `right` or not, is not accepted; None if it is."""
         if device is None:
             return _unauthenticated(f"there is no device {login.device_name!r} in a product {login.product_key!r}")
         if not right:
@@ -341,8 +369,8 @@ class Gateway:
                 f"the device is disabled; `uplinkd device enable {device.product_key} {device.name}` lets it in again",
                 forbidden=True,
             )
-        if login.timestamp is not None and self._window and abs(now - login.timestamp) > self._window:
-            off = (login.timestamp - now) / 1000
+        if milliseconds := self._off(login, now):
+            off = milliseconds / 1000
             return _unauthenticated(
                 f"stale timestamp: {login.timestamp} is {abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} the server's "
                 f"clock ({now}); at most {self._window / 1000:g} s are allowed (timestamp_window)"

@@ -19,11 +19,22 @@ from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 
-from uplinkd.core.errors import Unavailable
+from uplinkd.core.errors import Code, Unavailable
 from uplinkd.observe import Occasionally
 from uplinkd.settings import Settings
 
-__all__ = ["STANDING", "Journal", "Refusal", "Wanted", "after", "counts", "follow", "read"]
+__all__ = [
+    "STANDING",
+    "HeldBack",
+    "Journal",
+    "Refusal",
+    "Wanted",
+    "after",
+    "counts",
+    "follow",
+    "held_back",
+    "read",
+]
 
 log = logging.getLogger("uplinkd.journal")
 
@@ -45,8 +56,8 @@ class Refusal:
     """One no. `endpoint` is auth, topic, http (before it was known), mqtt, send or amqp, `status` HTTP's, a CONNACK's or a SASL
     outcome's, `at` in ms since 1970.
 
-    A note has the code 0: nothing was refused (a will was ignored, say). One about the journal itself has the endpoint journal, and
-    STANDING is that of the latest note about each device's TLS suite.
+    `times`: it stands for so many alike. A note has the code 0: nothing was refused (a will was ignored, say). One about the
+    journal itself has the endpoint journal, and STANDING is that of the latest note about each device's TLS suite.
     `id` is where it stands in the record, 0 before it does: a later one has a larger id.
     """
 
@@ -60,6 +71,7 @@ class Refusal:
     address: str
     topic: str
     reason: str
+    times: int = 1
     id: int = field(default=0, compare=False)
 
 
@@ -75,7 +87,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS refusals (
   id INTEGER PRIMARY KEY AUTOINCREMENT, request_id TEXT NOT NULL, at INTEGER NOT NULL, endpoint TEXT NOT NULL,
   code INTEGER NOT NULL, status INTEGER NOT NULL, product_key TEXT NOT NULL, device_name TEXT NOT NULL,
-  address TEXT NOT NULL, topic TEXT NOT NULL, reason TEXT NOT NULL);
+  address TEXT NOT NULL, topic TEXT NOT NULL, reason TEXT NOT NULL, times INTEGER NOT NULL DEFAULT 1);
 CREATE INDEX IF NOT EXISTS refusals_request ON refusals (request_id);
 CREATE INDEX IF NOT EXISTS refusals_device ON refusals (device_name, id);
 CREATE INDEX IF NOT EXISTS refusals_at ON refusals (at);
@@ -210,9 +222,36 @@ def read(settings: Settings, wanted: Wanted, limit: int) -> list[Refusal]:
 
 def counts(settings: Settings, since: int) -> dict[int, int]:
     """How many refusals of each code there were since a time (ms); notes are none."""
-    sql = "SELECT code, count(*) FROM refusals WHERE at >= ? AND code != 0 GROUP BY code"
+    sql = "SELECT code, sum(times) FROM refusals WHERE at >= ? AND code != 0 GROUP BY code"
     with _reading(settings) as connection:
         return dict(connection.execute(sql, (since,)).fetchall()) if connection else {}
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBack:
+    """What flow control did lately: to a device; to a product's devices together, and then `device_name` is empty; or to an address,
+    and then only that is not."""
+
+    product_key: str
+    device_name: str
+    address: str
+    reason: str
+    times: int
+
+
+def held_back(
+    settings: Settings, since: int, *, product: str | None = None, device: str = "", limit: int = 5
+) -> list[HeldBack]:
+    """Whom flow control has held back most since a time (ms), refused or slowed down; or what it did to one device, and to all of
+    its product together."""
+    one = "AND product_key = ? AND device_name IN (?, '')" if product else ""
+    sql = f"""
+        SELECT product_key, device_name, CASE product_key WHEN '' THEN address ELSE '' END AS place, reason, sum(times)
+        FROM refusals WHERE code = ? AND at >= ? {one}
+        GROUP BY product_key, device_name, place, reason ORDER BY sum(times) DESC LIMIT ?"""  # noqa: S608 - a text of ours
+    values = (Code.REQUEST_TOO_MANY, since, *([product, device] if product else []), limit)
+    with _reading(settings) as connection:
+        return [HeldBack(*row) for row in connection.execute(sql, values)] if connection else []
 
 
 def after(settings: Settings, wanted: Wanted, last: int | None) -> tuple[int, list[Refusal], bool]:
@@ -303,6 +342,10 @@ def _open(path: Path, patience: float) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")  # a record may miss its last lines after a power cut
         connection.executescript(_SCHEMA)
+        if not connection.execute("SELECT 1 FROM pragma_table_info('refusals') WHERE name = 'times'").fetchone():
+            # Another process may have been quicker to bring the file of an earlier version up to date.
+            with contextlib.suppress(sqlite3.OperationalError):
+                connection.execute("ALTER TABLE refusals ADD COLUMN times INTEGER NOT NULL DEFAULT 1")
     except BaseException:
         connection.close()
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 import ssl
 from collections.abc import Callable, Collection
@@ -45,9 +46,9 @@ class Door(Protocol):
 
 
 class Listener:
-    """Serves `ports` with connections that `make` makes for `door`."""
+    """Serves `ports` with connections that `make` makes for `door`; it is told whether they are TLS."""
 
-    def __init__(self, door: Door, make: Callable[[], asyncio.Protocol], ports: list[Port]) -> None:
+    def __init__(self, door: Door, make: Callable[[bool], asyncio.Protocol], ports: list[Port]) -> None:
         self._door = door
         self._make = make
         self._ports = ports
@@ -57,7 +58,7 @@ class Listener:
         loop = asyncio.get_running_loop()
         for sock, context in self._ports:
             server = await loop.create_server(
-                self._make,
+                functools.partial(self._make, context is not None),
                 sock=sock,
                 ssl=context,
                 backlog=_BACKLOG,

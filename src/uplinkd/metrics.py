@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from operator import add, sub
 from typing import TypeVar
 
-from uplinkd.core.errors import Code
+from uplinkd.core.errors import LIMITS, Code
 
 __all__ = [
     "BOUNDS",
@@ -76,6 +76,7 @@ _REQUESTS = {(endpoint, int(code)): next(_free) for endpoint in ENDPOINTS for co
 _ACCEPTED = {door: next(_free) for door in DOORS}
 _HANDSHAKES = {kind: next(_free) for kind in HANDSHAKES}
 _FAILURES = {reason: next(_free) for reason in HANDSHAKE_FAILURES}
+_LIMITED = {limit: next(_free) for limit in LIMITS}
 # The buckets of each one, then the sum in ns.
 _LATENCIES = {name: min([next(_free) for _ in (*BOUNDS, "more", "sum")]) for name in (*TIMED, "engine")}
 _STORED, _NOT_STORED, _BYTES, _WORKER_RESTARTS, _ENGINE_RESTARTS = (next(_free) for _ in range(5))
@@ -136,6 +137,8 @@ class Reading:
     """For each of HANDSHAKES: completed."""
     handshake_failures: Mapping[str, int]
     """For each of HANDSHAKE_FAILURES."""
+    limited: Mapping[str, int]
+    """For each of LIMITS: requests that it refused, and over MQTT messages that it slowed down."""
     stored: int
     """Messages that the engine has acknowledged; devices' status changes are messages too."""
     not_stored: int
@@ -158,14 +161,16 @@ class Reading:
 
 
 class Meter:
-    """One process's pen. What it is told shows in a Reading at once, but for the four lists: those after `flush`."""
+    """One process's pen. What it is told shows in a Reading at once, but for the lists: those after `flush`."""
 
-    __slots__ = ("_cells", "acks", "answered", "sizes")
+    __slots__ = ("_cells", "acks", "answered", "held_back", "sizes")
 
     def __init__(self, cells: memoryview) -> None:
         self._cells = cells
         self.answered: dict[str, list[float]] = {endpoint: [] for endpoint in TIMED}
         """For each of TIMED, seconds that each success took. Appended to by the hot path; the lists stay the same objects."""
+        self.held_back: dict[str, list[float]] = {endpoint: [] for endpoint in TIMED}
+        """The same for what flow control refused with 40000."""
         self.acks: list[float] = []
         """Seconds that the engine took for each stored message; its payload's bytes stand in `sizes`."""
         self.sizes: list[int] = []
@@ -188,6 +193,10 @@ class Meter:
     def handshake_failed(self, reason: str) -> None:
         """`reason` is one of HANDSHAKE_FAILURES."""
         self._cells[_FAILURES[reason]] += 1
+
+    def limited(self, limit: str) -> None:
+        """Flow control has refused a request by `limit`, one of LIMITS, or slowed a message down."""
+        self._cells[_LIMITED[limit]] += 1
 
     def not_stored(self) -> None:
         self._cells[_NOT_STORED] += 1
@@ -218,8 +227,9 @@ class Meter:
 
     def flush(self) -> None:
         """Put what the hot path has gathered into the row."""
-        for endpoint, seconds in self.answered.items():
-            self._cells[_REQUESTS[endpoint, 0]] += self._gather(endpoint, seconds)
+        for code, answered in ((Code.SUCCESS, self.answered), (Code.REQUEST_TOO_MANY, self.held_back)):
+            for endpoint, seconds in answered.items():
+                self._cells[_REQUESTS[endpoint, code]] += self._gather(endpoint, seconds)
         self._cells[_BYTES] += sum(self.sizes)
         self.sizes.clear()
         self._cells[_STORED] += self._gather("engine", self.acks)
@@ -280,6 +290,7 @@ class Metrics:
             accepted=_picked(_ACCEPTED, cells),
             handshakes=_picked(_HANDSHAKES, cells),
             handshake_failures=_picked(_FAILURES, cells),
+            limited=_picked(_LIMITED, cells),
             stored=cells[_STORED],
             not_stored=cells[_NOT_STORED],
             engine_latency=_latency("engine", cells),

@@ -1147,6 +1147,7 @@ class RemoteJournal:
                 address=told["address"],
                 topic=told["topic"],
                 reason=told["reason"],
+                times=told.get("times", 1),
                 id=int(told["id"]),
             )
 

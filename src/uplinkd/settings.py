@@ -198,6 +198,10 @@ class Settings(BaseModel):
     plain_listen: Annotated[str, AfterValidator(_trusted_address)] = Field(
         "", description="address of a plain-text port for a TLS-terminating proxy; empty: none"
     )
+    forwarded_for: Switch = Field(
+        False,
+        description="the proxy at plain_listen adds the device's address to X-Forwarded-For; if not, addresses are not limited there",
+    )
     mqtt_listen: Annotated[str, AfterValidator(_optional_address)] = Field(
         "127.0.0.1:8883", description="address of the MQTT door (TLS); empty: none"
     )
@@ -228,6 +232,10 @@ class Settings(BaseModel):
     nats_server: str = Field(
         "", description="nats-server binary to start; empty: the one that was installed with uplinkd"
     )
+    sync_interval: Literal["100ms", "always"] = Field(
+        "100ms",
+        description="how often nats-server has messages written to the disk itself (fsync); always: before each is acknowledged",
+    )
     nats_listen: Annotated[str, AfterValidator(_optional_address)] = Field(
         "127.0.0.1:4223",
         description="address at which applications reach the nats-server that uplinkd looks after; empty: no application does",
@@ -252,6 +260,19 @@ class Settings(BaseModel):
     device_rate: float = Field(30.0, ge=0, description="messages a second of one device, and its burst; 0: no limit")
     device_bytes: Bytes = Field(
         1024**2, ge=0, description="payload bytes a second of one device, and its burst; 0: no limit"
+    )
+    product_rate: float = Field(
+        0.0, ge=0, description="messages a second of all devices of one product together, and their burst; 0: no limit"
+    )
+    product_bytes: Bytes = Field(
+        0,
+        ge=0,
+        description="payload bytes a second of all devices of one product together, and their burst; 0: no limit",
+    )
+    address_rate: float = Field(
+        0.0,
+        ge=0,
+        description="requests a second from one address (IPv6: from one /64) over HTTPS and MQTT, and their burst; 0: no limit",
     )
     auth_rate: float = Field(
         30.0, ge=0, description="logins a minute of one device, over HTTPS and MQTT, and its burst; 0: no limit"

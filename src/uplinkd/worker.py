@@ -116,10 +116,12 @@ async def _serve(task: Task) -> None:
     mqtt.meter = https.meter = task.meter
     if settings.tls_legacy:
         mqtt.legacy = https.legacy = LegacyDevices(_legacy_recorder(journal))
-    https.websocket = lambda: WebSocket(lambda: MqttConnection(mqtt))
+    https.forwarded_for = settings.forwarded_for
+    https.websocket = lambda *peer: WebSocket(lambda: MqttConnection(mqtt, peer))
     doors = [
-        Listener(https, lambda: HttpConnection(https), task.https),
-        Listener(mqtt, lambda: MqttConnection(mqtt), task.mqtt),
+        # Without TLS this door is a proxy's; a device may come so to the other.
+        Listener(https, lambda tls: HttpConnection(https, proxied=not tls), task.https),
+        Listener(mqtt, lambda _tls: MqttConnection(mqtt), task.mqtt),
     ]
 
     await engine.start()
@@ -157,6 +159,8 @@ async def _serve(task: Task) -> None:
     cut = sum(await asyncio.gather(*(door.drain(within=DRAIN_SECONDS) for door in doors)))
     if cut:
         log.warning("%d requests had not fully arrived within %g s of the stop and were cut", cut, DRAIN_SECONDS)
+    https.floods.flush()
+    mqtt.floods.flush()
     await sending.drain()
     await presence.close()
     await engine.stop()
@@ -239,6 +243,7 @@ def _recorder(journal: Journal) -> Callable[[Outcome], None]:
                 address=outcome.address,
                 topic=outcome.topic,
                 reason=outcome.reason,
+                times=outcome.times,
             )
         )
 

@@ -402,6 +402,28 @@ async def test_refusals_that_repeat_are_shown_once(house: House) -> None:
         assert (await browser.get(f"/logs?product={pk}")).text.count("the same again") == 7
 
 
+async def test_who_is_held_back_by_flow_control_is_shown_with_how_much(house: House) -> None:
+    """On the overview, with links; on the device's page what concerns it; on neither when there is nothing."""
+    pk = product_with_device(house)
+    title = "Held back by flow control, last hour"
+    async with house.signed_in(Role.VIEWER) as browser:
+        paths = ("/", f"/products/{pk}/devices/lamp-0001")
+        assert not any([title in (await browser.get(path)).text for path in paths])
+        reason = "the device sends more than 30 messages a second (device_rate)"
+        await house.refused(product_key=pk, device_name="lamp-0001", code=40000, reason=reason, times=12_345)
+        await house.refused(product_key="", device_name="", code=40000, reason="another", times=7)
+        overview, device = [(await browser.get(path)).text for path in paths]
+        for page in (overview, device):
+            assert title in page
+            assert "<b>12,345 times</b>" in page
+            assert f'href="{paths[1]}"' in page
+        assert "address=192.0.2.1" in overview
+        assert "<b>7 times</b>" in overview
+        assert "<b>7 times</b>" not in device
+        browser.client.cookies.set("language", "zh")
+        assert "设备每秒发送超过 30 条消息（device_rate）" in (await browser.get(paths[1])).text
+
+
 async def test_a_filter_that_breaks_a_rule_is_explained(house: House) -> None:
     """On the live page too, whose stream would not begin."""
     async with house.signed_in(Role.VIEWER) as browser:

@@ -75,12 +75,14 @@ REFUSING = [
         "gateway.py",
         "core/tokens.py",
         "core/wire.py",
+        "floods.py",
+        "flow.py",
         "mqtt/session.py",
         "delivery/amqp.py",
         "delivery/sasl.py",
     )
 ]
-REFUSALS = {"Malformed", "Refused", "_refused", "_unauthenticated"}
+REFUSALS = {"Malformed", "Refused", "_refused", "_unauthenticated", "_reason"}
 OBJECTING = [SOURCES / "delivery/amqp.py"]
 OBJECTIONS = {"_object", "_record", "_refuse_link"}
 TOGETHER = re.compile(r"malformed topic |no topic class |the topic class |stale timestamp: |wrong sign: ")

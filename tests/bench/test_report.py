@@ -104,6 +104,22 @@ def test_deliveries_stand_with_their_lag_at_each_rate() -> None:
     assert [(measured, reached) for _, measured, _, reached in report.goals(found)] == [("0.840 ×", False)]
 
 
+def test_refusals_stand_beside_what_is_served() -> None:
+    """The dearer one decides whether the goal is reached."""
+    each = {"served": 40.0, "refused": 20.0, "ratio": 0.5, "rate": 30_000.4}
+    found = facts() | {"refusals": {"publish": each, "wrong sign": {**each, "ratio": 1.01}}}
+    lines = [line.split() for line in report.render(found).splitlines()]
+    assert ["publish", "40.0", "20.0", "0.50", "30,000"] in lines
+    assert [(measured, reached) for _, measured, _, reached in report.goals(found)] == [("1.01 ×", False)]
+
+
+def test_what_waiting_for_the_disk_costs_stands_by_connections() -> None:
+    """Beside the server as shipped, whose rate it is a part of."""
+    each = {"shipped": 20_000.0, "always": 5_000.0, "ratio": 0.25, "p50": 11.04, "p99": 20.0}
+    lines = [line.split() for line in report.render(facts() | {"sync": {"64": each}}).splitlines()]
+    assert ["64", "20,000", "5,000", "0.25", "11.0", "20.0"] in lines
+
+
 def test_a_server_that_was_left_out_gives_no_ratio() -> None:
     """`--only uplinkd` compares with nothing."""
     text = report.render(facts(publish={"uplinkd": row("uplinkd")}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import signal
 import subprocess
@@ -65,6 +66,22 @@ def test_people_see_all_that_ends_the_search(data: Path) -> None:
     assert "\x1b" not in text
 
 
+def test_what_stands_for_many_says_for_how_many(tmp_path: Path) -> None:
+    """What flow control holds back of a product concerns none of its devices alone."""
+    data = tmp_path / "data"
+
+    async def write() -> None:
+        journal = Journal(Settings(data=data))
+        facts = {"code": 40000, "endpoint": "topic", "device_name": "", "reason": "too fast", "times": 12_345}
+        journal.record(dataclasses.replace(NO_RIGHT, **facts))  # type: ignore[arg-type]  # named here
+        await journal.close()
+
+    asyncio.run(write())
+    (line,) = [line for line in run(data).stdout.splitlines() if "40000" in line]
+    assert "40000 request too many × 12,345" in line
+    assert NO_RIGHT.product_key in line
+
+
 def test_programs_get_one_document(data: Path) -> None:
     """An array with the documented keys; an entry about the journal itself has no message."""
     found = json.loads(run(data, "--json").stdout)
@@ -80,6 +97,7 @@ def test_programs_get_one_document(data: Path) -> None:
         "address": "192.0.2.7",
         "topic": "",
         "reason": WRONG_SIGN.reason,
+        "times": 1,
     }
     assert [each["message"] for each in found] == ["auth check error", "publish message error", "param error", ""]
 

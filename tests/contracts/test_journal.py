@@ -93,6 +93,45 @@ async def test_notes_of_suites_are_kept_for_as_long_as_a_token_lasts(settings: S
     assert read(settings, Wanted(endpoint="tls"), 9) == [lately, fresh]
 
 
+async def test_what_stands_for_many_counts_as_many(settings: Settings) -> None:
+    """In the counts of the last hour, and in what flow control has done lately: to a device, to a product, to an address."""
+    held = dataclasses.replace(refusal(code=40000, device_name="lamp"), reason="too fast")
+    product = dataclasses.replace(held, device_name="", reason="product too fast")
+    address = dataclasses.replace(held, product_key="", device_name="", reason="address too fast")
+    await write(
+        settings,
+        held,
+        dataclasses.replace(held, times=999),
+        dataclasses.replace(product, times=50),
+        dataclasses.replace(address, times=70, address="198.51.100.1"),
+        dataclasses.replace(address, times=20),
+        dataclasses.replace(held, device_name="other", at=NOW - 7_200_000, times=5000),
+        refusal(),
+    )
+    assert journal.counts(settings, NOW - 3_600_000) == {40000: 1140, 20000: 1}
+    pk = held.product_key
+    assert journal.held_back(settings, NOW - 3_600_000) == [
+        journal.HeldBack(pk, "lamp", "", "too fast", 1000),
+        journal.HeldBack("", "", "198.51.100.1", "address too fast", 70),
+        journal.HeldBack(pk, "", "", "product too fast", 50),
+        journal.HeldBack("", "", "192.0.2.7", "address too fast", 20),
+    ]
+    of_lamp = journal.held_back(settings, NOW - 3_600_000, product=pk, device="lamp")
+    assert [each.times for each in of_lamp] == [1000, 50]
+    assert [each.times for each in journal.held_back(settings, 0, product=pk, device="d")] == [50]
+
+
+async def test_the_file_of_an_earlier_version_goes_on(settings: Settings) -> None:
+    """What it holds stands for one each."""
+    await write(settings, refusal(1))
+    with sqlite3.connect(journal.journal_file(settings)) as connection:
+        connection.execute("ALTER TABLE refusals DROP COLUMN times")
+    connection.close()
+    assert [each.times for each in read(settings, Wanted(), 10)] == [1]
+    await write(settings, refusal(2, times=7))
+    assert [each.times for each in read(settings, Wanted(), 10)] == [1, 7]
+
+
 async def test_a_running_journal_is_written_within_a_second(settings: Settings) -> None:
     """The reader needs no server, and the writer no stop."""
     pen = Journal(settings)

@@ -14,6 +14,8 @@ from tests.mqtt.test_session import DOWN, UP, make_app, suback
 from tests.room import DEVICE, PRODUCT, SECRET, settled
 from uplinkd.core.errors import Code, Unavailable
 from uplinkd.engine import Query
+from uplinkd.metrics import Metrics
+from uplinkd.mqtt import session
 
 PINGRESP = b"\xd0\x00"
 
@@ -67,6 +69,54 @@ async def test_a_device_that_is_slowed_down_is_not_taken_for_silent(house: House
     assert await client.heard() == [puback(1)] * 100
     house.later(91)
     assert client.transport.aborted
+
+
+async def test_a_products_and_an_addresss_limits_slow_down_as_the_devices_own_do(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two devices share what their product may send; nothing is lost, the record says who waits, each message is counted once."""
+    monkeypatch.setattr(session, "_THROTTLE_SECONDS", 0.001)
+    monkeypatch.setattr(session, "_LONGEST_THROTTLE_SECONDS", 0.002)
+    now = [1000.0]
+    flow = house.flow
+    flow._clock = lambda: now[0]
+    flow._wide, flow._product_cost = True, 1 / 10
+    house.registry.create_device(PRODUCT, "second", secret=SECRET)
+    clients = [await house.session(), await house.session("second")]
+    metrics = Metrics(1)
+    house.mqtt.meter = metrics.meter(0)
+    for client, device in zip(clients, (DEVICE, "second"), strict=True):
+        topic = f"/{PRODUCT}/{device}/user/update"
+        client.send(b"".join(publish(topic, b"x", number=number) for number in range(1, 11)))
+    got = 0
+    while got < 20:
+        await asyncio.sleep(0.02)
+        heard = [len(await client.heard()) for client in clients]
+        got += sum(heard)
+        assert sum(heard) <= 10
+        now[0] += 0.5
+    assert not any(client.transport.closed for client in clients)
+    house.later(11)
+    (first, *more) = [outcome for outcome in house.outcomes if outcome.code]
+    assert (first.product_key, first.device_name) == (PRODUCT, "")
+    assert "slowed down" in first.reason
+    house.mqtt.meter.flush()
+    held = metrics.read().limited["product_rate"]
+    assert 2 <= held <= 20
+    assert first.times + sum(each.times for each in more) == held
+    metrics.close()
+
+
+async def test_a_connect_beyond_the_addresss_rate_is_told_to_come_back(house: House) -> None:
+    """CONNACK 3, and one entry for a flood of them."""
+    house.flow._clock = lambda: 1000.0
+    house.flow._wide, house.flow._request_cost, house.flow._login_cost = True, 1 / 5, 0.0
+    answers = [(await house.client().open())[0] for _ in range(10)]
+    assert answers == [CONNACK] * 5 + [bytes((0x20, 2, 0, 3))] * 5
+    assert (await house.client("198.51.100.9").open())[0] == CONNACK
+    house.later(11)
+    assert [outcome.times for outcome in house.outcomes if outcome.code] == [1, 4]
+    assert {outcome.address for outcome in house.outcomes if outcome.code} == {"192.0.2.7"}
 
 
 async def test_a_client_that_does_not_read_is_not_read_either(house: House) -> None:

@@ -69,7 +69,7 @@ class Browser:
 
     def __init__(self, house: House) -> None:
         self.house = house
-        house.door.websocket = lambda: WebSocket(self._make)
+        house.door.websocket = lambda *_: WebSocket(self._make)
         self._inner: MqttConnection | None = None
         self.transport = _Switchable("192.0.2.9")
         self.transport.protocol = Connection(house.door)

@@ -11,6 +11,7 @@ import functools
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from urllib.parse import quote, urlencode
@@ -364,8 +365,18 @@ async def overview(request: Request, office: In, who: Views) -> Response:
         "overview.html",
         stats=stats,
         last=_kinds(request, last),
+        held=await _held_back(request, office),
         products=await run_in_threadpool(office.registry.count_products),
     )
+
+
+async def _held_back(
+    request: Request, office: Office, product: str | None = None, device: str = ""
+) -> list[journal.HeldBack]:
+    """What flow control did in the last hour, in the reader's language."""
+    since, language = now() - 3_600_000, language_of(request)
+    found = await run_in_threadpool(lambda: journal.held_back(office.settings, since, product=product, device=device))
+    return [replace(each, reason=told(language, each.reason)) for each in found]
 
 
 def _explained(request: Request, refusals: Any) -> list[doc.RefusalDocument]:
@@ -379,7 +390,8 @@ def _kinds(request: Request, refusals: list[journal.Refusal]) -> list[tuple[doc.
     for each in sorted(refusals, key=lambda refusal: refusal.id, reverse=True):
         kinds.setdefault((each.code, each.product_key, each.device_name, each.topic, each.reason), []).append(each)
     shown = list(kinds.values())[:_KINDS]
-    return list(zip(_explained(request, (kind[0] for kind in shown)), map(len, shown), strict=True))
+    times = (sum(each.times for each in kind) for kind in shown)
+    return list(zip(_explained(request, (kind[0] for kind in shown)), times, strict=True))
 
 
 @router.get("/search")
@@ -691,6 +703,7 @@ async def _device_page(
         messages=messages,
         away=away,
         refusals=_kinds(request, refusals),
+        held=await _held_back(request, office, product_key, name),
         fault=fault,
         **{"secret": "", "sent": None, "refused": "", **facts},
     )

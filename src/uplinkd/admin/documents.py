@@ -326,6 +326,7 @@ class RefusalDocument(_Document):
     device_name: str
     address: str
     topic: str
+    times: int = Field(description="it stands for so many alike; what flow control holds back is recorded together")
     reason: str = Field(description="why, in the language of the request")
     means: str = Field(description="what the code means, in the language of the request")
     advice: str = Field(description="what to do about it")
@@ -347,6 +348,7 @@ class RefusalDocument(_Document):
             device_name=refusal.device_name,
             address=refusal.address,
             topic=refusal.topic,
+            times=refusal.times,
             reason=told(language, refusal.reason),
             means="" if code is Code.SUCCESS else means,
             advice="" if code is Code.SUCCESS else advice,

@@ -67,6 +67,10 @@ class _Collector(Collector):
 def _of_devices(reading: Reading) -> Iterator[Metric]:
     requests = [((endpoint, str(code)), count) for (endpoint, code), count in reading.requests.items()]
     yield _counter("requests", "Requests answered, by business code; 0 is success.", ("endpoint", "code"), requests)
+    limited = [((limit,), count) for limit, count in reading.limited.items()]
+    yield _counter(
+        "limited", "Requests that flow control refused, or over MQTT slowed down, by the setting.", ("limit",), limited
+    )
     durations = HistogramMetricFamily(
         "uplinkd_request_duration_seconds",
         "Time from a complete request to its written answer.",

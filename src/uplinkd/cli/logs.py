@@ -124,6 +124,7 @@ def _document(refusal: Refusal) -> dict[str, object]:
         "address": refusal.address,
         "topic": refusal.topic,
         "reason": refusal.reason,
+        "times": refusal.times,
     }
 
 
@@ -137,9 +138,11 @@ def _show(refusal: Refusal) -> None:
         click.echo(f"{local_time(refusal.at)}  {printable(refusal.reason)}")
         return
     stranger = "a consumer" if refusal.endpoint == "amqp" else "unknown device"
-    who = "/".join(filter(None, (refusal.product_key, refusal.device_name))) if refusal.device_name else stranger
+    who = "/".join(filter(None, (refusal.product_key, refusal.device_name))) or stranger
     where = f"  from {refusal.address}" if refusal.address else ""
     what = f"{refusal.code} {_message(refusal)}{_status(refusal)}" if refusal.code else "note"
+    if refusal.times > 1:
+        what += f" × {refusal.times:,}"
     click.echo(f"{local_time(refusal.at)}  {refusal.request_id}  {what}  {printable(who)}{where}")
     if refusal.topic:
         click.echo(f"    topic   {printable(refusal.topic)}")

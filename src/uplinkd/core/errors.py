@@ -7,6 +7,7 @@ from enum import IntEnum
 
 __all__ = [
     "EXPLANATIONS",
+    "LIMITS",
     "MESSAGES",
     "Code",
     "Conflict",
@@ -56,6 +57,17 @@ MESSAGES: dict[Code, str] = {
     Code.PUBLISH_MESSAGE_ERROR: "publish message error",
     Code.REQUEST_TOO_MANY: "request too many",
 }
+
+LIMITS = (
+    "device_rate",
+    "device_bytes",
+    "product_rate",
+    "product_bytes",
+    "address_rate",
+    "auth_rate",
+    "address_auth_rate",
+)
+"""What a refusal with 40000 may go by, each the name of a setting."""
 
 EXPLANATIONS: dict[Code, Explanation] = {
     Code.SUCCESS: Explanation(
@@ -113,9 +125,9 @@ EXPLANATIONS: dict[Code, Explanation] = {
         "`uplinkd logs` 或控制台中的原因会说明是哪一种；前者添加 Topic 类，后者重试。",
     ),
     Code.REQUEST_TOO_MANY: Explanation(
-        "Flow control: too many requests of this device, or too many refused logins from this address.",
+        "Flow control: too many requests of this device, of its product or from this address, or too many refused logins.",
         "Send less often, batch, keep the token instead of authenticating anew; or raise the limit.",
-        "流控：该设备的请求过多，或该地址鉴权失败次数过多。",
+        "流控：该设备、其产品或该地址的请求过多，或鉴权失败次数过多。",
         "降低频率、合并上报、缓存 token 而不要反复鉴权；或调高限额。",
     ),
 }
@@ -124,7 +136,8 @@ EXPLANATIONS: dict[Code, Explanation] = {
 class Refused(Exception):  # noqa: N818 - a refusal is an answer, not an error of ours
     """The device is answered no with `code`; `reason` is for the operator alone and ends the search.
 
-    `forbidden`: it has shown who it is, and may not all the same (MQTT tells these two apart).
+    `forbidden`: it has shown who it is, and may not all the same (MQTT tells these two apart). `limit` is the setting that
+    flow control went by, one of LIMITS; `wait` says for how many seconds the same will not pass either, where that is certain.
     """
 
     def __init__(
@@ -136,9 +149,12 @@ class Refused(Exception):  # noqa: N818 - a refusal is an answer, not an error o
         device_name: str = "",
         topic: str = "",
         forbidden: bool = False,
+        limit: str = "",
     ) -> None:
         super().__init__(reason)
         self.forbidden = forbidden
+        self.limit = limit
+        self.wait = 0.0
         self.code = code
         self.reason = reason
         self.product_key = product_key

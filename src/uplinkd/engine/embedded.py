@@ -125,6 +125,7 @@ class EmbeddedServer:
         self, settings: Settings, binary: Path, lock: int, announced: bool, tls: Sequence[tuple[Path, Path]]
     ) -> None:
         self._announced = announced
+        self._sync_interval = settings.sync_interval
         self._for_apps = announced and bool(settings.nats_listen)
         self._tls = tls if self._for_apps else ()
         self._tls_state = self._certificates()
@@ -371,7 +372,7 @@ system_account: SYS
 {tls}
 jetstream {{
   store_dir: {quoted(str(self._folder.absolute()))}
-  sync_interval: "100ms"
+  sync_interval: "{self._sync_interval}"
   max_file_store: {_NO_LIMIT}
   max_memory_store: {64 * 1024**2}
 }}

@@ -101,6 +101,8 @@ def wanted(settings: Settings, base: int) -> dict[str, Any]:
         "num_replicas": 1,
         "duplicate_window": min(_DUPLICATE_WINDOW, age) if age else _DUPLICATE_WINDOW,
         "allow_direct": True,
+        # Where each acknowledgement waits for the disk, messages are stored in batches: see engine.jetstream.
+        "allow_atomic": settings.sync_interval == "always",
     }
     return with_base(config, base)
 
@@ -148,9 +150,9 @@ def base_of(config: Mapping[str, Any]) -> Base:
 
 
 def changed(config: Mapping[str, Any], settings: Settings) -> dict[str, Any] | None:
-    """The configuration to update to when age or size were set anew; None when they are as set."""
+    """The configuration to update to when age, size or syncing were set anew; None when they are as set."""
     fresh = wanted(settings, base_of(config))
-    names = ("max_age", "max_bytes", "duplicate_window")
-    if all(config.get(name, 0) == fresh[name] for name in names):
+    names = ("max_age", "max_bytes", "duplicate_window", "allow_atomic")
+    if all((config.get(name) or 0) == fresh[name] for name in names):
         return None
     return {**config, **{name: fresh[name] for name in names}}

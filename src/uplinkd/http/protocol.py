@@ -22,6 +22,8 @@ import httptools
 
 from uplinkd.core import wire
 from uplinkd.core.errors import MESSAGES, Code, Refused, Unavailable
+from uplinkd.floods import NO_FLOOD, Flood, Floods
+from uplinkd.flow import network_of
 from uplinkd.gateway import Gateway, Outcome, Request, Wait
 from uplinkd.http.limits import Limits
 from uplinkd.metrics import Meter, spare
@@ -49,7 +51,7 @@ _SLICE = 16 * 1024
 
 
 # The headers that mean something here.
-_OTHER, _CONTENT_TYPE, _PASSWORD, _HOST, _EXPECT, _LENGTH, _ENCODING = range(7)
+_OTHER, _CONTENT_TYPE, _PASSWORD, _HOST, _EXPECT, _LENGTH, _ENCODING, _FORWARDED = range(8)
 _EXPECTS, _MEASURED, _CHUNKED = 1 << _EXPECT, 1 << _LENGTH, 1 << _ENCODING
 _HEADERS = {
     b"content-type": _CONTENT_TYPE,
@@ -58,6 +60,7 @@ _HEADERS = {
     b"expect": _EXPECT,
     b"content-length": _LENGTH,
     b"transfer-encoding": _ENCODING,
+    b"x-forwarded-for": _FORWARDED,
 }
 # The spellings that nearly every request has need no lower().
 _SPELLINGS = {name: kind for known, kind in _HEADERS.items() for name in (known, known.title())}
@@ -70,6 +73,10 @@ _NEVER = float("inf")
 # So long an answer waits for the message that is to ride home with it.
 _TAKE_SECONDS = 0.7
 _LEAVING_SECONDS = 0.02
+# A token that flow control has barred is not looked at for as long as nothing can pass, and not for longer than a worker may take
+# to hear of a change: it may stand no more. A little less, since that was worked out a moment before.
+_BARRED_SECONDS, _CLOCKS_SECONDS = 0.25, 0.001
+_REFUSED_LOGINS = 1000
 
 
 # What the parser waits for. Plain numbers: before Python 3.12 each look-up of an enum's member costs as much as a call.
@@ -88,13 +95,19 @@ class Door:
     meter: Meter = field(default_factory=spare)
     now: float = 0.0
     draining: bool = False
-    websocket: Callable[[], asyncio.Protocol] | None = None  # speaks MQTT over WebSocket, at /mqtt
+    # Speaks MQTT over WebSocket, at /mqtt, with a device at this address, and of this network (see Request).
+    websocket: Callable[[str, str], asyncio.Protocol] | None = None
+    forwarded_for: bool = False  # the proxy at the plain-text port says for whom it asks
     legacy: LegacyDevices | None = None  # None where no legacy suite is offered
     connections: set[Connection] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     ok: bytes = b""
+    floods: Floods = field(init=False)
+    # (network, body) of logins that were refused as guesses since the last tick: firmware that is wrong says the same again.
+    refused_logins: dict[tuple[str, bytes], tuple[str, Flood]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.floods = Floods(self.refused, self.clock)
         self.tick()
 
     def tick(self) -> None:
@@ -107,6 +120,8 @@ class Door:
         )
         for connection in [each for each in self.connections if each.deadline <= self.now]:
             connection.expire()
+        self.floods.tick()
+        self.refused_logins.clear()
 
     def drain(self) -> None:
         """Answer what is under way, close what is idle; a request that is just arriving still gets its answer."""
@@ -123,17 +138,21 @@ class _Parsed(NamedTuple):
     body: bytes
     keep_alive: bool
     old: bool
+    client: tuple[str, str]
 
 
 class Connection(asyncio.Protocol):
-    """One device's connection. Requests are answered in order, one at a time; further ones wait, bounded."""
+    """One device's connection, or a proxy's (`proxied`) for many of them. Requests are answered in order, one at a time; further
+    ones wait, bounded."""
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: Door, *, proxied: bool = False) -> None:
         self._door = door
         self._limits = door.limits
         self._transport: asyncio.Transport | None = None
         self._parser: Any = None
+        self._proxied = proxied
         self._address = ""
+        self._client = "", ""  # the address that a request comes from, and whom limits by address hold for
         self.deadline = _NEVER
 
         self._held: deque[bytes] = deque()  # bytes not parsed yet
@@ -145,6 +164,11 @@ class Connection(asyncio.Protocol):
         self._pumping = False
         self._blocked = False  # the peer does not take its answers
         self._paused = False
+
+        # With this token nothing passes before this time, and here is what it is refused for.
+        self._barred_token = ""
+        self._barred_until = 0.0
+        self._barred: tuple[str, Flood] = "", NO_FLOOD
 
         self._request: Request | None = None
         self._endpoint = ""
@@ -166,6 +190,7 @@ class Connection(asyncio.Protocol):
         self._old = False
         self._content_type: str | None = None
         self._password: str | None = None
+        self._forwarded = b""
         self._length = 0
         self._body: bytes | bytearray = b""
 
@@ -182,6 +207,7 @@ class Connection(asyncio.Protocol):
         door.meter.accepted("https")
         peer = transport.get_extra_info("peername")
         self._address = peer[0] if peer else ""
+        self._client = self._address, "" if self._proxied else network_of(self._address)
         self._parser = httptools.HttpRequestParser(self)
         self.deadline = door.now + self._limits.idle_timeout
 
@@ -294,6 +320,7 @@ class Connection(asyncio.Protocol):
         self._head_bytes = self._headers = self._seen = self._length = 0
         self._old = False
         self._content_type = self._password = None
+        self._forwarded = b""
         self._body = b""
         self._stage = _HEAD
         self._messages += 1
@@ -315,6 +342,9 @@ class Connection(asyncio.Protocol):
                 self._stop(431, f"there are more than {self._limits.headers} headers")
             return
         bit = 1 << kind
+        if kind == _FORWARDED:  # of several the last one is the last proxy's, as of the entries in one
+            self._forwarded = value
+            return
         if self._seen & bit:
             # A proxy before us may have acted on the other one.
             self._stop(400, f"the header {name.decode()} is there twice")
@@ -381,8 +411,18 @@ class Connection(asyncio.Protocol):
                 self._body if isinstance(self._body, bytes) else bytes(self._body),
                 parser.should_keep_alive(),
                 self._old,
+                self._forwarded_client() if self._forwarded else self._client,
             )
         )
+
+    def _forwarded_client(self) -> tuple[str, str]:
+        """The client by a proxy's word, which counts for its own connections alone. Where it says nothing, its address is nobody's
+        and not limited: that would hit all at once."""
+        if self._proxied and self._door.forwarded_for:
+            address = self._forwarded.rpartition(b",")[2].strip().decode("latin-1")
+            if network := network_of(address):
+                return address, network
+        return self._client
 
     def _may_hand_over(self) -> bool:
         """Whether this connection can become a WebSocket: it has raw bytes of one request alone, and none is under way."""
@@ -399,7 +439,7 @@ class Connection(asyncio.Protocol):
         self._transport = self._parser = None
         if self._paused:
             transport.resume_reading()
-        successor = self._door.websocket()
+        successor = self._door.websocket(*(self._forwarded_client() if self._forwarded else self._client))
         transport.set_protocol(successor)
         successor.connection_made(transport)
         successor.data_received(raw)
@@ -434,11 +474,19 @@ class Connection(asyncio.Protocol):
         if parsed.method != b"POST":
             self._refuse(405, f"the method is {parsed.method.decode()}; only POST is known")
             return
-        self._answering = True
         self._began = monotonic()
+        if self._endpoint == "topic":
+            if self._began < self._barred_until and parsed.password == self._barred_token and self._brief(parsed):
+                self._refuse_again(*self._barred)
+                return
+        elif (known := self._door.refused_logins.get((parsed.client[1], parsed.body))) and self._brief(parsed):
+            self._refuse_again(*known)
+            return
+        self._answering = True
         self.deadline = _NEVER
         topic = path[_TOPIC_PREFIX:]
-        self._request = Request(self._address, parsed.content_type, parsed.body, parsed.password, topic, bool(mark))
+        address, network = parsed.client
+        self._request = Request(address, parsed.content_type, parsed.body, parsed.password, topic, bool(mark), network)
         self._act(self._request)
 
     def _act(self, request: Request) -> None:
@@ -518,19 +566,46 @@ class Connection(asyncio.Protocol):
     def _answer_refused(self, refused: Refused) -> None:
         request = self._request
         assert request
+        if refused.limit:
+            flood = self._door.floods.met(refused, request, self._endpoint)
+            wait = min(refused.wait, _BARRED_SECONDS) - _CLOCKS_SECONDS
+            if self._endpoint == "auth":
+                if wait > 0 and len(self._door.refused_logins) < _REFUSED_LOGINS:
+                    self._door.refused_logins[request.network, request.body] = refused.limit, flood
+            elif wait > 0 and request.password and not self._proxied:
+                self._barred, self._barred_token = (refused.limit, flood), request.password
+                self._barred_until = monotonic() + wait
+            self._door.meter.limited(refused.limit)
+            self._answer(flood.body, refused.code)
+            return
         outcome = Outcome(
             secrets.token_hex(8),
             self._endpoint,
             200,
             refused.code,
             refused.reason,
-            self._address,
+            request.address,
             refused.product_key or request.product_key,
             refused.device_name or request.device_name,
             refused.topic or request.topic or request.path[:300].decode(errors="backslashreplace"),
         )
         self._door.refused(outcome)
         self._answer(wire.refusal(refused.code, outcome.request_id), refused.code)
+
+    def _brief(self, parsed: _Parsed) -> bool:
+        """Whether the answer needs no thought."""
+        door = self._door
+        return parsed.keep_alive and not (parsed.old or door.draining or door.access_log)
+
+    def _refuse_again(self, limit: str, flood: Flood) -> None:
+        """The device sends on what cannot pass yet: nothing is asked for that, and the answer is known."""
+        assert self._transport
+        flood.more += 1
+        door = self._door
+        door.meter.limited(limit)
+        self._transport.write(b"%b%d\r\n\r\n%b" % (door.ok, len(flood.body), flood.body))
+        door.meter.held_back[self._endpoint].append(monotonic() - self._began)
+        self._answered()
 
     def _answer_bug(self) -> None:
         log.exception("a fault of ours while answering POST /%s", self._endpoint)
@@ -539,14 +614,16 @@ class Connection(asyncio.Protocol):
     def _answer(self, body: bytes, code: Code = Code.SUCCESS) -> None:
         request, self._request = self._request, None
         door = self._door
-        if code:
-            door.meter.count(self._endpoint, code, monotonic() - self._began)
-        else:
+        if not code:
             door.meter.answered[self._endpoint].append(monotonic() - self._began)
+        elif code is Code.REQUEST_TOO_MANY:
+            door.meter.held_back[self._endpoint].append(monotonic() - self._began)
+        else:
+            door.meter.count(self._endpoint, code, monotonic() - self._began)
         if self._transport is None:  # the device has gone; what it sent is stored all the same
             return
         if door.access_log and request:
-            log.info("%s POST /%s%s %d %s", self._address, self._endpoint, request.topic, code, MESSAGES[code])
+            log.info("%s POST /%s%s %d %s", request.address, self._endpoint, request.topic, code, MESSAGES[code])
         if self._keep_alive and not self._answer_old and not door.draining:
             self._transport.write(b"%b%d\r\n\r\n%b" % (door.ok, len(body), body))
         else:

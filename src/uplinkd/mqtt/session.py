@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import random
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
@@ -21,6 +22,8 @@ from uplinkd.core.errors import Code, Refused, Rejected, Unavailable
 from uplinkd.core.model import App
 from uplinkd.core.subjects import from_subject, subjects_of_filter
 from uplinkd.engine import Bus, Downlink, SessionRecord, Told
+from uplinkd.floods import Floods
+from uplinkd.flow import network_of
 from uplinkd.gateway import MAX_MQTT_PAYLOAD_BYTES, Gateway, Outcome, Request, Wait
 from uplinkd.metrics import Meter, spare
 from uplinkd.mqtt import packets
@@ -50,7 +53,7 @@ _UNSTORED = 100
 _WINDOW, _LIVE_WINDOW = 20, 1000
 # What a peer has not read: beyond it, live messages are dropped, as at any broker.
 _UNREAD_BYTES = 1024 * 1024
-_THROTTLE_SECONDS = 0.05
+_THROTTLE_SECONDS, _LONGEST_THROTTLE_SECONDS = 0.05, 1.0
 _PAUSE_SECONDS = 0.5
 _TELL_SECONDS = 5.0
 _REMEMBER_SECONDS = 3600.0
@@ -98,9 +101,11 @@ class Door:
     apps: dict[int, set[Connection]] = field(default_factory=dict)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     legacy: LegacyDevices | None = None  # None where no legacy suite is offered
+    floods: Floods = field(init=False)
 
     def __post_init__(self) -> None:
         self.now = self.clock()
+        self.floods = Floods(self.record, self.clock)
         self.downlink.on_waiting(self._waits)
         self.cache.on_change(self._changed)
 
@@ -113,6 +118,7 @@ class Door:
         self.now = self.clock()
         for connection in [each for each in self.connections if each.deadline <= self.now]:
             connection.expire()
+        self.floods.tick()
 
     @property
     def sessions(self) -> int:
@@ -183,7 +189,8 @@ class Door:
 
 
 class Connection(asyncio.Protocol):
-    """One client's connection: a device's session, or an application's."""
+    """One client's connection: a device's session, or an application's. `peer` is its address and its network (see Request) where
+    the transport does not know."""
 
     __slots__ = (
         "_again",
@@ -203,6 +210,7 @@ class Connection(asyncio.Protocol):
         "_inflight",
         "_keep_alive",
         "_legacy",
+        "_network",
         "_next_id",
         "_noted",
         "_parser",
@@ -213,6 +221,7 @@ class Connection(asyncio.Protocol):
         "_stage",
         "_telling",
         "_transport",
+        "_tries",
         "_unstored",
         "_who",
         "address",
@@ -221,12 +230,12 @@ class Connection(asyncio.Protocol):
         "subscriptions",
     )
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: Door, peer: tuple[str, str] | None = None) -> None:
         self._door = door
         self._transport: asyncio.Transport | None = None
         self._parser: packets.Parser | None = packets.Parser(_CONNECT_BYTES)
         self._stage = _WAITING
-        self.address = ""
+        self.address, self._network = peer or ("", "")
         self.deadline = _NEVER
         self.stamp = 0
         self.subscriptions: dict[str, int] = {}
@@ -247,6 +256,7 @@ class Connection(asyncio.Protocol):
         # many are not stored yet, the peer does not read its answers, or the door waits for what is under way to close.
         self._asking = False
         self._held: packets.Publish | None = None
+        self._tries = 0  # of the message that is slowed down
         self._full = False
         self._unstored = 0
         self._blocked = False  # the peer does not read
@@ -272,7 +282,8 @@ class Connection(asyncio.Protocol):
         door.connections.add(self)
         door.meter.accepted("mqtt")
         peer = transport.get_extra_info("peername")
-        self.address = peer[0] if peer else ""
+        if not self.address and peer:
+            self.address, self._network = peer[0], network_of(peer[0])
         self.deadline = door.now + door.connect_timeout
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -425,14 +436,14 @@ class Connection(asyncio.Protocol):
         except Refused as refused:
             self._reject(BAD_IDENTIFIER if self._who[0] else BAD_LOGIN, refused.reason)
             return
-        self._ask(Request(self.address, None, b""), login)
+        self._ask(Request(self.address, None, b"", network=self._network), login)
 
     def _ask(self, request: Request, login: wire.Login) -> None:
         """Ask the gateway; on Wait fetch the missing fact in a task and ask again."""
         try:
             entry = self._door.gateway.connect(request, login)
         except Refused as refused:
-            self._refuse_login(refused)
+            self._refuse_login(refused, request)
         except Wait as wait:
             self._door.spawn(self._fetch(request, login, wait.fetch))
         else:
@@ -442,13 +453,21 @@ class Connection(asyncio.Protocol):
         try:
             await fetch()
         except Refused as refused:
-            self._refuse_login(refused)
+            self._refuse_login(refused, request)
         else:
             if self._stage == _JOINING:
                 self._ask(request, login)
 
-    def _refuse_login(self, refused: Refused) -> None:
+    def _refuse_login(self, refused: Refused, request: Request) -> None:
         number = NOT_NOW
+        if refused.limit:
+            self._door.meter.limited(refused.limit)
+            self._door.meter.count("mqtt_connect", refused.code)
+            request.product_key, request.device_name = self._who
+            self._door.floods.met(refused, request, "mqtt", number)
+            self._write(packets.connack(number))
+            self._close()
+            return
         if refused.code is Code.AUTH_CHECK_ERROR:
             number = FORBIDDEN if refused.forbidden else BAD_LOGIN
         self._reject(number, refused.reason, refused.code)
@@ -517,10 +536,10 @@ class Connection(asyncio.Protocol):
         self._who = "", username[:64]
         gateway = self._door.gateway
         try:
-            gateway.before_app(username, self.address)
+            gateway.before_app(username, self._network)
             app = await self._door.apps_known.signed_in(username, password)
         except Refused as refused:
-            self._refuse_login(refused)
+            self._refuse_login(refused, Request(self.address, None, b"", network=self._network))
             return
         except Unavailable as fault:
             self._reject(NOT_NOW, str(fault), Code.UPDATE_SESSION_ERROR)
@@ -528,7 +547,7 @@ class Connection(asyncio.Protocol):
         if self._stage != _JOINING or self._parser is None:
             return
         if app is None:
-            gateway.refused_app(username, self.address)
+            gateway.refused_app(username, self._network)
             self._reject(
                 BAD_LOGIN,
                 f"there is no application {username[:64]!r} with this secret; `uplinkd app list` shows them",
@@ -572,25 +591,36 @@ class Connection(asyncio.Protocol):
     def _report(self, packet: packets.Publish) -> None:
         assert self._entry
         product_key, device_name = self._who
-        request = Request(self.address, None, packet.payload, None, b"", False, product_key, device_name, packet.topic)
+        request = Request(
+            self.address, None, packet.payload, None, b"", False, self._network, product_key, device_name, packet.topic
+        )
         done = functools.partial(self._stored, packet, monotonic())
         try:
             self._door.gateway.report(request, self._entry, done)
         except Refused as refused:
-            if refused.code is Code.REQUEST_TOO_MANY:
-                self._slow_down(packet, refused)
+            if refused.limit:
+                self._slow_down(packet, refused, request)
             else:
                 self._end(refused.code, refused.reason, packet.topic, "mqtt_publish")
             return
+        self._tries = 0
         self._unstored += 1
         self._full = self._full or self._unstored >= _UNSTORED
 
-    def _slow_down(self, packet: packets.Publish, refused: Refused) -> None:
+    def _slow_down(self, packet: packets.Publish, refused: Refused, request: Request) -> None:
         """Over its rate nothing is lost: the socket is read on once the message may pass."""
-        reason = f"{refused.reason}; it is slowed down to its rate, nothing is dropped"
-        self._note(reason, packet.topic, refused.code, "mqtt_publish")
+        pause = _THROTTLE_SECONDS
+        if not self._tries:
+            self._door.meter.limited(refused.limit)
+            flood = self._door.floods.met(refused, request, "mqtt", 0, slowed=True)
+            if not flood.more:
+                self._door.meter.count("mqtt_publish", refused.code)
+        elif not refused.limit.startswith("device"):
+            # Many wait for the same: they do not all try all the time, nor at the same time.
+            pause = random.uniform(pause, min(pause * 2**self._tries, _LONGEST_THROTTLE_SECONDS))  # noqa: S311 - no secret
+        self._tries += 1
         self._held = packet
-        asyncio.get_running_loop().call_later(_THROTTLE_SECONDS, self._try_again)
+        asyncio.get_running_loop().call_later(pause, self._try_again)
 
     def _try_again(self) -> None:
         packet, self._held = self._held, None

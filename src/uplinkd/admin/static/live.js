@@ -35,7 +35,7 @@ function refusalBox(each) {
   const box = node("article", { class: "refusal" });
   const facts = node("span", { class: "muted" }, at(each.time), ` · ${each.endpoint}${each.address ? ` · ${each.address}` : ""}`);
   box.append(
-    node("header", {}, node("span", { class: "code" }, String(each.code || feed.dataset.note)), node("strong", {}, each.message), facts),
+    node("header", {}, node("span", { class: "code" }, String(each.code || feed.dataset.note)), node("strong", {}, each.message), each.times > 1 ? ` × ${each.times.toLocaleString(document.documentElement.lang)} ` : " ", facts),
     node("p", { class: "reason" }, ...ticks(each.reason)));
   if (each.means) box.append(node("p", { class: "muted" }, ...ticks(each.means), " ", node("b", {}, ...ticks(each.advice))));
   box.append(node("footer", { class: "muted" }, deviceLink(each.productKey, each.deviceName), each.topic ? ` · ${each.topic}` : "", each.requestId ? ` · requestId ${each.requestId}` : ""));
