@@ -96,7 +96,8 @@ CREATE INDEX IF NOT EXISTS refusals_address ON refusals (address, id);
 CREATE TABLE IF NOT EXISTS standing (
   id INTEGER PRIMARY KEY AUTOINCREMENT, request_id TEXT NOT NULL, at INTEGER NOT NULL, endpoint TEXT NOT NULL,
   code INTEGER NOT NULL, status INTEGER NOT NULL, product_key TEXT NOT NULL, device_name TEXT NOT NULL,
-  address TEXT NOT NULL, topic TEXT NOT NULL, reason TEXT NOT NULL, UNIQUE (product_key, device_name));
+  address TEXT NOT NULL, topic TEXT NOT NULL, reason TEXT NOT NULL, times INTEGER NOT NULL DEFAULT 1,
+  UNIQUE (product_key, device_name));
 """
 
 
