@@ -63,6 +63,7 @@ class Homes:
         return Device(server, self.product, "lamp-1", self.secret, token)
 
 
+@pytest.mark.slow
 async def test_a_restored_server_goes_on_where_the_backup_was_taken(tmp_path: Path) -> None:
     """Tokens stand; messages have the ids that they had; those given after the backup are never given again, also not to messages
     down, and also not when the same backup is restored twice; a device made after it is not taken for one made since."""
@@ -130,6 +131,7 @@ async def test_a_restored_server_goes_on_where_the_backup_was_taken(tmp_path: Pa
         assert stat.S_IMODE(data.stat().st_mode) == 0o700
 
 
+@pytest.mark.slow
 async def test_what_was_acknowledged_before_the_backup_began_is_in_it_under_load(tmp_path: Path) -> None:
     """Sixteen devices publish over HTTPS while it is made; the server goes on at hardly another pace; what was acknowledged later
     may be there or not, but what is there is right."""
@@ -180,6 +182,7 @@ def _rate(paces: list[tuple[float, int]], begin: float, end: float) -> float:
     return (high - low) / (last - first)
 
 
+@pytest.mark.slow
 async def test_consumer_groups_go_on_where_they_were(tmp_path: Path) -> None:
     """What was accepted before the backup does not come again, what was not does, and what is new."""
     from uplinkd.engine.api import ask_api
@@ -232,6 +235,7 @@ async def test_consumer_groups_go_on_where_they_were(tmp_path: Path) -> None:
     assert sorted(taken) == [*((ids[n], b"%d" % n) for n in range(4, 10)), (fresh[0], b"new")]
 
 
+@pytest.mark.slow
 async def test_without_a_server_it_is_the_same(tmp_path: Path) -> None:
     """nats-server is started for the backup; and a small one has everything but what lies in streams."""
     homes = Homes(tmp_path / "data")
@@ -372,6 +376,7 @@ def test_ids_and_sequences_lead_to_each_other_through_every_restore() -> None:
         base_of_metadata({"metadata": {}})
 
 
+@pytest.mark.slow
 async def test_an_application_makes_the_ids_that_devices_were_given_before_and_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
