@@ -4,6 +4,7 @@ answered."""
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,12 +23,15 @@ __all__ = [
     "HookState",
     "Live",
     "Trial",
+    "answered",
     "check_down_topic",
     "live_now",
     "send_down",
     "send_subject",
     "try_hook",
 ]
+
+log = logging.getLogger("uplinkd.asking")
 
 PATIENCE_SECONDS = 10.0
 
@@ -50,10 +54,31 @@ def send_subject(topic: str) -> str:
 
 async def send_down(ask: Ask, topic: str, payload: bytes) -> dict[str, Any]:
     """`{"messageId": …, "way": …}`, or `{"sessions": n}` for a broadcast; raise Rejected, NotFound or Unavailable."""
-    answer: dict[str, Any] = json.loads(await ask(send_subject(topic), payload))
-    if "error" in answer:
-        raise _KINDS[answer["kind"]](answer["error"])
-    return answer
+    return _understood(await ask(send_subject(topic), payload))
+
+
+async def answered(act: Awaitable[dict[str, Any]]) -> bytes:
+    """What `act` gives, or why it fails, as an answer for whoever has asked over NATS: `{"error": …, "kind": …}` for a failure."""
+    try:
+        document = await act
+    except NotFound as fault:
+        document = {"error": str(fault), "kind": "not_found"}
+    except Rejected as fault:
+        document = {"error": str(fault), "kind": "rejected"}
+    except Unavailable as fault:
+        document = {"error": str(fault), "kind": "unavailable"}
+    except Exception:
+        log.exception("a fault of ours while doing what was asked for")
+        document = {"error": "a fault of uplinkd; its log has the traceback", "kind": "unavailable"}
+    return json.dumps(document).encode()
+
+
+def _understood(answer: bytes) -> dict[str, Any]:
+    """What `answered` has made; raise what it says."""
+    document: dict[str, Any] = json.loads(answer)
+    if "error" in document:
+        raise _KINDS[document["kind"]](document["error"])
+    return document
 
 
 def check_down_topic(topic: str, product_key: str, device_name: str | None) -> None:
@@ -140,10 +165,7 @@ async def try_hook(bus: Bus, name: str, *, patience: float) -> Trial:
         told = await bus.ask(TRYING, name.encode(), patience=patience + _LIVE_SECONDS)
     except Unavailable as fault:
         raise Unavailable(f"nobody posts: {fault}; start a server with `uplinkd serve`") from fault
-    answer: dict[str, Any] = json.loads(told.payload)
-    if "error" in answer:
-        raise _KINDS[answer["kind"]](answer["error"])
-    return Trial(**answer)
+    return Trial(**_understood(told.payload))
 
 
 async def live_now(bus: Bus) -> Live:

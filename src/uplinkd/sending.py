@@ -10,16 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
-import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, unquote
 
+from uplinkd.asking import answered
 from uplinkd.core import topics
-from uplinkd.core.errors import NotFound, Refused, Rejected, Unavailable
+from uplinkd.core.errors import Refused, Rejected, Unavailable
 from uplinkd.core.subjects import SENDING, from_subject
 from uplinkd.engine import Bus, Told
 from uplinkd.gateway import Gateway, Sent, check_size
@@ -27,7 +26,6 @@ from uplinkd.tasks import spawn
 
 __all__ = ["Sending"]
 
-log = logging.getLogger("uplinkd.sending")
 
 _QUEUE = "uplinkd"
 _BROADCAST = "uplinkd.broadcast."
@@ -38,6 +36,7 @@ _BEGUN = b"begun"
 _GATHER_SECONDS = 0.2
 _LONGEST_SECONDS = 5.0
 _AT_ONCE = 256
+_TOO_MANY = b'{"error": "too many messages are being sent at this moment; try again", "kind": "unavailable"}'
 
 
 @dataclass(slots=True)
@@ -90,30 +89,17 @@ class Sending:
 
     def _asked(self, told: Told) -> None:
         if len(self._tasks) >= _AT_ONCE:
-            self._answer(
-                told, {"error": "too many messages are being sent at this moment; try again", "kind": "unavailable"}
-            )
+            self._answer(told, _TOO_MANY)
             return
         spawn(self._serve(told), self._tasks)
 
     async def _serve(self, told: Told) -> None:
         topic = from_subject(told.subject.removeprefix(SENDING))
-        try:
-            document = await self.send(topic, told.payload)
-        except NotFound as fault:
-            document = {"error": str(fault), "kind": "not_found"}
-        except Rejected as fault:
-            document = {"error": str(fault), "kind": "rejected"}
-        except Unavailable as fault:
-            document = {"error": str(fault), "kind": "unavailable"}
-        except Exception:
-            log.exception("a fault of ours while sending to a device")
-            document = {"error": "a fault of uplinkd; its log has the traceback", "kind": "unavailable"}
-        self._answer(told, document)
+        self._answer(told, await answered(self.send(topic, told.payload)))
 
-    def _answer(self, told: Told, document: dict[str, Any]) -> None:
+    def _answer(self, told: Told, answer: bytes) -> None:
         if told.reply:
-            self._bus.tell(told.reply, json.dumps(document).encode())
+            self._bus.tell(told.reply, answer)
 
     async def _broadcast(self, product_key: str, topic: str, payload: bytes) -> int:
         """Every worker delivers to its sessions; how many heard it, as far as the workers have said so in time."""

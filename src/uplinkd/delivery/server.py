@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import json
 import logging
 import os
 import signal
@@ -14,11 +13,12 @@ import socket
 import ssl
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from typing import Any
 
 import uvloop
 
-from uplinkd.asking import LIVE, TRYING, HookState, Live, Trial
-from uplinkd.core.errors import NotFound, Rejected, Unavailable
+from uplinkd.asking import LIVE, TRYING, HookState, Live, Trial, answered
+from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.core.groups import Group
 from uplinkd.delivery.amqp import AmqpDoor
 from uplinkd.delivery.budget import Budget
@@ -202,19 +202,14 @@ class Hooks:
 
     async def answer_trial(self, told: Told) -> None:
         """Post a sample event to the webhook of the group that is named, and say what became of it."""
-        try:
-            answer = (await self._try(told.payload.decode(errors="replace"))).document()
-        except (Rejected, Unavailable) as fault:
-            kind = {NotFound: "not_found", Unavailable: "unavailable"}.get(type(fault), "rejected")
-            answer = {"kind": kind, "error": str(fault)}
-        self._bus.tell(told.reply, json.dumps(answer).encode())
+        self._bus.tell(told.reply, await answered(self._try(told.payload.decode(errors="replace"))))
 
-    async def _try(self, name: str) -> Trial:
+    async def _try(self, name: str) -> dict[str, Any]:
         group = await asyncio.to_thread(self._registry.groups.get, name)
         if group.plan.webhook is None:
             raise Rejected(f"consumer group {name!r} has no webhook to try")
         answer = await try_delivery(group, self._sender)
-        return Trial(answer.status, answer.fault, answer.text, round(answer.seconds, 3))
+        return Trial(answer.status, answer.fault, answer.text, round(answer.seconds, 3)).document()
 
     async def stop(self, within: float) -> None:
         await asyncio.gather(*(self._end(each, within) for each in self._pumps.values()))

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -28,6 +28,7 @@ __all__ = [
     "ask_api",
     "call",
     "connect",
+    "consumers_with",
     "document_of",
     "first_at",
     "get_stored",
@@ -107,16 +108,29 @@ async def ask_api(bus: Bus, action: str, body: Mapping[str, Any] | None = None) 
     return document_of((await bus.ask(f"$JS.API.{action}", json.dumps(body).encode() if body else b"")).payload)
 
 
+async def consumers_with(list_page: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]], mark: str) -> set[str]:
+    """The names of a stream's consumers that have `mark` in their metadata; `list_page` calls CONSUMER.LIST of the stream."""
+    found: set[str] = set()
+    offset, total = 0, 1
+    while offset < total:
+        try:
+            answer = await list_page({"offset": offset})
+        except NotThere:  # the stream
+            return set()
+        listed = answer.get("consumers") or []
+        found |= {each["name"] for each in listed if mark in (each["config"].get("metadata") or {})}
+        offset, total = offset + len(listed), answer["total"] if listed else 0
+    return found
+
+
 async def get_stored(bus: Bus, stream: str, wanted: Mapping[str, Any]) -> Told | None:
     """A stored message, with the headers Nats-Sequence, Nats-Subject and Nats-Time-Stamp; None when there is none. Raise
     Unavailable, also for a stream that is not there."""
     found = await bus.ask(f"$JS.API.DIRECT.GET.{stream}", json.dumps(wanted).encode())
     if found.headers.get("Nats-Sequence"):
         return found
-    status = found.headers.get("Status", "")
-    if status == "404":
-        return None
-    raise Unavailable(f"the engine answered {status} {found.headers.get('Description', '')}".strip())
+    _check_absent(found.headers)
+    return None
 
 
 def first_at(at: int) -> dict[str, str]:
@@ -135,9 +149,14 @@ def sequence_in(headers: Mapping[str, str], last: int) -> int:
     stream, asked before."""
     if found := headers.get("Nats-Sequence"):
         return int(found)
-    if (status := headers.get("Status")) == "404":
-        return last + 1
-    raise Unavailable(f"the engine answered {status} {headers.get('Description', '')}".strip())
+    _check_absent(headers)
+    return last + 1
+
+
+def _check_absent(headers: Mapping[str, str]) -> None:
+    """Return if DIRECT.GET has answered that there is no such message; raise Unavailable with what it says else."""
+    if (status := headers.get("Status", "")) != "404":
+        raise Unavailable(f"the engine answered {status} {headers.get('Description', '')}".strip())
 
 
 def moment_of(text: str) -> int:

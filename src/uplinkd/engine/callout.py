@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -24,7 +25,7 @@ from uplinkd.core.apps import check_app_secret, inbox_of
 from uplinkd.core.errors import Unavailable
 from uplinkd.core.model import App
 from uplinkd.core.subjects import SENDING, filters_of
-from uplinkd.engine.api import NotThere, call, connect, first_at, in_words, sequence_in
+from uplinkd.engine.api import NotThere, call, connect, consumers_with, first_at, in_words, sequence_in
 from uplinkd.engine.embedded import APPS_ACCOUNT, Access
 from uplinkd.engine.nkeys import AccountKey, claims_of
 from uplinkd.engine.stream import DELETED, STREAM, base_metadata, base_of
@@ -196,7 +197,7 @@ class Callout:
         Connections and consumers are listed first: what is known of the applications is then at least as new.
         """
         connections = [each async for each in _connections(system)]
-        consumers = await _consumers(engine)
+        consumers = await consumers_with(functools.partial(_call, engine, f"CONSUMER.LIST.{STREAM}"), _MINE)
         apps = {app.key: app for app in await asyncio.to_thread(self._apps.apps)}
         for server, number, name in connections:
             app = apps.get(name.partition("/")[0])
@@ -272,21 +273,6 @@ async def _ensure_consumer(engine: Client, app: App) -> None:
             "metadata": metadata,
         }
     await _call(engine, f"CONSUMER.CREATE.{STREAM}.{app.key}", {"stream_name": STREAM, "config": config})
-
-
-async def _consumers(engine: Client) -> set[str]:
-    """The names of all consumers that were made for applications."""
-    found: set[str] = set()
-    offset, total = 0, 1
-    while offset < total:
-        try:
-            answer = await _call(engine, f"CONSUMER.LIST.{STREAM}", {"offset": offset})
-        except NotThere:
-            return set()
-        listed = answer.get("consumers") or []
-        found |= {each["name"] for each in listed if _MINE in (each["config"].get("metadata") or {})}
-        offset, total = offset + len(listed), answer["total"] if listed else 0
-    return found
 
 
 async def _connections(system: Client) -> AsyncIterator[tuple[str, int, str]]:

@@ -13,8 +13,9 @@ import json
 import logging
 import secrets
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from uplinkd.core.errors import Unavailable
 from uplinkd.core.groups import Group, wants
@@ -73,8 +74,9 @@ class JetStreamDeliveries:
     def forget(self, feed: _Feed) -> None:
         self._feeds.discard(feed)
 
-    def spawn(self, feed: _Feed) -> asyncio.Task[None]:
-        return spawn(feed.run(), self._tasks)
+    def spawn(self, act: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run `act`, owned by all feeds together."""
+        return spawn(act, self._tasks)
 
     async def close(self) -> None:
         """Close every feed, and let what was said leave."""
@@ -91,7 +93,7 @@ class JetStreamDeliveries:
     async def _connected(self) -> None:
         self._flush()
         for feed in self._feeds:
-            feed.reconnected()
+            feed.begin_anew()
 
 
 @dataclass(slots=True, eq=False)
@@ -119,7 +121,7 @@ class _Feed:
             listen(f"{self.inbox}.*", self._told),
             listen(f"{RETRIED}{self.group.id}", lambda _: self._pull_retries()),
         ]
-        self.task = self.owner.spawn(self)
+        self.task = self.owner.spawn(self.run())
 
     def want(self, count: int) -> None:
         self.wanted += count
@@ -142,10 +144,8 @@ class _Feed:
         for end in self.ends:
             end()
 
-    def reconnected(self) -> None:
-        self._begin_anew()
-
-    def _begin_anew(self) -> None:
+    def begin_anew(self) -> None:
+        """What was asked for is lost: see that the consumer is there, and ask again."""
         self.ready = False
         self.stirred.set()
 
@@ -197,7 +197,7 @@ class _Feed:
     def _pull_retries(self) -> None:
         if self.ready and not self.closed and self.wanted > 0:
             body = {"batch": min(self.wanted, _LARGEST_PULL), "max_bytes": _LARGEST_BYTES, "no_wait": True}
-            self._request(RETRY, retry_name(self.group), body, "r")
+            self._request(RETRY, retry_name(self.group.id), body, "r")
 
     def _request(self, stream: str, consumer: str, body: Mapping[str, object], which: str) -> None:
         subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
@@ -218,7 +218,7 @@ class _Feed:
             self.asked = max(0, self.asked - int(left))
             self._pull()
         elif not self.closed:  # the consumer is gone, perhaps with the group: whoever opened this feed may close it now
-            asyncio.get_running_loop().call_later(_GONE_SECONDS, self._begin_anew)
+            asyncio.get_running_loop().call_later(_GONE_SECONDS, self.begin_anew)
 
     def _came(self, told: Told) -> None:
         if RETRY in told.reply.split(".", 5):
@@ -235,7 +235,7 @@ class _Feed:
         elif not taken.retried and not wants(plan, taken.message):
             taken.accept()  # its subject is a filter's that had to be wider than the plan
         elif plan.webhook is None and taken.tries > plan.tries:
-            spawn(self._give_up(taken), self.owner._tasks)
+            self.owner.spawn(self._give_up(taken))
         elif self.wanted > 0:
             self._give(taken)
         else:

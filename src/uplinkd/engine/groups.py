@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import re
 import time
@@ -22,7 +23,17 @@ from uplinkd.core.groups import LONGEST_PAUSE, Group, subjects_of
 from uplinkd.core.model import DeviceName, Message, Origin, ProductKey
 from uplinkd.core.topics import owner
 from uplinkd.engine import ORIGIN_HEADER, Bus, DeadLetter, GroupState, Told
-from uplinkd.engine.api import ApiError, NotThere, ask_api, document_of, first_at, get_stored, moment_of, sequence_in
+from uplinkd.engine.api import (
+    ApiError,
+    NotThere,
+    ask_api,
+    consumers_with,
+    document_of,
+    first_at,
+    get_stored,
+    moment_of,
+    sequence_in,
+)
 from uplinkd.engine.bus import NatsBus
 from uplinkd.engine.embedded import Access
 from uplinkd.engine.stream import STREAM, Base, base_of
@@ -75,9 +86,9 @@ def consumer_name(group: Group) -> str:
     return f"group-{group.id}-{group.generation}"
 
 
-def retry_name(group: Group) -> str:
-    """The consumer of what is offered to the group again."""
-    return f"group-{group.id}"
+def retry_name(group_id: int) -> str:
+    """The consumer of what is offered to a group again."""
+    return f"group-{group_id}"
 
 
 async def ensure(bus: Bus, group: Group) -> Base:
@@ -104,10 +115,7 @@ async def bury(bus: Bus, group: Group, message: Message, tries: int, reason: str
     """Store a message as a dead letter of the group; raise Unavailable. Twice within two minutes is once, but not where it was
     offered again meanwhile (`retried` is its sequence in the stream for that), or the position was set anew."""
     headers = {
-        _TOPIC: quote(message.topic, safe="/"),
-        _ID: str(message.id),
-        _TIME: str(message.generate_time),
-        ORIGIN_HEADER: message.origin.value,
+        **_identity(message),
         _TRIES: str(tries),
         _REASON: quote(reason[:_LONGEST_REASON], safe=" /,:;'()="),
         _AT: str(round(time.time() * 1000)),
@@ -134,7 +142,7 @@ async def sweep(bus: Bus, groups: Sequence[Group]) -> int:
             await ask_api(bus, f"STREAM.PURGE.{DEAD}", {"filter": f"{_DEAD_SUBJECT}{group_id}"})
         with contextlib.suppress(NotThere):
             await ask_api(bus, f"STREAM.PURGE.{RETRY}", {"filter": f"{_RETRY_SUBJECT}{group_id}"})
-        await _forget(bus, RETRY, f"group-{group_id}")
+        await _forget(bus, RETRY, retry_name(group_id))
     for name in stale:
         await _forget(bus, STREAM, name)
     return len(stale)
@@ -203,8 +211,8 @@ class JetStreamDesk:
         self, group: Group, numbers: Sequence[int] | None = None, *, progress: Callable[[int], None] | None = None
     ) -> int:
         await _ensure_streams(self._bus)
-        config = {**_pace(group), "durable_name": retry_name(group), "filter_subject": f"{_RETRY_SUBJECT}{group.id}"}
-        await _create(self._bus, RETRY, retry_name(group), config)
+        config = {**_pace(group), "durable_name": retry_name(group.id), "filter_subject": f"{_RETRY_SUBJECT}{group.id}"}
+        await _create(self._bus, RETRY, retry_name(group.id), config)
         # What is given up meanwhile is not offered again: that might have no end.
         newest = await self._dead({"last_by_subj": f"{_DEAD_SUBJECT}{group.id}"}) if numbers is None else None
         last = _sequence_of(newest) if newest else 0
@@ -280,13 +288,7 @@ class JetStreamDesk:
 
     async def _offer(self, group: Group, letter: DeadLetter) -> None:
         message = letter.message
-        headers = {
-            _TOPIC: quote(message.topic, safe="/"),
-            _ID: str(message.id),
-            _TIME: str(message.generate_time),
-            ORIGIN_HEADER: message.origin.value,
-            "Nats-Msg-Id": f"retry-{letter.number}",
-        }
+        headers = {**_identity(message), "Nats-Msg-Id": f"retry-{letter.number}"}
         document_of((await self._bus.ask(f"{_RETRY_SUBJECT}{group.id}", message.payload, headers)).payload)
         await self._remove(letter.number)
 
@@ -296,6 +298,16 @@ class JetStreamDesk:
         except ApiError as error:
             if error.code not in (400, 404):  # somebody else was quicker
                 raise
+
+
+def _identity(message: Message) -> dict[str, str]:
+    """The headers from which `buried` makes the message again."""
+    return {
+        _TOPIC: quote(message.topic, safe="/"),
+        _ID: str(message.id),
+        _TIME: str(message.generate_time),
+        ORIGIN_HEADER: message.origin.value,
+    }
 
 
 def buried(told: Told) -> Message:
@@ -372,19 +384,9 @@ async def _ensure_streams(bus: Bus) -> None:
                 await ask_api(bus, f"STREAM.CREATE.{name}", config)
 
 
-async def _consumers(bus: Bus, stream: str) -> list[str]:
+async def _consumers(bus: Bus, stream: str) -> set[str]:
     """The names of all consumers that were made for groups."""
-    found: list[str] = []
-    offset, total = 0, 1
-    while offset < total:
-        try:
-            answer = await ask_api(bus, f"CONSUMER.LIST.{stream}", {"offset": offset})
-        except NotThere:
-            return []
-        listed = answer.get("consumers") or []
-        found += [each["name"] for each in listed if _MINE in (each["config"].get("metadata") or {})]
-        offset, total = offset + len(listed), answer["total"] if listed else 0
-    return found
+    return await consumers_with(functools.partial(ask_api, bus, f"CONSUMER.LIST.{stream}"), _MINE)
 
 
 async def _forget(bus: Bus, stream: str, consumer: str) -> None:
