@@ -7,7 +7,6 @@ import contextlib
 import functools
 import hashlib
 import hmac
-import ipaddress
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -21,6 +20,7 @@ from limits.strategies import MovingWindowRateLimiter
 from uplinkd.core.errors import Rejected
 from uplinkd.core.names import make_password
 from uplinkd.core.operators import Actor, Role, Scope, User, acting
+from uplinkd.flow import network_of
 from uplinkd.registry import Operators
 from uplinkd.registry.passwords import hash_password, hasher
 
@@ -104,23 +104,10 @@ class Attempts:
             self._limiter.hit(item, *who)
 
     def _counted(self, user: str, address: str) -> Iterator[tuple[RateLimitItem, tuple[str, ...]]]:
-        place = _place(address)
+        place = network_of(address) or address
         for item in self._pair:
             yield item, (user[:_LONGEST_NAME], place)
         yield self._address, (place,)
-
-
-def _place(address: str) -> str:
-    """What counts as one address: of IPv6 a /64, since a single host has all of it to choose from."""
-    try:
-        found = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if found.version == 4:
-        return address
-    if found.ipv4_mapped:
-        return str(found.ipv4_mapped)
-    return str(ipaddress.ip_network((int(found) >> 64 << 64, 64)))
 
 
 def check_password(user: User | None, password: str) -> bool:
