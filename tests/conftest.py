@@ -6,14 +6,17 @@ tables as the migrations have made them once in this process.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
 from sqlalchemy import Connection
 
+from uplinkd import tls
 from uplinkd.registry import sql
 
 _skipped: list[str] = []
@@ -50,6 +53,24 @@ def migrations() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def rsa_keys() -> Iterator[None]:
+    """Two hundred tests make a CA of their own. An RSA key takes 50 to 200 ms to find: a few of them go round in this process."""
+    make, keys = tls._rsa_key, itertools.cycle(range(_RSA_KEYS))
+    made: dict[int, rsa.RSAPrivateKey] = {}
+
+    def key() -> rsa.RSAPrivateKey:
+        place = next(keys)
+        if place not in made:
+            made[place] = make()
+        return made[place]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tls, "_rsa_key", key)
+        yield
+
+
+_RSA_KEYS = 5
 _migrate: Callable[[Connection], None] = sql._migrate
 _made: list[tuple[str, list[Any]]] = []  # statements and their rows
 

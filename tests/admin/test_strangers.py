@@ -45,7 +45,7 @@ async def test_a_name_that_somebody_points_here_gets_nothing(house: House, host:
     house.office.settings = house.office.settings.model_copy(update={"tls_name": ("console.example.com",)})
     transport = httpx.ASGITransport(application(house.office), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url=URL, headers={"Host": host}) as client:
-        for path in ("/metrics", "/sign-in", f"{V1}/openapi.json"):
+        for path in ("/metrics", "/sign-in", *([f"{V1}/openapi.json"] if status == 421 else [])):
             answer = await client.get(path)
             assert answer.status_code == status, path
         if status == 421:

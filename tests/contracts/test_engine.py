@@ -637,6 +637,7 @@ async def test_a_disk_that_was_full_serves_again_when_there_is_room(
     assert server.poll()
 
 
+@pytest.mark.slow
 async def test_twenty_thousand_at_once_are_all_stored(settings: Settings, server: EmbeddedServer) -> None:
     """Published in one turn of the event loop, acknowledged each, read back in the same order."""
     publisher = open_publisher(settings, server.access)
@@ -654,6 +655,7 @@ async def test_twenty_thousand_at_once_are_all_stored(settings: Settings, server
     await publisher.stop()
 
 
+@pytest.mark.slow
 async def test_a_stream_deleted_under_load_comes_back_and_gives_no_id_twice(
     settings: Settings, server: EmbeddedServer
 ) -> None:

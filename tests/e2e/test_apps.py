@@ -245,6 +245,7 @@ def test_an_application_reads_on_after_kills(server: Server, device: Device) -> 
         reader.until(" last")
 
 
+@pytest.mark.slow
 def test_secrets_of_applications_are_nowhere_to_be_read(server: Server, device: Device) -> None:
     """Not in the log, nor in anything under the data folder."""
     key, secret = create(server, "billing", device.product)

@@ -52,6 +52,7 @@ def console_pid(server: Server) -> int:
     return holders[0]
 
 
+@pytest.mark.slow
 async def test_a_killed_console_comes_back_and_no_device_notices(server: Server) -> None:
     """Its port is held open meanwhile; who had signed in is signed in."""
     (device,) = make_devices(server, 1)
@@ -180,6 +181,7 @@ def test_what_cannot_be_served_is_said_in_one_line(tmp_path: Path, options: tupl
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_start_without_a_console_has_none(tmp_path: Path) -> None:
     """console_listen empty: no process, no user made."""
     server = Server(tmp_path / "data", options=("--workers", "1")).start()

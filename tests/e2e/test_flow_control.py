@@ -84,6 +84,7 @@ def fleet(data: Path, count: int) -> list[tuple[str, str, str]]:
     return [(product, str(each["deviceName"]), str(each["deviceSecret"])) for each in devices]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", ["device_rate", "product_rate", "address_rate"])
 def test_the_limit_is_exact_over_all_workers(tmp_path: Path, limit: str) -> None:
     """Connections that the kernel spreads over three workers, all at once: what is accepted is the burst and what the time

@@ -44,6 +44,7 @@ def noted(server: Server, *options: str) -> list[tuple[str, str]]:
     return [(each["deviceName"], each["reason"].split(" (")[0]) for each in json.loads(done.stdout)]
 
 
+@pytest.mark.slow
 def test_devices_with_legacy_suites_are_told_of_and_others_are_not(tmp_path: Path) -> None:
     """One note for each, over either door; refusals are a list of their own."""
     with serving(tmp_path / "data", "--workers", "1") as server:
@@ -66,6 +67,7 @@ def test_devices_with_legacy_suites_are_told_of_and_others_are_not(tmp_path: Pat
         assert b"without --follow" in follow.stderr
 
 
+@pytest.mark.slow
 def test_legacy_suites_can_be_switched_off(tmp_path: Path) -> None:
     """Then who has no others is refused by the handshake, at each door, and everybody else is served."""
     with serving(tmp_path / "data", "--workers", "1", "--tls-legacy", "false") as server:

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.house import cli, cli_json, serving, until
 
 
@@ -20,6 +22,7 @@ def told(data: Path, product: str) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
+@pytest.mark.slow
 async def test_what_the_owner_does_to_devices_is_told_once_and_in_order(tmp_path: Path) -> None:
     """Made before the server ran, disabled, enabled and deleted while it runs: each is a message, and none holds the secret."""
     data = tmp_path / "data"
@@ -45,6 +48,7 @@ async def test_what_the_owner_does_to_devices_is_told_once_and_in_order(tmp_path
         assert len(told(data, product)) == 4
 
 
+@pytest.mark.slow
 async def test_an_imported_fleet_and_a_deleted_product_are_told_device_by_device(tmp_path: Path) -> None:
     """A row of a file is a device that was made, a product that goes takes each of its devices with it."""
     data = tmp_path / "data"

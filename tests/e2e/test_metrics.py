@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.house import environment
 
 # The supervisor itself, with a look at its metrics while it serves; what asks is a process of its own, like a device.
@@ -54,6 +56,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_the_supervisor_reads_what_its_workers_counted(tmp_path: Path) -> None:
     """Over real TLS, whichever of two workers each connection came to."""
     done = subprocess.run(

@@ -176,6 +176,7 @@ def test_no_process_writes_its_memory_down(server: Server) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("value", "private"), [("false", True), ("true", False)])
 def test_core_dumps_are_a_setting(tmp_path: Path, value: str, private: bool) -> None:
     """For whoever looks for a fault: core_dumps = true."""

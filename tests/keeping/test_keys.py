@@ -94,6 +94,7 @@ def test_every_secret_is_sealed_anew_and_the_old_key_is_gone(tmp_path: Path) -> 
     registry.close()
 
 
+@pytest.mark.slow
 def test_others_read_and_write_while_a_rotation_is_under_way(tmp_path: Path) -> None:
     """What they seal meanwhile is under the new key too, also what was sealed before and is stored only then."""
     settings = Settings(data=tmp_path / "data")
@@ -317,6 +318,7 @@ def test_tokens_that_were_given_under_a_longer_setting_stand_too(tmp_path: Path)
     registry.close()
 
 
+@pytest.mark.slow
 async def test_a_running_server_follows_both_keys(tmp_path: Path) -> None:
     """Two gateways, the command line beside them: nobody is logged out, and a new login is signed by the new key."""
     data = tmp_path / "data"

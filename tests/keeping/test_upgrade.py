@@ -55,7 +55,9 @@ def test_there_is_a_folder_of_every_schema() -> None:
     assert {path.name.partition(".")[0] for path in FOLDERS.glob("*.tar.gz")} == set(REVISIONS)
 
 
-@pytest.mark.parametrize("revision", REVISIONS)
+@pytest.mark.parametrize(
+    "revision", [REVISIONS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in REVISIONS[1:])]
+)
 async def test_what_a_version_left_behind_is_all_there(revision: str, tmp_path: Path) -> None:
     """Products, devices and their secrets, classes, applications, users, keys, groups; messages under their ids; tokens stand, and
     what waited for a device comes."""
