@@ -58,6 +58,8 @@ _PAUSE_SECONDS = 0.5
 _TELL_SECONDS = 5.0
 _REMEMBER_SECONDS = 3600.0
 _NEVER = float("inf")
+# So many packets of one connection are handled before it is the others' turn.
+_SHARE = 32
 
 _WAITING, _JOINING, _STANDING, _OVER = range(4)
 
@@ -224,6 +226,7 @@ class Connection(asyncio.Protocol):
         "_tries",
         "_unstored",
         "_who",
+        "_yields",
         "address",
         "deadline",
         "stamp",
@@ -251,6 +254,7 @@ class Connection(asyncio.Protocol):
         self._remembering = 0.0  # when a persistent session is kept anew
 
         self._pumping = False
+        self._yields = False  # its share of this turn is used up
         self._paused = False  # the socket is not read
         # Nothing further is handled while an answer is being found, a message came too fast and is tried again soon, too
         # many are not stored yet, the peer does not read its answers, or the door waits for what is under way to close.
@@ -346,15 +350,20 @@ class Connection(asyncio.Protocol):
     # -- reading
 
     def _pump(self) -> None:
-        """Handle what has arrived, until something has to be waited for."""
-        if self._pumping:
+        """Handle what has arrived, until something has to be waited for or it is the others' turn."""
+        if self._pumping or self._yields:
             return
         self._pumping = True
+        share = _SHARE
         try:
             while not self._waits and self._stage != _OVER and self._parser is not None:
+                if not share:
+                    self._yields = self._parser.pending
+                    break
                 packet = self._parser.next()
                 if packet is None:
                     break
+                share -= 1
                 self._handle(packet)
         except packets.Malformed as fault:
             self._end(Code.PARAM_ERROR, f"malformed MQTT: {fault}")
@@ -363,7 +372,13 @@ class Connection(asyncio.Protocol):
             self._end(Code.COMMON_ERROR, "a fault of uplinkd; its log has the traceback")
         finally:
             self._pumping = False
+        if self._yields:
+            asyncio.get_running_loop().call_soon(self._take_turn)
         self._read_or_not()
+
+    def _take_turn(self) -> None:
+        self._yields = False
+        self._pump()
 
     def _read_or_not(self) -> None:
         if self._transport is None or self._stage == _OVER:
@@ -378,7 +393,7 @@ class Connection(asyncio.Protocol):
     @property
     def _waits(self) -> bool:
         closing = self._door.draining and self._unstored > 0
-        return self._asking or self._full or self._held is not None or self._blocked or closing
+        return self._asking or self._full or self._held is not None or self._blocked or self._yields or closing
 
     def _go_on(self) -> None:
         """The answer was found."""
@@ -873,7 +888,7 @@ class Connection(asyncio.Protocol):
         return packet_id
 
     def _write(self, data: bytes) -> None:
-        if self._transport is not None and self._stage != _OVER:
+        if self._transport is not None and self._stage != _OVER and not self._transport.is_closing():
             self._transport.write(data)
 
     @property
