@@ -12,7 +12,7 @@ from tests.abuse.conftest import House
 from tests.clients.packets import PINGREQ, connect, publish
 from tests.http.conftest import login_request, publish_request, request
 from tests.mqtt.conftest import CONNACK, login
-from tests.mqtt.test_websocket import BINARY, Browser, frame, handshake
+from tests.mqtt.test_websocket import Browser, frame, handshake
 from tests.room import DEVICE, PRODUCT
 from uplinkd.mqtt import packets
 

@@ -27,6 +27,7 @@ from uplinkd.flow import network_of
 from uplinkd.gateway import Gateway, Outcome, Request, Wait
 from uplinkd.http.limits import Limits
 from uplinkd.metrics import Meter, spare
+from uplinkd.places import Known, Places
 from uplinkd.tasks import spawn
 from uplinkd.tls import LegacyDevices
 
@@ -105,12 +106,15 @@ class Door:
     connections: set[Connection] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     ok: bytes = b""
+    known: Known = field(default_factory=Known)
+    places: Places = field(init=False)
     floods: Floods = field(init=False)
     # (network, body) of logins that were refused as guesses since the last tick: firmware that is wrong says the same again.
     refused_logins: dict[tuple[str, bytes], tuple[str, Flood]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.floods = Floods(self.refused, self.clock)
+        self.places = Places(self.known, "connections over HTTPS")
         self.tick()
 
     def tick(self) -> None:
@@ -164,6 +168,7 @@ class Connection(asyncio.Protocol):
         self._answering = False
         self._over = False  # nothing more will be answered
         self._broken = False  # the connection did not end in peace
+        self._proved = False  # it has had a good answer
         self._pumping = False
         self._yields = False  # its share of this turn is used up, and more waits
         self._blocked = False  # the peer does not take its answers
@@ -204,20 +209,21 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         door = self._door
-        if len(door.connections) >= self._limits.connections or door.draining:
+        peer = transport.get_extra_info("peername")
+        self._address = peer[0] if peer else ""
+        self._client = self._address, "" if self._proxied else network_of(self._address)
+        if door.draining or not door.places.enter(self, self._client[1], self._limits.connections):
             self._over = True
             self._transport.abort()
             return
         door.connections.add(self)
         door.meter.accepted("https")
-        peer = transport.get_extra_info("peername")
-        self._address = peer[0] if peer else ""
-        self._client = self._address, "" if self._proxied else network_of(self._address)
         self._parser = httptools.HttpRequestParser(self)
         self.deadline = door.now + self._limits.idle_timeout
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._door.connections.discard(self)
+        self._door.places.leave(self)
         self._over = True
         self._broken = exc is not None
         self._transport = self._parser = None
@@ -470,6 +476,7 @@ class Connection(asyncio.Protocol):
         assert self._transport
         transport, raw = self._transport, self._raw + b"".join(self._held)
         self._door.connections.discard(self)
+        self._door.places.leave(self)
         self._over = True
         self._held.clear()
         self._transport = self._parser = None
@@ -652,6 +659,9 @@ class Connection(asyncio.Protocol):
         door = self._door
         if not code:
             door.meter.answered[self._endpoint].append(monotonic() - self._began)
+            if not self._proved:
+                self._proved = True
+                door.places.prove(self)
         elif code is Code.REQUEST_TOO_MANY:
             door.meter.held_back[self._endpoint].append(monotonic() - self._began)
         else:
@@ -757,6 +767,12 @@ class Connection(asyncio.Protocol):
     def under_way(self) -> bool:
         """Whether a request has arrived, at least in part, that is not answered yet."""
         return self._answering or bool(self._queue) or (self._stage != _IDLE and not self._over)
+
+    @property
+    def spare(self) -> bool:
+        """Whether it may yield its place (see Places): who is no device, while it has nothing to answer; who is, while it is
+        silent."""
+        return not (self.under_way if self._proved else self._answering)
 
     def abort(self) -> None:
         if self._transport:

@@ -28,6 +28,7 @@ from uplinkd.gateway import MAX_MQTT_PAYLOAD_BYTES, Gateway, Outcome, Request, W
 from uplinkd.metrics import Meter, spare
 from uplinkd.mqtt import packets
 from uplinkd.observe import Occasionally
+from uplinkd.places import Known, Places
 from uplinkd.registry import Change
 from uplinkd.registry.cache import DeviceCache, Entry
 from uplinkd.roster import Roster
@@ -103,11 +104,14 @@ class Door:
     apps: dict[int, set[Connection]] = field(default_factory=dict)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     legacy: LegacyDevices | None = None  # None where no legacy suite is offered
+    known: Known = field(default_factory=Known)
+    places: Places = field(init=False)
     floods: Floods = field(init=False)
 
     def __post_init__(self) -> None:
         self.now = self.clock()
         self.floods = Floods(self.record, self.clock)
+        self.places = Places(self.known, "connections over MQTT")
         self.downlink.on_waiting(self._waits)
         self.cache.on_change(self._changed)
 
@@ -279,15 +283,15 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         door = self._door
-        if len(door.connections) >= door.most or door.draining:
+        peer = transport.get_extra_info("peername")
+        if not self.address and peer:
+            self.address, self._network = peer[0], network_of(peer[0])
+        if door.draining or not door.places.enter(self, self._network, door.most):
             self._stage = _OVER
             self._transport.abort()
             return
         door.connections.add(self)
         door.meter.accepted("mqtt")
-        peer = transport.get_extra_info("peername")
-        if not self.address and peer:
-            self.address, self._network = peer[0], network_of(peer[0])
         self.deadline = door.now + door.connect_timeout
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -295,6 +299,7 @@ class Connection(asyncio.Protocol):
         self._stage = _OVER
         self._transport = self._parser = self._held = None
         door.connections.discard(self)
+        door.places.leave(self)
         for topic_filter in list(self._ears):
             self._stop_hearing(topic_filter)
         if self._app is not None:
@@ -533,6 +538,7 @@ class Connection(asyncio.Protocol):
         assert self._parser is not None
         self._entry = entry
         self._stage = _STANDING
+        door.places.prove(self)
         self._parser.limit = _PACKET_BYTES
         self.subscriptions = {**dict.fromkeys(self._auto, 1), **self.subscriptions}
         self.stamp = time.monotonic_ns()
@@ -575,6 +581,7 @@ class Connection(asyncio.Protocol):
             self._note("the application's secret has crossed the network in plain text; let it sign in over TLS")
         self._door.apps.setdefault(app.id, set()).add(self)
         self._stage = _STANDING
+        self._door.places.prove(self)
         self._parser.limit = _PACKET_BYTES
         self._rest()
         self._door.meter.count("mqtt_connect")
@@ -973,6 +980,11 @@ class Connection(asyncio.Protocol):
     def under_way(self) -> bool:
         """Whether a publish has arrived that is not answered yet."""
         return bool(self._unstored)
+
+    @property
+    def spare(self) -> bool:
+        """Whether it may yield its place (see Places)."""
+        return self._stage == _WAITING or not (self._stage == _JOINING or self._unstored)
 
     def abort(self) -> None:
         self._stage = _OVER
