@@ -80,6 +80,12 @@ class Places:
         crowd.add(network, holder)
         return True
 
+    def shrink(self) -> None:
+        """End a stranger of the greediest network."""
+        if victim := self._strangers.spare():
+            self.leave(victim)
+            victim.abort()
+
     def leave(self, holder: Holder) -> None:
         """Nothing happens where it has no place."""
         crowd, network = self._where.pop(holder, (None, ""))
