@@ -116,10 +116,11 @@ async def _serve(task: Task) -> None:
     https = HttpDoor(gateway, Limits.of(settings), record, time.monotonic, settings.access_log)
     mqtt.meter = https.meter = task.meter
     mqtt.known = mqtt.places.known = https.known
+    mqtt.turns = https.turns
     if settings.tls_legacy:
         mqtt.legacy = https.legacy = LegacyDevices(_legacy_recorder(journal))
     https.forwarded_for = settings.forwarded_for
-    https.websocket = lambda *peer: WebSocket(lambda: MqttConnection(mqtt, peer))
+    https.websocket = lambda *peer: WebSocket(lambda: MqttConnection(mqtt, peer), mqtt.turns)
     listener = partial(
         Listener,
         handshakes=settings.max_handshakes,

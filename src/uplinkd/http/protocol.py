@@ -28,7 +28,7 @@ from uplinkd.gateway import Gateway, Outcome, Request, Wait
 from uplinkd.http.limits import Limits
 from uplinkd.metrics import Meter, spare
 from uplinkd.places import Known, Places
-from uplinkd.tasks import spawn
+from uplinkd.tasks import Turns, spawn
 from uplinkd.tls import LegacyDevices
 
 __all__ = ["Connection", "Door"]
@@ -107,6 +107,7 @@ class Door:
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     ok: bytes = b""
     known: Known = field(default_factory=Known)
+    turns: Turns = field(default_factory=Turns)
     places: Places = field(init=False)
     floods: Floods = field(init=False)
     # (network, body) of logins that were refused as guesses since the last tick: firmware that is wrong says the same again.
@@ -272,7 +273,7 @@ class Connection(asyncio.Protocol):
                 if self._queue:
                     if not share:
                         self._yields = True
-                        asyncio.get_running_loop().call_soon(self._take_turn)
+                        self._door.turns.wait(self._take_turn)
                         return
                     if share < _SHARE and self._has_gone():
                         break

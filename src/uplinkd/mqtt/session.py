@@ -33,7 +33,7 @@ from uplinkd.registry import Change
 from uplinkd.registry.cache import DeviceCache, Entry
 from uplinkd.roster import Roster
 from uplinkd.settings import Settings, is_loopback
-from uplinkd.tasks import spawn
+from uplinkd.tasks import Turns, spawn
 from uplinkd.tls import LegacyDevices
 
 __all__ = ["ACCEPTED", "Apps", "Connection", "Door", "Sender"]
@@ -105,6 +105,7 @@ class Door:
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     legacy: LegacyDevices | None = None  # None where no legacy suite is offered
     known: Known = field(default_factory=Known)
+    turns: Turns = field(default_factory=Turns)
     places: Places = field(init=False)
     floods: Floods = field(init=False)
 
@@ -378,7 +379,7 @@ class Connection(asyncio.Protocol):
         finally:
             self._pumping = False
         if self._yields:
-            asyncio.get_running_loop().call_soon(self._take_turn)
+            self._door.turns.wait(self._take_turn)
         self._read_or_not()
 
     def _take_turn(self) -> None:

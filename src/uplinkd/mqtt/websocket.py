@@ -14,6 +14,8 @@ from websockets.protocol import Event
 from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
+from uplinkd.tasks import Turns
+
 __all__ = ["WebSocket"]
 
 _SUBPROTOCOLS = [Subprotocol("mqtt"), Subprotocol("mqttv3.1")]
@@ -27,10 +29,12 @@ _SHARE = 32
 
 
 class WebSocket(asyncio.Protocol):
-    """The outer protocol of one connection; `make` gives the inner one, which speaks MQTT and sees no frame."""
+    """The outer protocol of one connection; `make` gives the inner one, which speaks MQTT and sees no frame. `turns` are those of all
+    connections of the worker."""
 
-    def __init__(self, make: Callable[[], asyncio.Protocol]) -> None:
+    def __init__(self, make: Callable[[], asyncio.Protocol], turns: Turns | None = None) -> None:
         self._make = make
+        self._turns = turns or Turns()
         self._inner: asyncio.Protocol | None = None
         self._frames = ServerProtocol(subprotocols=_SUBPROTOCOLS, max_size=_FRAME_BYTES)
         self._transport: asyncio.Transport | None = None
@@ -75,7 +79,7 @@ class WebSocket(asyncio.Protocol):
                 self._event(event)
             self.flush()
         if self._held:
-            asyncio.get_running_loop().call_soon(self._take)
+            self._turns.wait(self._take)
         self._read_or_not()
 
     def _event(self, event: Event) -> None:
