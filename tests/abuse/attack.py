@@ -55,7 +55,7 @@ class Attack:
         async with self.streams(number, tls) as (reader, writer):
             writer.write(first)
             stood()
-            while self.on and not reader.at_eof():
+            while self.on and not reader.at_eof() and not writer.is_closing():
                 await asyncio.sleep(0.3)
                 writer.write(drop)
 
