@@ -34,6 +34,8 @@ _BACKLOG = 4096
 _HANDSHAKE_TIMEOUT = 10.0
 # So many connections are accepted, and handshakes begun, before it is the others' turn: each costs up to a millisecond of its own.
 _SHARE = 16
+# A handshake that has gone on for less yields to no other: most are done within a few round trips.
+_PATIENCE = 1.0
 _OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _SAY_SECONDS = 60
 # The peer's close_notify is a courtesy that many devices omit.
@@ -128,9 +130,7 @@ class Listener:
 class _Guest:
     """A connection in the lobby. It holds its socket until the handshake begins, then a task."""
 
-    __slots__ = ("_lobby", "deadline", "network", "sock", "task")
-
-    spare = True
+    __slots__ = ("_lobby", "began", "deadline", "network", "sock", "task")
 
     def __init__(self, lobby: _Lobby, sock: socket.socket, network: str, deadline: float) -> None:
         self._lobby = lobby
@@ -138,6 +138,11 @@ class _Guest:
         self.network = network
         self.deadline = deadline
         self.task: asyncio.Task[None] | None = None
+        self.began = 0.0
+
+    @property
+    def spare(self) -> bool:
+        return self.task is None or self._lobby.clock() - self.began > _PATIENCE
 
     def abort(self) -> None:
         if self.task is None:
@@ -162,13 +167,13 @@ class _Lobby:
         self._sock = sock
         self._context = context
         self._make = make
-        self._clock = door.clock
+        self.clock = door.clock
         self._handshakes = handshakes
         self._most = waiting
         self._missed = missed
         self._known = door.known
-        self._places = Places(door.known, "connections before their handshake")
-        self._shaking = Places(door.known, "TLS handshakes")
+        self._places = Places(door.known, "connections before their handshake", trusting=True)
+        self._shaking = Places(door.known, "TLS handshakes", trusting=True)
         self._guests: dict[_Guest, None] = {}  # in the order in which they came
         self._silent: dict[int, _Guest] = {}  # by file, of whom no byte has come
         # Those that could begin: of networks that are known, and of others; each network in its turn.
@@ -194,12 +199,13 @@ class _Lobby:
             guest.abort()
 
     def tick(self) -> None:
-        """Once in a fraction of a second: end what has overstayed."""
-        now = self._clock()
+        """Once in a fraction of a second: end what has overstayed, begin with those to whom others yield by now."""
+        now = self.clock()
         for guest in list(self._guests):
             if guest.deadline > now:
                 break
             guest.abort()
+        self._call_soon()
         if self._rests:
             self._rests = False
             self._loop.add_reader(self._sock.fileno(), self._accept)
@@ -214,7 +220,7 @@ class _Lobby:
         self._forget(guest)
 
     def _accept(self) -> None:
-        deadline = self._clock() + _HANDSHAKE_TIMEOUT
+        deadline = self.clock() + _HANDSHAKE_TIMEOUT
         for _ in range(_SHARE):
             try:
                 sock, address = self._sock.accept()
@@ -251,11 +257,18 @@ class _Lobby:
             begun = b""
         if not begun:
             self.end(guest)
-        elif self._shaking.enter(guest, guest.network, self._handshakes):
-            guest.task = self._loop.create_task(self._shake_hands(guest))
-            guest.task.add_done_callback(functools.partial(self._shaken, guest))
-        else:
+        elif not self._begin(guest):
             self._ready[guest.network not in self._known].setdefault(guest.network, {})[guest] = None
+
+    def _begin(self, guest: _Guest) -> bool:
+        """Whether there is a place for its handshake; a quarter of them is for known networks alone."""
+        most = self._handshakes if guest.network in self._known else max(1, self._handshakes * 3 // 4)
+        if not self._shaking.enter(guest, guest.network, most):
+            return False
+        guest.began = self.clock()
+        guest.task = self._loop.create_task(self._shake_hands(guest))
+        guest.task.add_done_callback(functools.partial(self._shaken, guest))
+        return True
 
     def _spoken(self) -> None:
         for file, _ in self._epoll.poll(0, _SHARE):
@@ -282,6 +295,9 @@ class _Lobby:
         self.end(guest)
         if not task.cancelled() and (fault := task.exception()):
             log.error("a fault of ours in a handshake", exc_info=fault)
+        self._call_soon()
+
+    def _call_soon(self) -> None:
         if not self._calls and (self._ready[0] or self._ready[1]):
             self._calls = True
             self._loop.call_soon(self._call)
@@ -289,17 +305,17 @@ class _Lobby:
     def _call(self) -> None:
         """Begin with those that wait: who is known first, then each network in its turn."""
         self._calls = False
-        for _ in range(min(_SHARE, self._handshakes - len(self._shaking))):
+        for _ in range(_SHARE):
             ready = self._ready[0] or self._ready[1]
             if not ready:
                 return
             network, guests = next(iter(ready.items()))
             guest = next(iter(guests))
+            if not self._begin(guest):
+                return
             self._dismiss(guest)
             if guests:
                 ready[network] = ready.pop(network)
-            assert guest.sock
-            self._look(guest, guest.sock)
 
     def _dismiss(self, guest: _Guest) -> None:
         for ready in self._ready:

@@ -51,11 +51,13 @@ class Holder(Protocol):
 
 
 class Places:
-    """Those of one door. A network is as network_of gives it; one that is empty is nobody's and yields to nobody."""
+    """Those of one door. A network is as network_of gives it; one that is empty is nobody's and yields to nobody. Where nobody can
+    prove anything yet, whoever comes from a known network is no stranger (`trusting`)."""
 
-    def __init__(self, known: Known, what: str) -> None:
+    def __init__(self, known: Known, what: str, *, trusting: bool = False) -> None:
         self.known = known
         self._what = what
+        self._trusting = trusting
         self._strangers, self._proved = _Crowd(), _Crowd()
         self._where: dict[Holder, tuple[_Crowd, str]] = {}
         self._say = Occasionally(_SAY_SECONDS)
@@ -75,7 +77,8 @@ class Places:
                 return False
             self.leave(victim)
             victim.abort()
-        crowd = self._strangers if network else self._proved
+        trusted = not network or (self._trusting and network in self.known)
+        crowd = self._proved if trusted else self._strangers
         self._where[holder] = crowd, network
         crowd.add(network, holder)
         return True

@@ -117,9 +117,11 @@ async def deaf(attack: Attack, number: int, stood: Stood) -> None:
         stood()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(attack.end):
-                while True:
+                while not writer.is_closing():
                     writer.write(TINY * 500)
+                    await asyncio.sleep(0)
                     await writer.drain()
+                attack.ended += 1
 
 
 async def giant(attack: Attack, number: int, stood: Stood) -> None:
