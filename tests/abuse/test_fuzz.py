@@ -1,4 +1,4 @@
-"""Good input, damaged in any way and cut anywhere: each kind for a fixed time, a moment in the fast suite and ten seconds in the slow one.
+"""Good input, damaged in any way and cut anywhere: a moment of each kind in the fast suite, a minute of all in the slow one.
 
 Whatever comes, the answers are well-formed, nothing is a fault of ours, nobody is taken for a device without its secret, and the
 door goes on.

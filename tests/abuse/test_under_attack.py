@@ -70,21 +70,19 @@ async def watched(device: Device, seconds: float) -> tuple[Watch, Watch]:
 
 
 @contextlib.asynccontextmanager
-async def attacked(kind: str, port: int, count: int, seconds: float, networks: int = 1) -> AsyncIterator[list[int]]:
-    """While another process does it; how many connections were ended, once it is over."""
+async def attacked(kind: str, port: int, count: int, seconds: float, networks: int = 1) -> AsyncIterator[None]:
+    """While another process does it."""
     arguments = [kind, str(port), str(count), str(seconds), str(networks)]
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "tests.abuse.attack", *arguments, stdout=asyncio.subprocess.PIPE, env=environment()
     )
     assert process.stdout
-    ended: list[int] = []
     try:
         async with asyncio.timeout(60):
             assert await process.stdout.readline() == b"ready\n"
-        yield ended
+        yield
         async with asyncio.timeout(seconds + 30):
-            ended.append(int(await process.stdout.read()))
-            await process.wait()
+            assert await process.wait() == 0
     finally:
         if process.returncode is None:
             process.kill()
@@ -93,41 +91,29 @@ async def attacked(kind: str, port: int, count: int, seconds: float, networks: i
 
 async def abused(
     server: Server, device: Device, kind: str, count: int, seconds: float, bound: int, networks: int = 1
-) -> int:
-    """Abuse the door; how many connections it ended."""
+) -> None:
+    """Abuse the door with `count` connections, for which it may take `bound` bytes of memory each."""
     if not device.token:
         assert await device.login() == 0
         await device.close()
-    quiet, _ = await watched(device, 0.4)
+    quiet, _ = await watched(device, 0.3)
     before = memory(server)
     port = server.mqtt_port if kind == "packets" else server.port
-    async with attacked(kind, port, count, seconds + 0.5, networks) as ended:
+    async with attacked(kind, port, count, seconds + 0.3, networks):
         kept, fresh = await watched(device, seconds)
         grown = memory(server) - before
     assert kept.p50 < 50 * quiet.p50 + 0.3, f"{kind}: p50 {kept.p50:.3f} s, undisturbed {quiet.p50:.3f} s"
     assert fresh.p50 < LONGEST / 2
     assert grown < count * bound + SLACK, f"{kind}: {grown / 1e6:.0f} MB more"
-    after, _ = await watched(device, 0.4)
+    after, _ = await watched(device, 0.3)
     assert after.p50 < 10 * quiet.p50 + 0.1, "it does not recover"
     print(
         f"{kind} × {count}: p50 {quiet.p50 * 1e3:.1f} ms, meanwhile {kept.p50 * 1e3:.1f} ms, on a new connection "
         f"{fresh.p50 * 1e3:.1f} ms; {grown / 1024 / count:.1f} KiB more for each"
     )
-    return ended[0]
 
 
-FAST = [
-    ("half_open", 500, HALF_OPEN),
-    ("handshake", 100, HANDSHAKE),
-    ("handshakes", 20, HANDSHAKE),
-    ("head", 50, CONNECTION),
-    ("body", 50, CONNECTION),
-    ("pipelined", 20, CONNECTION),
-    ("deaf", 20, CONNECTION),
-    ("giant", 10, CONNECTION),
-    ("gone", 10, CONNECTION),
-    ("packets", 50, CONNECTION),
-]
+FAST = [("half_open", 500, HALF_OPEN), ("handshake", 100, HALF_OPEN), ("pipelined", 20, CONNECTION)]
 SLOW = [
     ("half_open", 10_000, HALF_OPEN),
     ("handshake", 4000, HALF_OPEN),
@@ -147,9 +133,7 @@ async def test_a_good_device_is_served_meanwhile(
     server: Server, device: Device, kind: str, count: int, bound: int
 ) -> None:
     """Little of each kind of abuse, to see that it is none of the device's business."""
-    if kind in ("handshake", "head", "body", "packets", "handshakes", "gone"):
-        pytest.skip("slow")
-    await abused(server, device, kind, count, 0.5, bound)
+    await abused(server, device, kind, count, 0.4, bound)
 
 
 @pytest.mark.slow
@@ -160,9 +144,7 @@ async def test_a_good_device_is_served_under_much_of_it(
     server: Server, device: Device, kind: str, count: int, bound: int, networks: int
 ) -> None:
     """From one address, and from two hundred."""
-    ended = await abused(server, device, kind, count, 6, bound, networks)
-    if kind in ("half_open", "handshake", "packets"):
-        assert ended >= 0
+    await abused(server, device, kind, count, 6, bound, networks)
     assert "socket.send() raised" not in server.log.read_text()
 
 
