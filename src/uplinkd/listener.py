@@ -225,8 +225,8 @@ class _Lobby:
             try:
                 sock, address = self._sock.accept()
             except OSError as error:
-                if error.errno in _OUT_OF_FILES:
-                    self._make_room(error)
+                if error.errno in _OUT_OF_FILES and self._make_room(error):
+                    continue
                 return
             sock.setblocking(False)
             guest = _Guest(self, sock, network_of(address[0]), deadline)
@@ -237,13 +237,15 @@ class _Lobby:
             self._guests[guest] = None
             self._look(guest, sock)
 
-    def _make_room(self, error: OSError) -> None:
-        """There are no files left: the greediest network yields one, and the port rests for a moment."""
+    def _make_room(self, error: OSError) -> bool:
+        """There are no files left: the greediest network yields one. Where there is none to yield the port rests for a moment."""
         if self._say():
             log.warning("connections cannot be accepted: %s; raise the limit of open files", error.strerror)
-        self._places.shrink()
+        if self._places.shrink():
+            return True
         self._rests = True
         self._loop.remove_reader(self._sock.fileno())
+        return False
 
     def _look(self, guest: _Guest, sock: socket.socket) -> None:
         """Begin with who has spoken, wait for who is silent, end who has gone."""
@@ -309,13 +311,11 @@ class _Lobby:
             ready = self._ready[0] or self._ready[1]
             if not ready:
                 return
-            network, guests = next(iter(ready.items()))
+            network = next(iter(ready))
+            guests = ready[network] = ready.pop(network)
             guest = next(iter(guests))
-            if not self._begin(guest):
-                return
-            self._dismiss(guest)
-            if guests:
-                ready[network] = ready.pop(network)
+            if self._begin(guest):
+                self._dismiss(guest)
 
     def _dismiss(self, guest: _Guest) -> None:
         for ready in self._ready:

@@ -83,11 +83,14 @@ class Places:
         crowd.add(network, holder)
         return True
 
-    def shrink(self) -> None:
-        """End a stranger of the greediest network."""
-        if victim := self._strangers.spare():
-            self.leave(victim)
-            victim.abort()
+    def shrink(self) -> bool:
+        """End a stranger of the greediest network; whether there was one."""
+        victim = self._strangers.spare()
+        if victim is None:
+            return False
+        self.leave(victim)
+        victim.abort()
+        return True
 
     def leave(self, holder: Holder) -> None:
         """Nothing happens where it has no place."""

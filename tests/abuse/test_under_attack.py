@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import statistics
 import subprocess
@@ -102,6 +103,8 @@ async def abused(
     async with attacked(kind, port, count, seconds + 0.3, networks):
         kept, fresh = await watched(device, seconds)
         grown = memory(server) - before
+        if kind == "half_open":
+            assert sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in server.children("uplinkd-worker")) > count
     assert kept.p50 < 50 * quiet.p50 + 0.3, f"{kind}: p50 {kept.p50:.3f} s, undisturbed {quiet.p50:.3f} s"
     assert fresh.p50 < LONGEST / 2
     assert grown < count * bound + SLACK, f"{kind}: {grown / 1e6:.0f} MB more"
