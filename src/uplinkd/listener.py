@@ -1,15 +1,28 @@
-"""The sockets of one worker: accepts connections, keeps their clock, drains them."""
+"""The sockets of one worker: accepts connections, keeps their clock, drains them.
+
+A connection to a TLS port begins in the lobby: until its first byte has come it is a file and half a kilobyte, and not the tens
+of kilobytes of a TLS connection. Then it waits for one of a bounded number of handshakes.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
+import logging
+import select
 import socket
 import ssl
 from collections.abc import Callable, Collection
 from typing import Protocol
 
+from uplinkd.flow import network_of
+from uplinkd.observe import Occasionally
+from uplinkd.places import Known, Places
+
 __all__ = ["Door", "Listener", "Peer", "Port"]
+
+log = logging.getLogger("uplinkd.listener")
 
 Port = tuple[socket.socket, ssl.SSLContext | None]
 """A listening socket with its TLS context, or None for plain text."""
@@ -17,7 +30,14 @@ Port = tuple[socket.socket, ssl.SSLContext | None]
 _TICK = 0.25
 _DRAIN_TICK = 0.05
 _BACKLOG = 4096
+# For the first byte and the handshake together.
 _HANDSHAKE_TIMEOUT = 10.0
+# So many connections are accepted, and handshakes begun, before it is the others' turn: each costs up to a millisecond of its own.
+_SHARE = 16
+# A handshake that has gone on for less yields to no other: most are done within a few round trips.
+_PATIENCE = 1.0
+_OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_SAY_SECONDS = 60
 # The peer's close_notify is a courtesy that many devices omit.
 _SHUTDOWN_TIMEOUT = 2.0
 
@@ -40,37 +60,54 @@ class Door(Protocol):
     @property
     def clock(self) -> Callable[[], float]: ...
 
+    @property
+    def known(self) -> Known: ...
+
     def tick(self) -> None: ...
 
     def drain(self) -> None: ...
 
 
 class Listener:
-    """Serves `ports` with connections that `make` makes for `door`; it is told whether they are TLS."""
+    """Serves `ports` with connections that `make` makes for `door`; it is told whether they are TLS. At most `handshakes` go on at a
+    time, and `waiting` connections wait for one or for their first byte; `missed` is told of those that end so, and why."""
 
-    def __init__(self, door: Door, make: Callable[[bool], asyncio.Protocol], ports: list[Port]) -> None:
+    def __init__(
+        self,
+        door: Door,
+        make: Callable[[bool], asyncio.Protocol],
+        ports: list[Port],
+        *,
+        handshakes: int,
+        waiting: int,
+        missed: Callable[[str], None],
+    ) -> None:
         self._door = door
         self._make = make
         self._ports = ports
-        self._servers: list[asyncio.Server] = []
+        self._handshakes = handshakes
+        self._waiting = waiting
+        self._missed = missed
+        self._servers: list[asyncio.Server | _Lobby] = []
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
         for sock, context in self._ports:
-            server = await loop.create_server(
-                functools.partial(self._make, context is not None),
-                sock=sock,
-                ssl=context,
-                backlog=_BACKLOG,
-                ssl_handshake_timeout=_HANDSHAKE_TIMEOUT if context else None,
-                ssl_shutdown_timeout=_SHUTDOWN_TIMEOUT if context else None,
-            )
-            self._servers.append(server)
+            make = functools.partial(self._make, context is not None)
+            if context is None:
+                self._servers.append(await loop.create_server(make, sock=sock, backlog=_BACKLOG))
+            else:
+                lobby = _Lobby(sock, context, make, self._door, self._handshakes, self._waiting, self._missed)
+                lobby.open()
+                self._servers.append(lobby)
 
     async def run(self) -> None:
         """Keep the connections' clock until cancelled."""
         while True:
             self._door.tick()
+            for server in self._servers:
+                if isinstance(server, _Lobby):
+                    server.tick()
             await asyncio.sleep(_TICK)
 
     async def drain(self, *, within: float) -> int:
@@ -88,3 +125,207 @@ class Listener:
         for connection in list(door.connections):
             connection.abort()
         return len(left)
+
+
+class _Guest:
+    """A connection in the lobby. It holds its socket until the handshake begins, then a task."""
+
+    __slots__ = ("_lobby", "began", "deadline", "network", "sock", "task")
+
+    def __init__(self, lobby: _Lobby, sock: socket.socket, network: str, deadline: float) -> None:
+        self._lobby = lobby
+        self.sock: socket.socket | None = sock
+        self.network = network
+        self.deadline = deadline
+        self.task: asyncio.Task[None] | None = None
+        self.began = 0.0
+
+    @property
+    def spare(self) -> bool:
+        return self.task is None or self._lobby.clock() - self.began > _PATIENCE
+
+    def abort(self) -> None:
+        if self.task is None:
+            self._lobby.end(self)
+        else:
+            self.task.cancel()
+
+
+class _Lobby:
+    """Where the connections of one TLS port are until their handshake is done."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        context: ssl.SSLContext,
+        make: Callable[[], asyncio.Protocol],
+        door: Door,
+        handshakes: int,
+        waiting: int,
+        missed: Callable[[str], None],
+    ) -> None:
+        self._sock = sock
+        self._context = context
+        self._make = make
+        self.clock = door.clock
+        self._handshakes = handshakes
+        self._most = waiting
+        self._missed = missed
+        self._known = door.known
+        self._places = Places(door.known, "connections before their handshake", trusting=True)
+        self._shaking = Places(door.known, "TLS handshakes", trusting=True)
+        self._guests: dict[_Guest, None] = {}  # in the order in which they came
+        self._silent: dict[int, _Guest] = {}  # by file, of whom no byte has come
+        # Those that could begin: of networks that are known, and of others; each network in its turn.
+        self._ready: tuple[dict[str, dict[_Guest, None]], dict[str, dict[_Guest, None]]] = {}, {}
+        self._calls = False
+        self._rests = False
+        self._say = Occasionally(_SAY_SECONDS)
+
+    def open(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._epoll = select.epoll()
+        self._sock.listen(_BACKLOG)
+        self._sock.setblocking(False)
+        self._loop.add_reader(self._epoll.fileno(), self._spoken)
+        self._loop.add_reader(self._sock.fileno(), self._accept)
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._sock.fileno())
+        self._loop.remove_reader(self._epoll.fileno())
+        self._epoll.close()
+        self._sock.close()
+        for guest in list(self._guests):
+            guest.abort()
+
+    def tick(self) -> None:
+        """Once in a fraction of a second: end what has overstayed, begin with those to whom others yield by now."""
+        now = self.clock()
+        for guest in list(self._guests):
+            if guest.deadline > now:
+                break
+            guest.abort()
+        self._call_soon()
+        if self._rests:
+            self._rests = False
+            self._loop.add_reader(self._sock.fileno(), self._accept)
+
+    def end(self, guest: _Guest) -> None:
+        """It goes without a handshake."""
+        sock, guest.sock = guest.sock, None
+        if sock is not None:
+            self._missed("timeout_or_closed")
+            self._silent.pop(sock.fileno(), None)
+            sock.close()
+        self._forget(guest)
+
+    def _accept(self) -> None:
+        deadline = self.clock() + _HANDSHAKE_TIMEOUT
+        for _ in range(_SHARE):
+            try:
+                sock, address = self._sock.accept()
+            except OSError as error:
+                if error.errno in _OUT_OF_FILES and self._make_room(error):
+                    continue
+                return
+            sock.setblocking(False)
+            guest = _Guest(self, sock, network_of(address[0]), deadline)
+            if not self._places.enter(guest, guest.network, self._most):
+                self._missed("timeout_or_closed")
+                sock.close()
+                continue
+            self._guests[guest] = None
+            self._look(guest, sock)
+
+    def _make_room(self, error: OSError) -> bool:
+        """There are no files left: the greediest network yields one. Where there is none to yield the port rests for a moment."""
+        if self._say():
+            log.warning("connections cannot be accepted: %s; raise the limit of open files", error.strerror)
+        if self._places.shrink():
+            return True
+        self._rests = True
+        self._loop.remove_reader(self._sock.fileno())
+        return False
+
+    def _look(self, guest: _Guest, sock: socket.socket) -> None:
+        """Begin with who has spoken, wait for who is silent, end who has gone."""
+        try:
+            begun = sock.recv(1, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            self._silent[sock.fileno()] = guest
+            self._epoll.register(sock, select.EPOLLIN)
+            return
+        except OSError:
+            begun = b""
+        if not begun:
+            self.end(guest)
+        elif not self._begin(guest):
+            self._ready[guest.network not in self._known].setdefault(guest.network, {})[guest] = None
+
+    def _begin(self, guest: _Guest) -> bool:
+        """Whether there is a place for its handshake; a quarter of them is for known networks alone."""
+        most = self._handshakes if guest.network in self._known else max(1, self._handshakes * 3 // 4)
+        if not self._shaking.enter(guest, guest.network, most):
+            return False
+        guest.began = self.clock()
+        guest.task = self._loop.create_task(self._shake_hands(guest))
+        guest.task.add_done_callback(functools.partial(self._shaken, guest))
+        return True
+
+    def _spoken(self) -> None:
+        for file, _ in self._epoll.poll(0, _SHARE):
+            self._epoll.unregister(file)
+            guest = self._silent.pop(file)
+            assert guest.sock
+            self._look(guest, guest.sock)
+
+    async def _shake_hands(self, guest: _Guest) -> None:
+        sock, guest.sock = guest.sock, None
+        assert sock
+        try:
+            await self._loop.connect_accepted_socket(
+                self._make,
+                sock,
+                ssl=self._context,
+                ssl_handshake_timeout=_HANDSHAKE_TIMEOUT,
+                ssl_shutdown_timeout=_SHUTDOWN_TIMEOUT,
+            )
+        except OSError as error:  # ssl.SSLError is one; the context counts them
+            log.debug("a handshake failed: %s", error)
+
+    def _shaken(self, guest: _Guest, task: asyncio.Task[None]) -> None:
+        self.end(guest)
+        if not task.cancelled() and (fault := task.exception()):
+            log.error("a fault of ours in a handshake", exc_info=fault)
+        self._call_soon()
+
+    def _call_soon(self) -> None:
+        if not self._calls and (self._ready[0] or self._ready[1]):
+            self._calls = True
+            self._loop.call_soon(self._call)
+
+    def _call(self) -> None:
+        """Begin with those that wait: who is known first, then each network in its turn."""
+        self._calls = False
+        for _ in range(_SHARE):
+            ready = self._ready[0] or self._ready[1]
+            if not ready:
+                return
+            network = next(iter(ready))
+            guests = ready[network] = ready.pop(network)
+            guest = next(iter(guests))
+            if self._begin(guest):
+                self._dismiss(guest)
+
+    def _dismiss(self, guest: _Guest) -> None:
+        for ready in self._ready:
+            if (guests := ready.get(guest.network)) and guest in guests:
+                del guests[guest]
+                if not guests:
+                    del ready[guest.network]
+
+    def _forget(self, guest: _Guest) -> None:
+        self._guests.pop(guest, None)
+        self._places.leave(guest)
+        self._shaking.leave(guest)
+        self._dismiss(guest)

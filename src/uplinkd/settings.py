@@ -305,7 +305,14 @@ class Settings(BaseModel):
     head_timeout: Seconds = Field(10.0, gt=0, description="longest time for a request's head to arrive")
     body_timeout: Seconds = Field(30.0, gt=0, description="longest time for a request's body to arrive")
     idle_timeout: Seconds = Field(600.0, gt=0, description="an idle connection is closed after this time")
-    max_connections: int = Field(20_000, ge=1, description="connections of one worker; further ones are closed at once")
+    max_connections: int = Field(
+        20_000,
+        ge=1,
+        description="connections of one worker; when all are there, the network with most of them yields to a newcomer",
+    )
+    max_handshakes: int = Field(
+        256, ge=1, description="TLS handshakes of one worker at a time; others wait, those of known networks the least"
+    )
     core_dumps: Switch = Field(
         False, description="let core dumps be written and debuggers attach; both show keys and secrets"
     )

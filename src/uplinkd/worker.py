@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 
 import uvloop
@@ -114,14 +115,22 @@ async def _serve(task: Task) -> None:
     mqtt.take_limits(settings)
     https = HttpDoor(gateway, Limits.of(settings), record, time.monotonic, settings.access_log)
     mqtt.meter = https.meter = task.meter
+    mqtt.known = mqtt.places.known = https.known
+    mqtt.turns = https.turns
     if settings.tls_legacy:
         mqtt.legacy = https.legacy = LegacyDevices(_legacy_recorder(journal))
     https.forwarded_for = settings.forwarded_for
-    https.websocket = lambda *peer: WebSocket(lambda: MqttConnection(mqtt, peer))
+    https.websocket = lambda *peer: WebSocket(lambda: MqttConnection(mqtt, peer), mqtt.turns)
+    listener = partial(
+        Listener,
+        handshakes=settings.max_handshakes,
+        waiting=settings.max_connections,
+        missed=task.meter.handshake_failed,
+    )
     doors = [
         # Without TLS this door is a proxy's; a device may come so to the other.
-        Listener(https, lambda tls: HttpConnection(https, proxied=not tls), task.https),
-        Listener(mqtt, lambda _tls: MqttConnection(mqtt), task.mqtt),
+        listener(https, lambda tls: HttpConnection(https, proxied=not tls), task.https),
+        listener(mqtt, lambda _tls: MqttConnection(mqtt), task.mqtt),
     ]
 
     await engine.start()

@@ -67,6 +67,8 @@ class Peer:
         """What was answered, once everything under way has settled; each answer came in one write."""
         for _ in range(200):
             await asyncio.sleep(0)
+            while self.connection._yields:
+                await asyncio.sleep(0)
             if not self.connection._door.tasks and not self.connection._answering:
                 break
             await asyncio.sleep(0.005)

@@ -63,6 +63,8 @@ class Client:
         """The packets that came since the last call, once everything under way has settled."""
         for _ in range(100):
             await settled(20)
+            while self.connection._yields:
+                await settled(1)
             if not self.house.mqtt.tasks and not self.connection.under_way:
                 break
             await settled_by_thread()

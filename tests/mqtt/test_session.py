@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.clients.fleet import Login
 from tests.clients.packets import PINGREQ, connect, packet, publish, subscribe, text
 from tests.mqtt.conftest import CONNACK, House, login, puback
-from tests.room import DEVICE, PRODUCT, SECRET
+from tests.room import DEVICE, PRODUCT, SECRET, settled
 from uplinkd.core.errors import Code
 from uplinkd.core.model import App, Origin, ProductKey, Right
 from uplinkd.engine import Query
@@ -244,6 +244,7 @@ async def test_reports_that_the_engine_does_not_answer_are_bounded(house: House)
     waiting: list[object] = []
     store, house.engine.publish = house.engine.publish, lambda *given: waiting.append(given)  # type: ignore[method-assign]
     client.send(b"".join(publish(UP, b"x", number=number) for number in range(1, 151)))
+    await settled()
     assert len(waiting) == 100
     assert client.transport.paused
     for held in waiting:

@@ -27,7 +27,8 @@ from uplinkd.flow import network_of
 from uplinkd.gateway import Gateway, Outcome, Request, Wait
 from uplinkd.http.limits import Limits
 from uplinkd.metrics import Meter, spare
-from uplinkd.tasks import spawn
+from uplinkd.places import Known, Places
+from uplinkd.tasks import Turns, spawn
 from uplinkd.tls import LegacyDevices
 
 __all__ = ["Connection", "Door"]
@@ -46,8 +47,11 @@ _REASONS = {
     505: b"Bad Version",
 }
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-# Input is parsed in slices, so that one read full of tiny requests cannot become thousands of waiting ones.
-_SLICE = 16 * 1024
+# Input is parsed in slices, so that one read full of tiny requests cannot become thousands of waiting ones: small ones where a
+# request may begin, larger ones within a body.
+_SLICE, _BODY_SLICE = 4 * 1024, 16 * 1024
+# So many requests of one connection are answered before it is the others' turn.
+_SHARE = 8
 
 
 # The headers that mean something here.
@@ -102,12 +106,16 @@ class Door:
     connections: set[Connection] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     ok: bytes = b""
+    known: Known = field(default_factory=Known)
+    turns: Turns = field(default_factory=Turns)
+    places: Places = field(init=False)
     floods: Floods = field(init=False)
     # (network, body) of logins that were refused as guesses since the last tick: firmware that is wrong says the same again.
     refused_logins: dict[tuple[str, bytes], tuple[str, Flood]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.floods = Floods(self.refused, self.clock)
+        self.places = Places(self.known, "connections over HTTPS")
         self.tick()
 
     def tick(self) -> None:
@@ -161,7 +169,9 @@ class Connection(asyncio.Protocol):
         self._answering = False
         self._over = False  # nothing more will be answered
         self._broken = False  # the connection did not end in peace
+        self._proved = False  # it has had a good answer
         self._pumping = False
+        self._yields = False  # its share of this turn is used up, and more waits
         self._blocked = False  # the peer does not take its answers
         self._paused = False
 
@@ -178,13 +188,14 @@ class Connection(asyncio.Protocol):
         self._answer_old = False
         self._bare = False
 
-        self._raw = b""
+        self._raw = b""  # the head under way, where it may be a WebSocket's: that one's own parser reads it anew
         self._becomes_websocket = False
         self._stage = _IDLE
         self._messages = 0
         self._counting = False
         self._url = b""
-        self._head_bytes = 0
+        self._head_bytes = 0  # of the head's lines that are complete
+        self._unread = 0  # of the pieces that have brought no end of the head
         self._headers = 0
         self._seen = 0  # a bit for each header that means something
         self._old = False
@@ -199,20 +210,21 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         door = self._door
-        if len(door.connections) >= self._limits.connections or door.draining:
+        peer = transport.get_extra_info("peername")
+        self._address = peer[0] if peer else ""
+        self._client = self._address, "" if self._proxied else network_of(self._address)
+        if door.draining or not door.places.enter(self, self._client[1], self._limits.connections):
             self._over = True
             self._transport.abort()
             return
         door.connections.add(self)
         door.meter.accepted("https")
-        peer = transport.get_extra_info("peername")
-        self._address = peer[0] if peer else ""
-        self._client = self._address, "" if self._proxied else network_of(self._address)
         self._parser = httptools.HttpRequestParser(self)
         self.deadline = door.now + self._limits.idle_timeout
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._door.connections.discard(self)
+        self._door.places.leave(self)
         self._over = True
         self._broken = exc is not None
         self._transport = self._parser = None
@@ -238,7 +250,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._over:
             return
-        if not self._answering and not self._blocked:
+        if not (self._answering or self._blocked or self._yields):
             self._feed(data)
             self._pump()
             return
@@ -251,18 +263,26 @@ class Connection(asyncio.Protocol):
     # -- reading
 
     def _pump(self) -> None:
-        """Answer what is parsed, then parse what is held, until an answer has to be waited for."""
-        if self._pumping:
+        """Answer what is parsed, then parse what is held, until an answer has to be waited for or it is the others' turn."""
+        if self._pumping or self._yields:
             return
         self._pumping = True
+        share = _SHARE
         try:
             while not (self._answering or self._blocked or self._over):
                 if self._queue:
+                    if not share:
+                        self._yields = True
+                        self._door.turns.wait(self._take_turn)
+                        return
+                    if share < _SHARE and self._has_gone():
+                        break
+                    share -= 1
                     self._handle(self._queue.popleft())
                 elif self._fault:
                     self._keep_alive = self._bare = False
                     self._path = self._url
-                    self._refuse(*self._fault)
+                    self._refuse(*self._fault, ends=True)
                 elif self._held:
                     self._feed(self._held.popleft())
                 else:
@@ -273,19 +293,33 @@ class Connection(asyncio.Protocol):
             self._paused = False
             self._transport.resume_reading()
 
+    def _take_turn(self) -> None:
+        self._yields = False
+        self._pump()
+
+    def _has_gone(self) -> bool:
+        """Whether the peer can hear no answer any more: then none is looked for, and what it sent behind is nobody's."""
+        if self._transport is None or not self._transport.is_closing():
+            return False
+        self._over = True
+        self._queue.clear()
+        self._held.clear()
+        return True
+
     def _feed(self, data: bytes) -> None:
-        if len(data) > _SLICE:
-            self._held.appendleft(data[_SLICE:])
-            data = data[:_SLICE]
-        stage, messages = self._stage, self._messages
+        stage, messages, known, lines = self._stage, self._messages, len(self._body), self._headers
+        size = _BODY_SLICE if stage == _BODY else _SLICE
+        if len(data) > size:
+            self._held.appendleft(data[size:])
+            data = data[:size]
         if stage == _IDLE:
             self.deadline = self._door.now + self._limits.head_timeout
             if data[0] == _G:
-                self._raw = data  # of what may become a WebSocket, whose own parser reads it anew
+                self._raw = data
         elif self._raw:
             self._raw += data
         # A head that comes whole in less than the limit need not be counted.
-        self._counting = stage == _HEAD or len(data) > self._limits.head_bytes
+        self._counting = stage == _HEAD or len(data) > self._limits.head_bytes or b"\r\n\r\n" not in data
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -297,19 +331,28 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             # What follows a request that ends its connection is nobody's.
             if self._fault is None and not (self._queue and not self._queue[-1].keep_alive):
-                self._fault = self._malformed(data, error)
-        if self._fault is None and stage == _HEAD and self._stage == _HEAD and messages == self._messages:
-            self._unfinished_head(len(data))
+                begins = stage == _IDLE and self._stage == _HEAD and self._messages == messages + 1
+                self._fault = self._malformed(data if begins else b"", error)
+        if self._raw and (self._stage != _HEAD or self._messages > messages + (stage == _IDLE)):
+            self._raw = b""
+        if self._fault is None and stage != _IDLE and stage == self._stage and messages == self._messages:
+            if stage == _HEAD or (known == len(self._body) and lines == self._headers):
+                self._unfinished(len(data))
+            else:
+                self._unread = 0
 
-    def _unfinished_head(self, size: int) -> None:
-        """Count what arrived of a header that is not complete: the parser keeps it and tells us nothing yet."""
-        self._head_bytes += size
-        if self._head_bytes > self._limits.head_bytes:
-            self._fault = (431, f"the head is larger than {self._limits.head_bytes} bytes")
+    def _unfinished(self, size: int) -> None:
+        """Count what arrived of a line that is not complete, a header or what surrounds a chunk: the parser keeps it and tells us
+        nothing yet."""
+        self._unread += size
+        if self._unread > self._limits.head_bytes:
+            part = "head" if self._stage == _HEAD else "line of a chunk, or a trailer,"
+            self._fault = (431, f"the {part} is larger than {self._limits.head_bytes} bytes")
 
-    def _malformed(self, data: bytes, error: Exception) -> tuple[int, str]:
-        method = _METHOD.match(data)
-        if isinstance(error, httptools.HttpParserInvalidMethodError) and method:
+    def _malformed(self, begin: bytes, error: Exception) -> tuple[int, str]:
+        """What to answer; `begin` is that of the request at fault where it is at hand, else empty."""
+        method = _METHOD.match(begin)
+        if isinstance(error, httptools.HttpParserInvalidMethodError) and method and method[1] != b"POST":
             return 405, f"the method is {method[1].decode()}; only POST is known"
         return 400, f"malformed HTTP: {error}"
 
@@ -317,7 +360,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._url = b""
-        self._head_bytes = self._headers = self._seen = self._length = 0
+        self._head_bytes = self._unread = self._headers = self._seen = self._length = 0
         self._old = False
         self._content_type = self._password = None
         self._forwarded = b""
@@ -376,7 +419,7 @@ class Connection(asyncio.Protocol):
         if self._length > limits.body_bytes:
             self._stop(413, f"the body has {self._length} bytes; at most {limits.body_bytes} are allowed")
         self._stage = _BODY
-        self._head_bytes = 0
+        self._head_bytes = self._unread = 0
         self.deadline = self._door.now + limits.body_timeout
         if self._seen & _EXPECTS and not self._old and (self._length or self._seen & _CHUNKED) and not self._queue:
             assert self._transport
@@ -425,8 +468,8 @@ class Connection(asyncio.Protocol):
         return self._client
 
     def _may_hand_over(self) -> bool:
-        """Whether this connection can become a WebSocket: it has raw bytes of one request alone, and none is under way."""
-        return bool(self._door.websocket and self._raw and self._messages == 1 and not self._queue)
+        """Whether this connection can become a WebSocket: the raw bytes are at hand, and no request before it is under way."""
+        return bool(self._door.websocket and self._raw and not self._queue)
 
     def _hand_over(self) -> None:
         """From here on the connection is another protocol's, beginning with the request that asked for it."""
@@ -434,6 +477,7 @@ class Connection(asyncio.Protocol):
         assert self._transport
         transport, raw = self._transport, self._raw + b"".join(self._held)
         self._door.connections.discard(self)
+        self._door.places.leave(self)
         self._over = True
         self._held.clear()
         self._transport = self._parser = None
@@ -616,6 +660,9 @@ class Connection(asyncio.Protocol):
         door = self._door
         if not code:
             door.meter.answered[self._endpoint].append(monotonic() - self._began)
+            if not self._proved:
+                self._proved = True
+                door.places.prove(self)
         elif code is Code.REQUEST_TOO_MANY:
             door.meter.held_back[self._endpoint].append(monotonic() - self._began)
         else:
@@ -630,8 +677,9 @@ class Connection(asyncio.Protocol):
             self._transport.write(b"%b%d\r\n%b\r\n%b" % (door.ok, len(body), self._connection_header(), body))
         self._answered()
 
-    def _refuse(self, status: int, reason: str) -> None:
-        """Answer with an HTTP status and code 10001. 404 and 405 carry the documented body and the id in a header."""
+    def _refuse(self, status: int, reason: str, *, ends: bool = False) -> None:
+        """Answer with an HTTP status and code 10001; `ends` where nothing behind it can be read. 404 and 405 carry the documented
+        body and the id in a header."""
         assert self._transport
         path = self._path.partition(b"?")[0][:300].decode(errors="backslashreplace")
         outcome = Outcome(secrets.token_hex(8), "http", status, Code.PARAM_ERROR, reason, self._address, topic=path)
@@ -650,7 +698,7 @@ class Connection(asyncio.Protocol):
             )
         )
         self._transport.write(head if self._bare else head + body)
-        if self._fault:
+        if ends:
             self._over = True
             self._held.clear()
             self.deadline = self._door.now + self._limits.linger
@@ -713,13 +761,19 @@ class Connection(asyncio.Protocol):
 
     def drain(self) -> None:
         """Close soon if idle; a request that is on its way in these 0.3 s is still answered."""
-        if self._stage == _IDLE and not self._answering and not self._over:
+        if not self.under_way and not self._over:
             self.deadline = self._door.now + _DRAIN_PATIENCE
 
     @property
     def under_way(self) -> bool:
         """Whether a request has arrived, at least in part, that is not answered yet."""
         return self._answering or bool(self._queue) or (self._stage != _IDLE and not self._over)
+
+    @property
+    def spare(self) -> bool:
+        """Whether it may yield its place (see Places): who is no device, while it has nothing to answer; who is, while it is
+        silent."""
+        return not (self.under_way if self._proved else self._answering)
 
     def abort(self) -> None:
         if self._transport:

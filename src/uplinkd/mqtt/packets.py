@@ -107,33 +107,35 @@ class Parser:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._buffer = b""
-        self._parts: list[bytes] = []  # what has come of a packet whose length is known, after the buffer
-        self._missing = 0  # bytes until it is complete
+        self._buffer: bytes | bytearray = b""
+        self._start = 0  # of the next packet in the buffer
+        self._wanted = 2  # bytes from there, with fewer there is nothing to look at
 
     @property
     def pending(self) -> bool:
         """Whether a packet has begun to arrive and is not complete."""
-        return bool(self._buffer)
+        return len(self._buffer) > self._start
 
     def feed(self, data: bytes) -> None:
-        if self._missing > 0:
-            self._parts.append(data)
-            self._missing -= len(data)
-            if self._missing <= 0:
-                self._buffer = b"".join((self._buffer, *self._parts))
-                self._parts.clear()
+        if not self._buffer:
+            self._buffer = data
+            return
+        # What is taken apart piece by piece is not copied piece by piece.
+        if isinstance(self._buffer, bytes):
+            self._buffer = bytearray(self._buffer[self._start :])
         else:
-            self._buffer = self._buffer + data if self._buffer else data
+            del self._buffer[: self._start]
+        self._start = 0
+        self._buffer += data
 
     def next(self) -> Packet | None:
         """The next packet, None until more bytes come; raise Malformed."""
-        buffer = self._buffer
+        buffer, start = self._buffer, self._start
         size = len(buffer)
-        if size < 2 or self._missing > 0:
+        if size - start < self._wanted:
             return None
         length = shift = 0
-        position = 1
+        position = start + 1
         while True:
             if position == size:
                 return None
@@ -149,10 +151,14 @@ class Parser:
             raise Malformed(f"a packet has {length} bytes; at most {self.limit} are allowed")
         end = position + length
         if end > size:
-            self._missing = end - size
+            self._wanted = end - start
             return None
-        self._buffer = buffer[end:]
-        return _packet(buffer[0], buffer[position:end])
+        self._wanted = 2
+        if end == size:
+            self._buffer, self._start = b"", 0
+        else:
+            self._start = end
+        return _packet(buffer[start], bytes(buffer[position:end]))
 
 
 def connack(code: int, *, session_present: bool = False) -> bytes:

@@ -28,11 +28,12 @@ from uplinkd.gateway import MAX_MQTT_PAYLOAD_BYTES, Gateway, Outcome, Request, W
 from uplinkd.metrics import Meter, spare
 from uplinkd.mqtt import packets
 from uplinkd.observe import Occasionally
+from uplinkd.places import Known, Places
 from uplinkd.registry import Change
 from uplinkd.registry.cache import DeviceCache, Entry
 from uplinkd.roster import Roster
 from uplinkd.settings import Settings, is_loopback
-from uplinkd.tasks import spawn
+from uplinkd.tasks import Turns, spawn
 from uplinkd.tls import LegacyDevices
 
 __all__ = ["ACCEPTED", "Apps", "Connection", "Door", "Sender"]
@@ -58,6 +59,8 @@ _PAUSE_SECONDS = 0.5
 _TELL_SECONDS = 5.0
 _REMEMBER_SECONDS = 3600.0
 _NEVER = float("inf")
+# So many packets of one connection are handled before it is the others' turn.
+_SHARE = 32
 
 _WAITING, _JOINING, _STANDING, _OVER = range(4)
 
@@ -101,11 +104,15 @@ class Door:
     apps: dict[int, set[Connection]] = field(default_factory=dict)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     legacy: LegacyDevices | None = None  # None where no legacy suite is offered
+    known: Known = field(default_factory=Known)
+    turns: Turns = field(default_factory=Turns)
+    places: Places = field(init=False)
     floods: Floods = field(init=False)
 
     def __post_init__(self) -> None:
         self.now = self.clock()
         self.floods = Floods(self.record, self.clock)
+        self.places = Places(self.known, "connections over MQTT")
         self.downlink.on_waiting(self._waits)
         self.cache.on_change(self._changed)
 
@@ -224,6 +231,7 @@ class Connection(asyncio.Protocol):
         "_tries",
         "_unstored",
         "_who",
+        "_yields",
         "address",
         "deadline",
         "stamp",
@@ -251,6 +259,7 @@ class Connection(asyncio.Protocol):
         self._remembering = 0.0  # when a persistent session is kept anew
 
         self._pumping = False
+        self._yields = False  # its share of this turn is used up
         self._paused = False  # the socket is not read
         # Nothing further is handled while an answer is being found, a message came too fast and is tried again soon, too
         # many are not stored yet, the peer does not read its answers, or the door waits for what is under way to close.
@@ -275,15 +284,15 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         door = self._door
-        if len(door.connections) >= door.most or door.draining:
+        peer = transport.get_extra_info("peername")
+        if not self.address and peer:
+            self.address, self._network = peer[0], network_of(peer[0])
+        if door.draining or not door.places.enter(self, self._network, door.most):
             self._stage = _OVER
             self._transport.abort()
             return
         door.connections.add(self)
         door.meter.accepted("mqtt")
-        peer = transport.get_extra_info("peername")
-        if not self.address and peer:
-            self.address, self._network = peer[0], network_of(peer[0])
         self.deadline = door.now + door.connect_timeout
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -291,6 +300,7 @@ class Connection(asyncio.Protocol):
         self._stage = _OVER
         self._transport = self._parser = self._held = None
         door.connections.discard(self)
+        door.places.leave(self)
         for topic_filter in list(self._ears):
             self._stop_hearing(topic_filter)
         if self._app is not None:
@@ -346,15 +356,20 @@ class Connection(asyncio.Protocol):
     # -- reading
 
     def _pump(self) -> None:
-        """Handle what has arrived, until something has to be waited for."""
-        if self._pumping:
+        """Handle what has arrived, until something has to be waited for or it is the others' turn."""
+        if self._pumping or self._yields:
             return
         self._pumping = True
+        share = _SHARE
         try:
             while not self._waits and self._stage != _OVER and self._parser is not None:
+                if not share:
+                    self._yields = self._parser.pending
+                    break
                 packet = self._parser.next()
                 if packet is None:
                     break
+                share -= 1
                 self._handle(packet)
         except packets.Malformed as fault:
             self._end(Code.PARAM_ERROR, f"malformed MQTT: {fault}")
@@ -363,7 +378,13 @@ class Connection(asyncio.Protocol):
             self._end(Code.COMMON_ERROR, "a fault of uplinkd; its log has the traceback")
         finally:
             self._pumping = False
+        if self._yields:
+            self._door.turns.wait(self._take_turn)
         self._read_or_not()
+
+    def _take_turn(self) -> None:
+        self._yields = False
+        self._pump()
 
     def _read_or_not(self) -> None:
         if self._transport is None or self._stage == _OVER:
@@ -378,7 +399,7 @@ class Connection(asyncio.Protocol):
     @property
     def _waits(self) -> bool:
         closing = self._door.draining and self._unstored > 0
-        return self._asking or self._full or self._held is not None or self._blocked or closing
+        return self._asking or self._full or self._held is not None or self._blocked or self._yields or closing
 
     def _go_on(self) -> None:
         """The answer was found."""
@@ -518,6 +539,7 @@ class Connection(asyncio.Protocol):
         assert self._parser is not None
         self._entry = entry
         self._stage = _STANDING
+        door.places.prove(self)
         self._parser.limit = _PACKET_BYTES
         self.subscriptions = {**dict.fromkeys(self._auto, 1), **self.subscriptions}
         self.stamp = time.monotonic_ns()
@@ -560,6 +582,7 @@ class Connection(asyncio.Protocol):
             self._note("the application's secret has crossed the network in plain text; let it sign in over TLS")
         self._door.apps.setdefault(app.id, set()).add(self)
         self._stage = _STANDING
+        self._door.places.prove(self)
         self._parser.limit = _PACKET_BYTES
         self._rest()
         self._door.meter.count("mqtt_connect")
@@ -873,7 +896,7 @@ class Connection(asyncio.Protocol):
         return packet_id
 
     def _write(self, data: bytes) -> None:
-        if self._transport is not None and self._stage != _OVER:
+        if self._transport is not None and self._stage != _OVER and not self._transport.is_closing():
             self._transport.write(data)
 
     @property
@@ -958,6 +981,11 @@ class Connection(asyncio.Protocol):
     def under_way(self) -> bool:
         """Whether a publish has arrived that is not answered yet."""
         return bool(self._unstored)
+
+    @property
+    def spare(self) -> bool:
+        """Whether it may yield its place (see Places)."""
+        return self._stage == _WAITING or not (self._stage == _JOINING or self._unstored)
 
     def abort(self) -> None:
         self._stage = _OVER

@@ -10,8 +10,11 @@ from typing import Any, cast
 from websockets.exceptions import WebSocketException
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Request
+from websockets.protocol import Event
 from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
+
+from uplinkd.tasks import Turns
 
 __all__ = ["WebSocket"]
 
@@ -19,16 +22,25 @@ _SUBPROTOCOLS = [Subprotocol("mqtt"), Subprotocol("mqttv3.1")]
 # One frame may hold several packets, and one packet may come in several frames.
 _FRAME_BYTES = 1024 * 1024
 _UNSUPPORTED_DATA = 1003
+# The library takes all frames out of what it is given at once: it is given so many bytes at a time, until so many frames were
+# handled and it is the others' turn.
+_SLICE = 2 * 1024
+_SHARE = 32
 
 
 class WebSocket(asyncio.Protocol):
-    """The outer protocol of one connection; `make` gives the inner one, which speaks MQTT and sees no frame."""
+    """The outer protocol of one connection; `make` gives the inner one, which speaks MQTT and sees no frame. `turns` are those of all
+    connections of the worker."""
 
-    def __init__(self, make: Callable[[], asyncio.Protocol]) -> None:
+    def __init__(self, make: Callable[[], asyncio.Protocol], turns: Turns | None = None) -> None:
         self._make = make
+        self._turns = turns or Turns()
         self._inner: asyncio.Protocol | None = None
         self._frames = ServerProtocol(subprotocols=_SUBPROTOCOLS, max_size=_FRAME_BYTES)
         self._transport: asyncio.Transport | None = None
+        self._held = bytearray()  # what its turn has not come for yet; meanwhile the socket is not read
+        self._unwanted = False  # the inner protocol does not want it to be read either
+        self._paused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -47,17 +59,53 @@ class WebSocket(asyncio.Protocol):
             self._inner.resume_writing()
 
     def data_received(self, data: bytes) -> None:
-        self._frames.receive_data(data)
-        for event in self._frames.events_received():
-            if isinstance(event, Request):
-                self._shake_hands(event)
-                continue
-            assert isinstance(event, Frame)  # a server hears no response
-            if event.opcode is Opcode.TEXT:
-                self._frames.fail(_UNSUPPORTED_DATA, "MQTT is binary")
-            elif event.opcode in (Opcode.BINARY, Opcode.CONT) and self._inner is not None:
-                self._inner.data_received(bytes(event.data))
-        self.flush()
+        waiting = bool(self._held)
+        self._held += data
+        if not waiting:
+            self._take()
+
+    def _take(self) -> None:
+        """Take frames out of what has arrived, as many as make one turn."""
+        share = _SHARE
+        while self._held and share > 0:
+            if self._transport is None or self._transport.is_closing():
+                self._held.clear()
+                return
+            self._frames.receive_data(bytes(self._held[:_SLICE]))
+            del self._held[:_SLICE]
+            events = self._frames.events_received()
+            share -= len(events)
+            for event in events:
+                self._event(event)
+            self.flush()
+        if self._held:
+            self._turns.wait(self._take)
+        self._read_or_not()
+
+    def _event(self, event: Event) -> None:
+        if isinstance(event, Request):
+            self._shake_hands(event)
+            return
+        assert isinstance(event, Frame)  # a server hears no response
+        if event.opcode is Opcode.TEXT:
+            self._frames.fail(_UNSUPPORTED_DATA, "MQTT is binary")
+        elif event.opcode in (Opcode.BINARY, Opcode.CONT) and self._inner is not None:
+            self._inner.data_received(bytes(event.data))
+
+    def read_on(self, wanted: bool) -> None:
+        """Whether the inner protocol wants to hear more."""
+        self._unwanted = not wanted
+        self._read_or_not()
+
+    def _read_or_not(self) -> None:
+        stop = self._unwanted or bool(self._held)
+        if stop is self._paused or self._transport is None or self._transport.is_closing():
+            return
+        self._paused = stop
+        if stop:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
 
     def _shake_hands(self, request: Request) -> None:
         response = self._frames.accept(request)
@@ -85,7 +133,7 @@ class WebSocket(asyncio.Protocol):
 
     def flush(self) -> None:
         for data in self._frames.data_to_send():
-            if self._transport is None:
+            if self._transport is None or self._transport.is_closing():
                 return
             if data:
                 self._transport.write(data)
@@ -120,7 +168,7 @@ class _Framed(asyncio.Transport):
         return self._transport.get_write_buffer_size()
 
     def pause_reading(self) -> None:
-        self._transport.pause_reading()
+        self._socket.read_on(False)
 
     def resume_reading(self) -> None:
-        self._transport.resume_reading()
+        self._socket.read_on(True)
