@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -71,6 +72,64 @@ async def test_a_request_split_anywhere_gives_the_same_replies(house: House, cut
     assert [answer.code for answer in answers] == [0, 0, 30001, 0]
 
 
+@REPEAT
+@given(order=st.lists(st.integers(0, 15), min_size=2, max_size=8), pieces=st.booleans())
+async def test_a_head_that_came_before_is_read_as_the_first_time(house: House, order: list[int], pieces: bool) -> None:
+    """Whatever a connection has brought before, a request is answered as on a new one."""
+    for limit in ("login", "message", "refused_login", "guessed"):
+        setattr(house.flow, limit, lambda *_: "")
+    token = await house.token()
+    password = f"password: {token}"
+    requests = [
+        login_request(),
+        login_request(timestamp="1"),
+        login_request(secret="wrong"),
+        publish_request(token),
+        publish_request(token, b"world"),
+        publish_request(token, b"\r\n\r\n!"),
+        publish_request(token, b""),
+        publish_request(token, b"hello", f"/{PRODUCT}/x"),
+        publish_request("no token"),
+        request(TOPIC, b"hello", password, BYTES, "Content-Length: 5"),
+        request(TOPIC, b"hello", password, JSON),
+        request(TOPIC + "?a=b", b"hello", password, BYTES),
+        request(f"http://h{TOPIC}", b"hello", password, BYTES),
+        request(TOPIC, b"5\r\nhello\r\n0\r\n\r\n", password, BYTES, "Transfer-Encoding: chunked"),
+        request(TOPIC, b"hello", password, BYTES, method="PUT"),
+        request("/elsewhere", b"hello"),
+    ]
+
+    def outcome(answer: Any) -> tuple[int, int]:
+        return answer.status, answer.code
+
+    alone = [outcome(await house.connect().ask(raw)) for raw in requests]
+    peer = house.connect()
+    for place in order:
+        raw = requests[place]
+        cuts = (0, len(raw) // 2, len(raw)) if pieces else (0, len(raw))
+        for _ in range(2):
+            before = len(peer.transport.writes)
+            for start, end in itertools.pairwise(cuts):
+                peer.send(raw[start:end])
+            assert [outcome(answer) for answer in (await peer.replies())[before:]] == [alone[place]]
+        assert len(peer.connection._known) <= 3
+
+
+async def test_a_head_that_came_before_is_not_parsed_again(house: House) -> None:
+    """What the parser has made of it is known, for the few heads that came last; none that ends the connection is kept."""
+    token = await house.token()
+    peer = house.connect()
+    for payload in (b"1", b"22", b"333", b"4444"):
+        assert (await peer.ask(publish_request(token, payload))).code == 0
+    messages = peer.connection._messages
+    for payload in (b"one", b"four"):
+        assert (await peer.ask(publish_request(token, payload))).code == 0
+    assert peer.connection._messages == messages
+    assert [bytes(message.payload) for message in house.engine._messages][-2:] == [b"one", b"four"]
+    assert (await peer.ask(publish_request(token, b"1"))).code == 0
+    assert peer.connection._messages == messages + 1
+
+
 async def test_every_byte_may_come_alone(house: House) -> None:
     """The slowest honest device there is."""
     token = await house.token()
@@ -118,10 +177,10 @@ async def test_a_huge_read_of_tiny_requests_is_parsed_in_slices(house: House) ->
     most = 0
     handle = peer.connection._handle
 
-    def watched(parsed: object) -> None:
+    def watched(head: Any, body: bytes) -> None:
         nonlocal most
         most = max(most, len(peer.connection._queue))
-        handle(parsed)  # type: ignore[arg-type]
+        handle(head, body)
 
     peer.connection._handle = watched  # type: ignore[method-assign]
     peer.send(flood)

@@ -81,6 +81,7 @@ _LEAVING_SECONDS = 0.02
 # to hear of a change: it may stand no more. A little less, since that was worked out a moment before.
 _BARRED_SECONDS, _CLOCKS_SECONDS = 0.25, 0.001
 _REFUSED_LOGINS = 1000
+_KNOWN = 3
 
 
 # What the parser waits for. Plain numbers: before Python 3.12 each look-up of an enum's member costs as much as a call.
@@ -138,15 +139,27 @@ class Door:
             connection.drain()
 
 
-class _Parsed(NamedTuple):
+class _Head(NamedTuple):
+    """What a request's head says, and where it leads: `endpoint` is auth, topic, or empty where nothing is."""
+
     method: bytes
-    url: bytes
+    path: bytes
+    query: bool
+    endpoint: str
+    topic: bytes
     content_type: str | None
     password: str | None
-    body: bytes
     keep_alive: bool
     old: bool
     client: tuple[str, str]
+
+
+class _Known(NamedTuple):
+    """A head that came before, byte for byte, and the size of a request that begins with it."""
+
+    raw: bytes
+    size: int
+    head: _Head
 
 
 class Connection(asyncio.Protocol):
@@ -164,7 +177,8 @@ class Connection(asyncio.Protocol):
         self.deadline = _NEVER
 
         self._held: deque[bytes] = deque()  # bytes not parsed yet
-        self._queue: deque[_Parsed] = deque()  # requests not answered yet
+        self._queue: deque[tuple[_Head, bytes]] = deque()  # requests not answered yet
+        self._known: tuple[_Known, ...] = ()  # heads that need no parser, the one that came last at the end
         self._fault: tuple[int, str] | None = None  # why parsing ended, answered after the queue
         self._answering = False
         self._over = False  # nothing more will be answered
@@ -251,6 +265,11 @@ class Connection(asyncio.Protocol):
         if self._over:
             return
         if not (self._answering or self._blocked or self._yields):
+            if self._stage == _IDLE:
+                for raw, size, head in self._known:
+                    if len(data) == size and data.startswith(raw):
+                        self._handle(head, data[len(raw) :])
+                        return
             self._feed(data)
             self._pump()
             return
@@ -278,7 +297,7 @@ class Connection(asyncio.Protocol):
                     if share < _SHARE and self._has_gone():
                         break
                     share -= 1
-                    self._handle(self._queue.popleft())
+                    self._handle(*self._queue.popleft())
                 elif self._fault:
                     self._keep_alive = self._bare = False
                     self._path = self._url
@@ -327,19 +346,34 @@ class Connection(asyncio.Protocol):
                 self._hand_over()
                 return
             # What follows a CONNECT is not HTTP/1.1 for certain: answer, then close.
-            self._queue[-1] = self._queue[-1]._replace(keep_alive=False)
+            head, body = self._queue[-1]
+            self._queue[-1] = head._replace(keep_alive=False), body
         except httptools.HttpParserError as error:
             # What follows a request that ends its connection is nobody's.
-            if self._fault is None and not (self._queue and not self._queue[-1].keep_alive):
+            if self._fault is None and not (self._queue and not self._queue[-1][0].keep_alive):
                 begins = stage == _IDLE and self._stage == _HEAD and self._messages == messages + 1
                 self._fault = self._malformed(data if begins else b"", error)
         if self._raw and (self._stage != _HEAD or self._messages > messages + (stage == _IDLE)):
             self._raw = b""
-        if self._fault is None and stage != _IDLE and stage == self._stage and messages == self._messages:
+        if self._fault is not None:
+            return
+        if stage == _IDLE:
+            if self._stage == _IDLE and messages + 1 == self._messages:
+                self._learn(data)
+        elif stage == self._stage and messages == self._messages:
             if stage == _HEAD or (known == len(self._body) and lines == self._headers):
                 self._unfinished(len(data))
             else:
                 self._unread = 0
+
+    def _learn(self, data: bytes) -> None:
+        """Remember the head of the one request in `data`: a device sends the same again and again, and what the parser has made of
+        these bytes once it makes of them always."""
+        head, body = self._queue[-1]
+        raw = data[: len(data) - len(body)]
+        plain = self._seen & (_EXPECTS | _CHUNKED) == 0 and head.keep_alive and not head.old
+        if plain and head.endpoint and head.method == b"POST" and raw.endswith(b"\r\n\r\n"):
+            self._known = (*self._known[1 - _KNOWN :], _Known(raw, len(data), head))
 
     def _unfinished(self, size: int) -> None:
         """Count what arrived of a line that is not complete, a header or what surrounds a chunk: the parser keeps it and tells us
@@ -445,18 +479,28 @@ class Connection(asyncio.Protocol):
                 return
             # The parser takes the body for the other protocol's, so it cannot be ignored as RFC 9110, 7.8 would have it.
             self._stop(400, "the request asks for another protocol (Upgrade); only HTTP/1.1 is spoken")
-        self._queue.append(
-            _Parsed(
-                method,
-                self._url,
-                self._content_type,
-                self._password,
-                self._body if isinstance(self._body, bytes) else bytes(self._body),
-                parser.should_keep_alive(),
-                self._old,
-                self._forwarded_client() if self._forwarded else self._client,
-            )
+        url = self._url
+        if url[:1] != b"/" and url.count(b"/") >= 3:  # absolute-form, which every server must take (RFC 9112, 3.2.2)
+            url = b"/" + url.split(b"/", 3)[3]
+        path, mark, _ = url.partition(b"?")
+        topic = b""
+        if path.startswith(b"/topic/") or path == b"/topic":
+            endpoint, topic = "topic", path[_TOPIC_PREFIX:]
+        else:
+            endpoint = "auth" if path == b"/auth" else ""
+        head = _Head(
+            method,
+            path,
+            bool(mark),
+            endpoint,
+            topic,
+            self._content_type,
+            self._password,
+            parser.should_keep_alive(),
+            self._old,
+            self._forwarded_client() if self._forwarded else self._client,
         )
+        self._queue.append((head, self._body if isinstance(self._body, bytes) else bytes(self._body)))
 
     def _forwarded_client(self) -> tuple[str, str]:
         """The client by a proxy's word, which counts for its own connections alone. Where it says nothing, its address is nobody's
@@ -499,38 +543,38 @@ class Connection(asyncio.Protocol):
 
     # -- answering
 
-    def _handle(self, parsed: _Parsed) -> None:
-        self._keep_alive = parsed.keep_alive
-        self._answer_old = parsed.old
-        self._bare = parsed.method == b"HEAD"
-        url = parsed.url
-        if url[:1] != b"/" and url.count(b"/") >= 3:  # absolute-form, which every server must take (RFC 9112, 3.2.2)
-            url = b"/" + url.split(b"/", 3)[3]
-        path, mark, _ = url.partition(b"?")
-        self._path = path
-        if path.startswith(b"/topic/") or path == b"/topic":
-            self._endpoint = "topic"
-        elif path == b"/auth":
-            self._endpoint = "auth"
-        else:
-            self._refuse(404, "there is nothing at this path; /auth and /topic/${topic} are known")
+    def _handle(self, head: _Head, body: bytes) -> None:
+        (
+            method,
+            self._path,
+            query,
+            endpoint,
+            topic,
+            content_type,
+            password,
+            self._keep_alive,
+            self._answer_old,
+            client,
+        ) = head
+        if not endpoint or method != b"POST":
+            self._bare = method == b"HEAD"
+            if endpoint:
+                self._refuse(405, f"the method is {method.decode()}; only POST is known")
+            else:
+                self._refuse(404, "there is nothing at this path; /auth and /topic/${topic} are known")
             return
-        if parsed.method != b"POST":
-            self._refuse(405, f"the method is {parsed.method.decode()}; only POST is known")
-            return
+        self._endpoint = endpoint
         self._began = monotonic()
-        if self._endpoint == "topic":
-            if self._began < self._barred_until and parsed.password == self._barred_token and self._brief(parsed):
+        if topic or endpoint == "topic":
+            if self._began < self._barred_until and password == self._barred_token and self._brief():
                 self._refuse_again(*self._barred)
                 return
-        elif (known := self._door.refused_logins.get((parsed.client[1], parsed.body))) and self._brief(parsed):
+        elif (known := self._door.refused_logins.get((client[1], body))) and self._brief():
             self._refuse_again(*known)
             return
         self._answering = True
         self.deadline = _NEVER
-        topic = path[_TOPIC_PREFIX:]
-        address, network = parsed.client
-        self._request = Request(address, parsed.content_type, parsed.body, parsed.password, topic, bool(mark), network)
+        self._request = Request(client[0], content_type, body, password, topic, query, client[1])
         self._act(self._request)
 
     def _act(self, request: Request) -> None:
@@ -636,10 +680,10 @@ class Connection(asyncio.Protocol):
         self._door.refused(outcome)
         self._answer(wire.refusal(refused.code, outcome.request_id), refused.code)
 
-    def _brief(self, parsed: _Parsed) -> bool:
+    def _brief(self) -> bool:
         """Whether the answer needs no thought."""
         door = self._door
-        return parsed.keep_alive and not (parsed.old or door.draining or door.access_log)
+        return self._keep_alive and not (self._answer_old or door.draining or door.access_log)
 
     def _refuse_again(self, limit: str, flood: Flood) -> None:
         """The device sends on what cannot pass yet: nothing is asked for that, and the answer is known."""
