@@ -94,6 +94,7 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
         for warning in keep_private(settings.data):
             log.warning("%s", warning)
         registry = open_registry(settings)
+        registry.check()
         # Nobody serves yet: whatever session a registry tells of has died with its worker.
         registry.abandoned(None, now=round(time.time() * 1000), timeout=round(settings.online_timeout * 1000))
         password = _first_password(registry.operators) if settings.console_listen else None

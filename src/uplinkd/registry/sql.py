@@ -87,6 +87,11 @@ __all__ = ["KEPT_CHANGES", "SqlRegistry", "database_file"]
 KEPT_CHANGES = 100_000
 
 _BUSY_SECONDS = 5.0
+_DAMAGES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_DAMAGED = (
+    "is damaged: stop the server, keep this file with its -wal, and bring back the last backup into a new data folder with "
+    "`uplinkd restore`"
+)
 _LOCK_SECONDS = 30.0
 _CONNECTIONS = 16
 _PAGE = 1000
@@ -219,6 +224,12 @@ class SqlRegistry:
 
     def close(self) -> None:
         self._engine.dispose()
+
+    def check(self) -> None:
+        with self._reading() as connection:
+            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+        if found != "ok":
+            raise Unavailable(f"the registry {self._where} {_DAMAGED} (SQLite says: {found})")
 
     # products
 
@@ -1098,6 +1109,10 @@ def _outages_of(where: str) -> Iterator[None]:
         reason = str(error.orig)
         if "locked" in reason:
             reason = f"another process has held its lock for more than {_BUSY_SECONDS:g} s"
+        if (
+            getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in _DAMAGES
+        ):  # the extended code of which it is the first byte
+            raise Unavailable(f"the registry {where} {_DAMAGED} (SQLite says: {reason})") from error.orig
         raise Unavailable(f"the registry {where} is away: {reason}") from error.orig
     except PoolTimeoutError as error:
         raise Unavailable(f"the registry {where} is away: its {_CONNECTIONS} connections are all busy") from error
