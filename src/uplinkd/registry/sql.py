@@ -88,10 +88,6 @@ KEPT_CHANGES = 100_000
 
 _BUSY_SECONDS = 5.0
 _DAMAGES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-_DAMAGED = (
-    "is damaged: stop the server, keep this file with its -wal, and bring back the last backup into a new data folder with "
-    "`uplinkd restore`"
-)
 _LOCK_SECONDS = 30.0
 _CONNECTIONS = 16
 _PAGE = 1000
@@ -229,7 +225,7 @@ class SqlRegistry:
         with self._reading() as connection:
             found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
         if found != "ok":
-            raise Unavailable(f"the registry {self._where} {_DAMAGED} (SQLite says: {found})")
+            raise _damaged(self._where, found)
 
     # products
 
@@ -1112,10 +1108,17 @@ def _outages_of(where: str) -> Iterator[None]:
         if (
             getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in _DAMAGES
         ):  # the extended code of which it is the first byte
-            raise Unavailable(f"the registry {where} {_DAMAGED} (SQLite says: {reason})") from error.orig
+            raise _damaged(where, reason) from error.orig
         raise Unavailable(f"the registry {where} is away: {reason}") from error.orig
     except PoolTimeoutError as error:
         raise Unavailable(f"the registry {where} is away: its {_CONNECTIONS} connections are all busy") from error
+
+
+def _damaged(where: str, reason: object) -> Unavailable:
+    return Unavailable(
+        f"the registry {where} is damaged: stop the server, keep this file with its -wal, and bring back the last backup into a "
+        f"new data folder with `uplinkd restore` (SQLite says: {reason})"
+    )
 
 
 def database_file(settings: Settings) -> Path:
