@@ -128,7 +128,7 @@ class Server:
     def __post_init__(self) -> None:
         self.log = self.data.parent / "uplinkd.log"
 
-    def start(self, *, wait: float = 20) -> Server:
+    def start(self, *, wait: float = 60) -> Server:
         self.launch()
         assert self.process
         assert self.process.stdout
