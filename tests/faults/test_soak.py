@@ -21,7 +21,7 @@ from uplinkd.processes import vitals
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]
 
-MINUTES = float(os.environ.get("SOAK_MINUTES", "2"))
+MINUTES = float(os.environ.get("SOAK_MINUTES", "1.5"))
 CONNECTIONS = 32
 PAYLOAD = b"x" * 200
 TOP_SECONDS = 6.0
