@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SUPPLY := .venv-supply
 .DEFAULT_GOAL := help
 
-.PHONY: help serve amqp test slow lint check docs audit sbom bench lock clean
+.PHONY: help serve amqp test slow faults lint check docs audit sbom bench lock clean
 
 help:  ## say what each command does
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -22,6 +22,9 @@ test: $(VENV)/dev.stamp  ## run all tests but the slow ones
 
 slow: $(VENV)/dev.stamp  ## run the slow tests: faults under load, large imports
 	$(BIN)/python -m pytest -m slow -v --timeout 600
+
+faults: $(VENV)/dev.stamp  ## do to a server all that can happen to it, and say what devices saw: some minutes, best as root
+	$(BIN)/python -m pytest -m faults -v --timeout 600
 
 lint: $(VENV)/dev.stamp  ## style, types and import contracts
 	$(BIN)/ruff check .

@@ -16,10 +16,12 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from sqlalchemy import Connection
 
+from tests.faults.table import Row, rows_of, written
 from uplinkd import tls
 from uplinkd.registry import sql
 
 _skipped: list[str] = []
+_faults: list[Row] = []
 
 # A shell ignores SIGINT for what it runs in the background, and the programs that tests stop with it would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -27,6 +29,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _faults.extend(rows_of(report))
     if report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         _skipped.append(f"{report.nodeid}: {reason}")
@@ -41,6 +44,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if os.environ.get("CI") == "true" and _skipped:
         terminalreporter.section("skipped tests are failures in CI")
         for line in _skipped:
+            terminalreporter.write_line(line)
+    if _faults:
+        terminalreporter.section("what became of each fault")
+        for line in written(_faults):
             terminalreporter.write_line(line)
 
 

@@ -130,7 +130,33 @@ class Server:
     def __post_init__(self) -> None:
         self.log = self.data.parent / "uplinkd.log"
 
-    def start(self, *, wait: float = 20) -> Server:
+    def start(self, *, wait: float = 60) -> Server:
+        self.launch()
+        assert self.process
+        assert self.process.stdout
+        self.banner = ""
+        end = time.monotonic() + wait
+        while line := self.process.stdout.readline().decode():
+            self.banner += line
+            if " state " in line or time.monotonic() > end:
+                break
+        match = re.search(r"https://127\.0\.0\.1:(\d+)", self.banner)
+        assert match, f"it did not start: {self.log.read_text()}"
+        self.port = int(match[1])
+        os.set_blocking(self.process.stdout.fileno(), False)
+        time.sleep(0.05)
+        self.banner += (self.process.stdout.read() or b"").decode()
+        self.mqtt_port = self._told("mqtts")
+        self.mqtt_plain_port = self._told("mqtt")
+        self.nats_port = self._told("nats")
+        if self.amqp_port is not None:
+            self.amqp_port = self._told("amqps")
+        if self.console_port is not None:
+            self.console_port = self._told("https?", after="console ")
+        return self
+
+    def launch(self) -> None:
+        """Start the process, and wait for nothing."""
         self.data.mkdir(parents=True, exist_ok=True)
         if "--demo" not in self.options and not (self.data / "tls").exists():
             ensure_material(Settings(data=self.data))  # with keys that lie ready, see conftest: it saves 0.2 s of CPU
@@ -155,27 +181,6 @@ class Server:
                 env=environment(**self.variables),
                 cwd=self.data.parent,
             )
-        assert self.process.stdout
-        self.banner = ""
-        end = time.monotonic() + wait
-        while line := self.process.stdout.readline().decode():
-            self.banner += line
-            if " state " in line or time.monotonic() > end:
-                break
-        match = re.search(r"https://127\.0\.0\.1:(\d+)", self.banner)
-        assert match, f"it did not start: {self.log.read_text()}"
-        self.port = int(match[1])
-        os.set_blocking(self.process.stdout.fileno(), False)
-        time.sleep(0.05)
-        self.banner += (self.process.stdout.read() or b"").decode()
-        self.mqtt_port = self._told("mqtts")
-        self.mqtt_plain_port = self._told("mqtt")
-        self.nats_port = self._told("nats")
-        if self.amqp_port is not None:
-            self.amqp_port = self._told("amqps")
-        if self.console_port is not None:
-            self.console_port = self._told("https?", after="console ")
-        return self
 
     def _told(self, scheme: str, *, after: str = "") -> int:
         """The port that the banner names with this scheme; 0 where it names none."""
@@ -214,10 +219,16 @@ class Server:
 
     def kill(self) -> None:
         """kill -9 of the supervisor, every worker and the engine at once."""
-        assert self.process
-        for pid in [self.pid, *self.children("")]:
+        children = self.children("")
+        self.kill_supervisor()
+        for pid in children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def kill_supervisor(self) -> None:
+        """kill -9 of it alone."""
+        assert self.process
+        self.process.kill()
         self.process.wait(5)
         self._close()
 
@@ -313,9 +324,10 @@ def make_devices(server: Server, count: int) -> list[Device]:
     return [Device(server, product, f"device{number:04}", f"secret{number}") for number in range(count)]
 
 
-def stored(data: Path, product: str, limit: int = 10_000) -> dict[int, bytes]:
-    """messageId → payload of what devices have reported."""
-    messages = cli_json("messages", "list", "--product", product, "--limit", str(limit), data=data)
+def stored(data: Path, product: str, *device: str, limit: int = 10_000) -> dict[int, bytes]:
+    """messageId → payload of what devices, or one of them, have reported."""
+    whose = ["--product", product, *(word for name in device for word in ("--device", name))]
+    messages = cli_json("messages", "list", *whose, "--limit", str(limit), data=data)
     return {
         int(each["messageId"]): base64.b64decode(each["payload"])
         for each in messages

@@ -28,9 +28,9 @@ from uplinkd.engine.embedded import Access, EmbeddedServer
 from uplinkd.files import keep_private
 from uplinkd.flow import Flow
 from uplinkd.listener import Port
-from uplinkd.metrics import Metrics
+from uplinkd.metrics import BEAT_SECONDS, Metrics
 from uplinkd.ports import patiently, probe
-from uplinkd.processes import call_me, keep_memory_private
+from uplinkd.processes import call_me, keep_memory_private, vitals
 from uplinkd.registry import Operators, open_registry
 from uplinkd.serving import serving
 from uplinkd.settings import Settings, address, reachable
@@ -46,6 +46,11 @@ _WATCH_SECONDS = 0.1
 # A port of a server that was killed a moment ago is let go within this time.
 _PATIENCE_SECONDS = 2.0
 _STEADY_SECONDS = 5.0
+# A process whose loop has not turned for so long, and that has not had the processor for almost as long, is frozen; one that is
+# busy may be so for longer. Its devices are to be somebody else's within 5 s.
+_FROZEN_SECONDS = 3.0
+_STUCK_SECONDS = 15.0
+_UNSURE_SECONDS = 1.0
 _LONGEST_PAUSE = 5.0
 _MATERIAL_SECONDS = 12 * 3600.0
 
@@ -89,6 +94,7 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
         for warning in keep_private(settings.data):
             log.warning("%s", warning)
         registry = open_registry(settings)
+        registry.check()
         # Nobody serves yet: whatever session a registry tells of has died with its worker.
         registry.abandoned(None, now=round(time.time() * 1000), timeout=round(settings.online_timeout * 1000))
         password = _first_password(registry.operators) if settings.console_listen else None
@@ -123,7 +129,7 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
             access = engine.access
         flow = Flow(settings, shared=count > 1)
         stack.callback(flow.close)
-        metrics = Metrics(count)
+        metrics = Metrics(count, others=1 + (console is not None))
         stack.callback(metrics.close)
 
         doors = _Doors([(tls, context), (plain, None)], [(mqtt, context), (mqtt_plain, None)], count)
@@ -176,6 +182,14 @@ class _Worker:
     ready: multiprocessing.connection.Connection
     since: float
     fast_deaths: int = 0
+    beat: int = 0
+    heard: float = 0.0
+    """When `beat` was new, and was told of otherwise."""
+    ticks: int = 0
+    stirred: float = 0.0
+    """When it had last had the processor, or waited for the disk."""
+    leaves: bool = False
+    """It was told to drain, for its successor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +233,7 @@ class _Supervisor:
     pauses: dict[int, tuple[float, int]] = field(default_factory=dict)
     lifeline: tuple[int, int] = (-1, -1)
     stopping: int = 0
+    looked: float = 0.0
 
     def start(self) -> None:
         self.lifeline = os.pipe()
@@ -243,6 +258,8 @@ class _Supervisor:
             if self.engine and not self.engine.poll():
                 self._restart_engine(self.engine)
             self._restart_workers()
+            if time.monotonic() > self.looked + BEAT_SECONDS:
+                self._look_after()
             if time.monotonic() > material_due:
                 material_due = time.monotonic() + _MATERIAL_SECONDS
                 reissue(self.settings)
@@ -287,7 +304,8 @@ class _Supervisor:
         process = _fork.Process(target=target, args=(slot, writing), name=name)
         process.start()
         writing.close()
-        return _Worker(process, reading, time.monotonic())
+        now = time.monotonic()
+        return _Worker(process, reading, now, heard=now, stirred=now)
 
     def _child(self, slot: int, ready: multiprocessing.connection.Connection) -> None:
         """In the new process: keep only this worker's own sockets, then serve."""
@@ -296,17 +314,17 @@ class _Supervisor:
         meter, files = self.metrics.meter(slot), self.certificates
         run(Task(slot, self.settings, https, mqtt, files, self.flow, self.access, meter, ready, self.lifeline[0]))
 
-    def _delivery(self, _slot: int, ready: multiprocessing.connection.Connection) -> None:
+    def _delivery(self, slot: int, ready: multiprocessing.connection.Connection) -> None:
         """In the new process: deliver to backends. What it needs is imported here; no worker pays for it."""
         from uplinkd.delivery.server import DeliveryTask, run
 
         self._begin("uplinkd-deliver", self.console)
         self.doors.close()
         context = operator_context(self.certificates) if self.amqp else None
-        lifeline = self.lifeline[0]
-        run(DeliveryTask(self.settings, self.amqp, context, self.certificates, self.access, ready, lifeline))
+        meter, lifeline = self.metrics.meter(slot), self.lifeline[0]
+        run(DeliveryTask(self.settings, self.amqp, context, self.certificates, self.access, meter, ready, lifeline))
 
-    def _console(self, _slot: int, ready: multiprocessing.connection.Connection) -> None:
+    def _console(self, slot: int, ready: multiprocessing.connection.Connection) -> None:
         """The same for operators."""
         from uplinkd.admin.server import ConsoleTask, run
 
@@ -322,6 +340,7 @@ class _Supervisor:
                 self.certificates,
                 self.access,
                 self.metrics,
+                self.metrics.meter(slot),
                 *self.places,
                 ready,
                 self.lifeline[0],
@@ -343,17 +362,52 @@ class _Supervisor:
             if worker and not worker.process.is_alive():
                 deaths = worker.fast_deaths + 1 if now - worker.since < _STEADY_SECONDS else 0
                 pause = min(0.1 * 2**deaths, _LONGEST_PAUSE) if deaths else 0.0
-                how = worker.process.exitcode
-                log.error("%s %s; it is started again", worker.process.name, _end(how))
+                if worker.leaves:
+                    log.info("%s %s; its successor is started", worker.process.name, _end(worker.process.exitcode))
+                else:
+                    log.error("%s %s; it is started again", worker.process.name, _end(worker.process.exitcode))
                 worker.ready.close()
                 self.flow.heal()
-                if slot < self.doors.workers:
-                    self.metrics.worker_died(slot)
+                self.metrics.died(slot)
                 self.workers[slot] = None
                 self.pauses[slot] = (now + pause, deaths)
             if self.workers[slot] is None and now >= self.pauses[slot][0]:
                 self.workers[slot] = fresh = self._spawn(slot)
                 fresh.fast_deaths = self.pauses.pop(slot)[1]
+
+    def _look_after(self) -> None:
+        """End what stands still; have what has outgrown its memory drain."""
+        now = time.monotonic()
+        # If this process was not scheduled itself, nothing can be said of the others.
+        unsure = now - self.looked > _UNSURE_SECONDS
+        self.looked = now
+        for slot, worker in enumerate(self.workers):
+            if worker is None:
+                continue
+            seen, beat = vitals(worker.process.pid or 0), self.metrics.last_beat(slot)
+            if unsure or beat != worker.beat or seen.state == "t":
+                worker.beat, worker.heard = beat, now
+            if unsure or seen.ticks != worker.ticks or seen.state == "D":
+                worker.ticks, worker.stirred = seen.ticks, now
+            silent, idle = now - worker.heard, now - worker.stirred
+            if silent > (_FROZEN_SECONDS if beat else _READY_SECONDS) and (
+                idle > _FROZEN_SECONDS - 1 or silent > _STUCK_SECONDS
+            ):
+                log.error("%s has stood still for %.0f s; it is killed", worker.process.name, silent)
+                worker.heard = now
+                worker.process.kill()
+            elif (
+                0 < self.settings.worker_memory < seen.memory
+                and now - worker.since > _STEADY_SECONDS
+                and not worker.leaves
+            ):
+                log.warning(
+                    "%s has %d MiB of memory, more than worker_memory allows: it drains, for a successor",
+                    worker.process.name,
+                    seen.memory >> 20,
+                )
+                worker.leaves = True
+                worker.process.terminate()
 
     def _restart_engine(self, engine: EmbeddedServer) -> None:
         log.error("nats-server has died; it is started again")

@@ -32,6 +32,8 @@ _TOKENS = 100_000
 _TOPICS = 20_000
 # A message on its way home is nobody else's for so long: more than any answer takes to be written.
 _CLAIM_SECONDS = 10.0
+# A device asks for two facts at most, one after the other, and has its answer within 5 s.
+_REGISTRY_SECONDS = 2.0
 _CLAIM_PATIENCE, _CLAIM_PAUSE = 0.2, 0.002
 # Where nothing of what waits could ride home, the next look is made after so long, or when something new waits.
 _FRUITLESS_SECONDS = 5.0
@@ -411,25 +413,29 @@ class Gateway:
         return topic
 
     async def _load_by_name(self, request: Request, login: wire.Login) -> None:
-        try:
-            request.entry = await self._cache.load_by_name(login.product_key, login.device_name)
-        except Unavailable as fault:
-            raise Refused(Code.UPDATE_SESSION_ERROR, str(fault)) from fault
+        asked = self._cache.load_by_name(login.product_key, login.device_name)
+        request.entry = await _in_time(asked, Code.UPDATE_SESSION_ERROR)
         request.fresh = True
 
     async def _activate(self, request: Request, device: Device, now: int) -> None:
-        try:
-            request.entry = await self._cache.activate(device, now)
-        except Unavailable as fault:
-            raise Refused(Code.UPDATE_SESSION_ERROR, str(fault)) from fault
+        request.entry = await _in_time(self._cache.activate(device, now), Code.UPDATE_SESSION_ERROR)
         request.fresh = True
 
     async def _load(self, request: Request, device_id: int) -> None:
-        try:
-            request.entry = await self._cache.load(device_id)
-        except Unavailable as fault:
-            raise Refused(Code.COMMON_ERROR, str(fault)) from fault
+        request.entry = await _in_time(self._cache.load(device_id), Code.COMMON_ERROR)
         request.fresh = True
+
+
+async def _in_time(asked: Awaitable[Entry | None], code: Code) -> Entry | None:
+    """The registry's word; Refused with `code` when there is none in time."""
+    try:
+        async with asyncio.timeout(_REGISTRY_SECONDS):
+            return await asked
+    except Unavailable as fault:
+        raise Refused(code, str(fault)) from fault
+    except TimeoutError as late:
+        reason = f"the registry has not answered for {_REGISTRY_SECONDS:g} s: its disk is slow, or another process holds its lock"
+        raise Refused(code, reason) from late
 
 
 def _unauthenticated(reason: str, *, forbidden: bool = False) -> Refused:

@@ -7,6 +7,7 @@ an append and 0.05 to sort and count it later, where finding the bucket and addi
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import mmap
 import time
@@ -19,6 +20,7 @@ from typing import TypeVar
 from uplinkd.core.errors import LIMITS, Code
 
 __all__ = [
+    "BEAT_SECONDS",
     "BOUNDS",
     "DOORS",
     "ENDPOINTS",
@@ -64,8 +66,11 @@ HANDSHAKE_FAILURES = (
     "other",
 )
 
+BEAT_SECONDS = 0.25
+"""How often each process says that it lives."""
+
 _NS = 1_000_000_000
-# A worker writes to its row four times a second; one that has not for so long does nothing else, either.
+# One that has not written to its row for so long does nothing else, either.
 _ALIVE_SECONDS = 3
 
 K = TypeVar("K")
@@ -225,6 +230,16 @@ class Meter:
         for index in range(_GAUGES, _ROW):
             self._cells[index] = 0
 
+    def beat(self) -> None:
+        """Say that this process lives."""
+        self._cells[_BEAT] = time.monotonic_ns()
+
+    async def beats(self) -> None:
+        """`beat` as often as a worker does, until cancelled."""
+        while True:
+            self.beat()
+            await asyncio.sleep(BEAT_SECONDS)
+
     def flush(self) -> None:
         """Put what the hot path has gathered into the row."""
         for code, answered in ((Code.SUCCESS, self.answered), (Code.REQUEST_TOO_MANY, self.held_back)):
@@ -233,7 +248,7 @@ class Meter:
         self._cells[_BYTES] += sum(self.sizes)
         self.sizes.clear()
         self._cells[_STORED] += self._gather("engine", self.acks)
-        self._cells[_BEAT] = time.monotonic_ns()
+        self.beat()
 
     def _gather(self, name: str, seconds: list[float]) -> int:
         """Empty the list into its buckets; how many there were."""
@@ -256,26 +271,33 @@ class Meter:
 
 
 class Metrics:
-    """Made by the supervisor of so many workers, before it forks them."""
+    """Made by the supervisor of so many workers, and of `others`, before it forks them."""
 
-    def __init__(self, workers: int) -> None:
-        self._memory = mmap.mmap(-1, (workers + 1) * _ROW * 8, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+    def __init__(self, workers: int, others: int = 0) -> None:
+        self._workers = workers
+        count = workers + others + 1
+        self._memory = mmap.mmap(-1, count * _ROW * 8, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
         self._cells = memoryview(self._memory).cast("q")
-        self._rows = [self._cells[row * _ROW : (row + 1) * _ROW] for row in range(workers + 1)]
+        self._rows = [self._cells[row * _ROW : (row + 1) * _ROW] for row in range(count)]
         self._started = time.time()
-        self._own = Meter(self._rows[workers])
+        self._own = Meter(self._rows[-1])
 
     def meter(self, row: int) -> Meter:
-        """The pen of worker `row`, 0 the first, or of the supervisor, which comes after the last. A worker that is started again
+        """The pen of worker `row`, 0 the first; the others come after the last, then the supervisor. A worker that is started again
         goes on counting where the one before it ended; nothing is open, stands or waits there."""
         meter = Meter(self._rows[row])
         meter.rest()
         return meter
 
-    def worker_died(self, row: int) -> None:
-        """It is started again; until then nothing is open there."""
+    def last_beat(self, row: int) -> int:
+        """When that process said last that it lives, as of time.monotonic_ns(); 0 while it has not."""
+        return self._rows[row][_BEAT]
+
+    def died(self, row: int) -> None:
+        """It is started again, which is counted of workers; until then nothing is open there."""
         self.meter(row)
-        self._own.worker_restarted()
+        if row < self._workers:
+            self._own.worker_restarted()
 
     def engine_restarted(self) -> None:
         self._own.engine_restarted()
@@ -299,7 +321,7 @@ class Metrics:
             sessions=cells[_SESSIONS],
             bytes_in=cells[_BYTES],
             workers_alive=sum(
-                time.monotonic_ns() - row[_BEAT] < _ALIVE_SECONDS * _NS for row in rows[:-1] if row[_BEAT]
+                time.monotonic_ns() - row[_BEAT] < _ALIVE_SECONDS * _NS for row in rows[: self._workers] if row[_BEAT]
             ),
             worker_restarts=cells[_WORKER_RESTARTS],
             engine_restarts=cells[_ENGINE_RESTARTS],

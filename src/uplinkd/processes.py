@@ -1,6 +1,7 @@
-"""What processes of uplinkd are to others on this machine: a name, and memory that is nobody else's.
+"""What processes of uplinkd are to others on this machine: a name, and memory that is nobody else's; and what can be seen of one
+from outside.
 
-All by prctl(2); where that is not, as on other systems than Linux, nothing happens.
+By prctl(2) and /proc; where these are not, as on other systems than Linux, nothing happens.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["call_me", "die_with", "environment_of_children", "keep_memory_private"]
+__all__ = ["Vitals", "call_me", "die_with", "environment_of_children", "keep_memory_private", "vitals"]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_SET_NAME = 15
+_PAGE = resource.getpagesize()
 
 
 def call_me(name: str) -> None:
@@ -48,6 +52,26 @@ def die_with(parent: int) -> Callable[[], None] | None:
 def environment_of_children(environment: Mapping[str, str]) -> dict[str, str]:
     """`environment` without the settings, among which may be keys and passwords: no other program has any use for them."""
     return {name: value for name, value in environment.items() if not name.startswith("UPLINKD_")}
+
+
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """`state` is one letter of proc(5): R runs or wants to, D waits for the disk, T was stopped, t is being debugged. `ticks`: what it
+    has had of the processor. `memory`: bytes that it shares with nobody by a file or on purpose."""
+
+    state: str = ""
+    ticks: int = 0
+    memory: int = 0
+
+
+def vitals(pid: int) -> Vitals:
+    """All empty for one that is not there, or where it cannot be seen."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        _, resident, shared, *_ = map(int, Path(f"/proc/{pid}/statm").read_text().split())
+    except (OSError, ValueError):
+        return Vitals()
+    return Vitals(stat[0], int(stat[11]) + int(stat[12]), (resident - shared) * _PAGE)
 
 
 def _prctl(option: int, value: object) -> None:

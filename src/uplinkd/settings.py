@@ -41,6 +41,7 @@ DEFAULT_FILE = Path("uplinkd.toml")
 _NO_SETTINGS = frozenset({"UPLINKD_CONFIG", "UPLINKD_URL", "UPLINKD_KEY", "UPLINKD_CA"})
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_LEAST_MEMORY = 128 * 1024**2
 _SIZES = {"": 1, "B": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 
 
@@ -62,6 +63,12 @@ def _bytes(value: object) -> object:
     if not match:
         raise ValueError("a size is a number of bytes, or a number with KiB, MiB, GiB or TiB, such as 10GiB")
     return int(float(match[1]) * _SIZES[(match[3] or "").upper()])
+
+
+def _memory(size: int) -> int:
+    if 0 < size < _LEAST_MEMORY:
+        raise ValueError("a process needs 128MiB or more; 0 is no limit")
+    return size
 
 
 def _list(value: object) -> object:
@@ -223,6 +230,10 @@ class Settings(BaseModel):
         description="private networks that webhooks may reach beside the internet, such as 10.0.0.0/8 or 127.0.0.0/8",
     )
     workers: int = Field(0, ge=0, le=256, description="worker processes; 0: one for each core")
+    worker_memory: Annotated[Bytes, AfterValidator(_memory)] = Field(
+        2 * 1024**3,
+        description="memory of one process (worker, console, delivery) beyond which it drains and is started anew; 0: no limit",
+    )
     database_url: Annotated[str, AfterValidator(_database_url)] = Field(
         "", description="registry database; empty: SQLite in the data folder"
     )

@@ -53,6 +53,7 @@ _AUTHORITY_DAYS = 3650
 # Apple's clients refuse server certificates of more than 825 days, whoever issued them.
 _SERVER_DAYS = 820
 _RENEW_DAYS = 30
+_WARN_DAYS = 14
 _RENEWAL_SECONDS = 2.0
 _NOTE_SECONDS = 86_400.0
 _REMEMBERED = 100_000
@@ -81,6 +82,14 @@ def ensure_material(settings: Settings) -> list[CertificateFiles]:
             )
         if "RSA" not in kinds:
             log.warning("none of the certificates has an RSA key: devices with Alibaba's C SDKs will not connect")
+        for pair in files:
+            end = _certificate(pair).not_valid_after_utc
+            if end < dt.datetime.now(dt.UTC) + dt.timedelta(days=_WARN_DAYS):
+                log.warning(
+                    "%s expires on %s: replace it and its key (no restart is needed); devices that check it cannot connect then",
+                    pair.certificate,
+                    f"{end:%Y-%m-%d %H:%M} UTC",
+                )
         return files
     folder = settings.data / "tls"
     try:
@@ -274,10 +283,7 @@ def _check(pair: CertificateFiles) -> str:
             path.read_bytes()
         except OSError as error:
             raise Rejected(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        certificate = x509.load_pem_x509_certificate(pair.certificate.read_bytes())
-    except ValueError as error:
-        raise Rejected(f"{pair.certificate} holds no certificate in PEM") from error
+    certificate = _certificate(pair)
     if certificate.not_valid_after_utc < dt.datetime.now(dt.UTC):
         raise Rejected(f"{pair.certificate} expired on {certificate.not_valid_after_utc:%Y-%m-%d}")
     if certificate.not_valid_before_utc > dt.datetime.now(dt.UTC):
@@ -287,6 +293,13 @@ def _check(pair: CertificateFiles) -> str:
     except ssl.SSLError as error:
         raise Rejected(f"{pair.key} is not the private key of {pair.certificate}: {error.reason}") from error
     return "RSA" if isinstance(certificate.public_key(), rsa.RSAPublicKey) else "EC"
+
+
+def _certificate(pair: CertificateFiles) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(pair.certificate.read_bytes())
+    except ValueError as error:
+        raise Rejected(f"{pair.certificate} holds no certificate in PEM") from error
 
 
 def _wanted_names(settings: Settings) -> list[str]:

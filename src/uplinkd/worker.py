@@ -32,7 +32,7 @@ from uplinkd.http.protocol import Connection as HttpConnection
 from uplinkd.http.protocol import Door as HttpDoor
 from uplinkd.journal import STANDING, Journal, Refusal
 from uplinkd.listener import Listener, Port
-from uplinkd.metrics import Meter
+from uplinkd.metrics import BEAT_SECONDS, Meter
 from uplinkd.mqtt.session import Connection as MqttConnection
 from uplinkd.mqtt.session import Door as MqttDoor
 from uplinkd.mqtt.websocket import WebSocket
@@ -50,7 +50,6 @@ __all__ = ["DRAIN_SECONDS", "Task", "run"]
 log = logging.getLogger("uplinkd")
 
 DRAIN_SECONDS = 4.0
-_MEASURE_SECONDS = 0.25
 _CLOSING_SECONDS = 4.0
 _KEYS_SECONDS = 0.5
 
@@ -207,7 +206,7 @@ async def _measure(meter: Meter, https: HttpDoor, mqtt: MqttDoor) -> None:
         meter.connected("mqtt", len(mqtt.connections))
         meter.stand(mqtt.sessions)
         meter.flush()
-        await asyncio.sleep(_MEASURE_SECONDS)
+        await asyncio.sleep(BEAT_SECONDS)
 
 
 class _Apps:

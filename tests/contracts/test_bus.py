@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from nats.aio.client import Client
 
 from tests.house import until
 from uplinkd.core.errors import Unavailable
@@ -180,3 +181,20 @@ async def test_a_listener_that_fails_does_not_stop_the_others(tmp_path: Path, ca
         line.theirs.tell("news", b"good")
         await until(lambda: heard == [b"bad", b"good"])
     assert "a fault of ours while hearing news" in caplog.text
+
+
+async def test_a_connection_whose_last_bytes_could_not_be_written_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client breaks off on its way to tell of the end, for what it wanted to write was refused."""
+
+    async def refuse(client: Client) -> None:
+        assert client._transport
+        client._transport.close()  # type: ignore[no-untyped-call]
+        raise RuntimeError("the handler is closed")
+
+    async with over_nats(tmp_path) as line:
+        with monkeypatch.context() as patch:
+            patch.setattr("nats.aio.client.Client._flush_pending", refuse)
+            await line.cut()
+        await line.mend()

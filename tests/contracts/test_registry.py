@@ -610,7 +610,7 @@ def test_a_file_that_is_no_database_is_unavailable_in_one_line(settings: Setting
     """And it is not written over."""
     settings.data.mkdir()
     database(settings).write_bytes(b"my holiday photos" * 1000)
-    with pytest.raises(Unavailable, match="is away") as outage:
+    with pytest.raises(Unavailable, match="is damaged") as outage:
         open_registry(settings)
     assert "\n" not in str(outage.value)
     assert database(settings).read_bytes() == b"my holiday photos" * 1000

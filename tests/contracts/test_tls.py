@@ -333,6 +333,16 @@ def test_a_running_server_only_warns_of_what_it_cannot_reissue(
     assert "expired" in caplog.text
 
 
+def test_an_end_that_is_near_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """At the start and twice a day, while there is time to replace it."""
+    settings = owned(tmp_path, make_pair(tmp_path, ends=15 * DAY))
+    ensure_material(settings)
+    assert not caplog.records
+    make_pair(tmp_path, ends=13 * DAY)
+    reissue(settings)
+    assert "own.pem expires on" in caplog.text
+
+
 def test_a_renewed_pair_is_served_without_a_restart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """New connections see it at the next check, and only a change is loaded."""
     caplog.set_level(logging.INFO)

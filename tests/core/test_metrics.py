@@ -102,7 +102,7 @@ def test_a_worker_that_is_started_again_goes_on_counting(metrics: Metrics) -> No
     meter.connected("https", 9)
     meter.stand(4)
     meter.engine(1, 3.0)
-    metrics.worker_died(0)
+    metrics.died(0)
     reading = metrics.read()
     assert (reading.connections["https"], reading.sessions, reading.engine_waiting, reading.engine_lag) == (0, 0, 0, 0)
     metrics.meter(0).count("auth")

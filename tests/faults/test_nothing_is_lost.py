@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests.faults.load import LIMITS, Load, start_load
+from tests.faults.table import Tell
 from tests.house import alive, freeze, make_devices, serving
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.xdist_group("faults")]
 
 
-async def test_a_killed_worker_is_replaced_and_loses_nothing(tmp_path: Path) -> None:
+async def test_a_killed_worker_is_replaced_and_loses_nothing(tmp_path: Path, tell: Tell) -> None:
     """Its connections break, its successor takes over, the other worker does not notice."""
     with serving(tmp_path / "data", *LIMITS) as server:
         load = start_load(server)
@@ -33,11 +34,12 @@ async def test_a_killed_worker_is_replaced_and_loses_nothing(tmp_path: Path) -> 
         assert before[1] in after
         assert load.refused == []
         assert 1000 < len(load.acknowledged) < 10_000
-        load.all_found(server.data)
+        row = load.row("worker killed", server.data)
         assert "was killed by SIGKILL; it is started again" in server.log.read_text()
+        tell(row)
 
 
-async def test_a_killed_engine_comes_back_by_itself_and_loses_nothing(tmp_path: Path) -> None:
+async def test_a_killed_engine_comes_back_by_itself_and_loses_nothing(tmp_path: Path, tell: Tell) -> None:
     """Publishes meanwhile wait or answer 30001 within 2 s; the gateway stays up."""
     with serving(tmp_path / "data", *LIMITS) as server:
         load = start_load(server)
@@ -52,10 +54,10 @@ async def test_a_killed_engine_comes_back_by_itself_and_loses_nothing(tmp_path: 
         assert load.broken == 0
         assert load.last_success > time.monotonic() - 2
         assert 1000 < len(load.acknowledged) < 10_000
-        load.all_found(server.data)
+        tell(load.row("nats-server killed", server.data))
 
 
-async def test_a_frozen_engine_is_answered_30001_within_two_seconds(tmp_path: Path) -> None:
+async def test_a_frozen_engine_is_answered_30001_within_two_seconds(tmp_path: Path, tell: Tell) -> None:
     """SIGSTOP, the worst kind of away; it recovers when the engine does."""
     with serving(tmp_path / "data", *LIMITS) as server:
         load = start_load(server)
@@ -72,11 +74,13 @@ async def test_a_frozen_engine_is_answered_30001_within_two_seconds(tmp_path: Pa
         assert load.slowest < 2.1
         assert load.broken == 0
         assert load.last_success > time.monotonic() - 2
-        load.all_found(server.data)
+        tell(load.row("nats-server frozen for 4 s", server.data))
 
 
 @pytest.mark.parametrize("round_", range(3))
-async def test_a_killed_server_starts_again_at_once_and_has_lost_nothing(tmp_path: Path, round_: int) -> None:
+async def test_a_killed_server_starts_again_at_once_and_has_lost_nothing(
+    tmp_path: Path, round_: int, tell: Tell
+) -> None:
     """Supervisor, workers and engine all killed -9 under load; the same tokens go on on the same port."""
     with serving(tmp_path / "data", *LIMITS) as server:
         load = start_load(server)
@@ -89,19 +93,17 @@ async def test_a_killed_server_starts_again_at_once_and_has_lost_nothing(tmp_pat
         assert load.refused == []
         assert load.last_success > time.monotonic() - 2
         assert 1000 < len(load.acknowledged) < 10_000
-        load.all_found(server.data)
+        row = load.row("everything killed, and started", server.data)
         assert server.stop() == 0
         load.all_found(server.data)
+        tell(row)
 
 
 async def test_a_killed_supervisor_leaves_no_orphan(tmp_path: Path) -> None:
     """Workers drain and end, the engine ends, and the next start finds neither port nor lock taken."""
     with serving(tmp_path / "data", *LIMITS) as server:
         children = server.children("")
-        assert server.process
-        os.kill(server.pid, signal.SIGKILL)
-        server.process.wait(5)
-        server._close()
+        server.kill_supervisor()
         server.start()
         end = time.monotonic() + 15
         while time.monotonic() < end and any(map(alive, children)):
@@ -110,7 +112,7 @@ async def test_a_killed_supervisor_leaves_no_orphan(tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
-async def test_a_full_disk_is_30001_and_nothing_acknowledged_is_lost(tmp_path: Path) -> None:
+async def test_a_full_disk_is_30001_and_nothing_acknowledged_is_lost(tmp_path: Path, tell: Tell) -> None:
     """The engine's store on a file system that fills up: a documented code, and service again when there is room."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
@@ -132,6 +134,6 @@ async def test_a_full_disk_is_30001_and_nothing_acknowledged_is_lost(tmp_path: P
 
             await load.run(7, fault, after=1)
             assert {code for code, _ in load.refused} <= {30001, 10000, 20004}
-            load.all_found(server.data)
+            tell(load.row("disk full for 3 s", server.data))
     finally:
         os.system(f"umount -l {mount}")

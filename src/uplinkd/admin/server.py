@@ -34,7 +34,7 @@ from uplinkd.engine import open_reader
 from uplinkd.engine.bus import NatsBus
 from uplinkd.engine.embedded import Access
 from uplinkd.engine.groups import JetStreamDesk
-from uplinkd.metrics import Metrics
+from uplinkd.metrics import Meter, Metrics
 from uplinkd.registry import open_registry
 from uplinkd.settings import Settings
 from uplinkd.tasks import end_tasks
@@ -61,6 +61,7 @@ class ConsoleTask:
     certificates: list[CertificateFiles]
     access: Access
     metrics: Metrics
+    meter: Meter = field(repr=False)
     https: tuple[str, int]
     mqtt: tuple[str, int] | None
     ready: Connection = field(repr=False)
@@ -103,7 +104,7 @@ async def _serve(task: ConsoleTask) -> None:
 
     loop.add_signal_handler(signal.SIGTERM, stop)
     loop.add_reader(task.lifeline, stop)
-    duties = [asyncio.create_task(duty) for duty in (bus.run(), figures.run())]
+    duties = [asyncio.create_task(duty) for duty in (bus.run(), figures.run(), task.meter.beats())]
     if task.context:
         duties.append(asyncio.create_task(renew(task.context, task.certificates)))
     serving = asyncio.create_task(server.serve([task.socket]))

@@ -31,6 +31,7 @@ from uplinkd.engine.deliveries import JetStreamDeliveries
 from uplinkd.engine.embedded import Access
 from uplinkd.engine.groups import ensure, sweep
 from uplinkd.journal import Journal
+from uplinkd.metrics import Meter
 from uplinkd.observe import Occasionally
 from uplinkd.registry import Change, Registry, open_registry
 from uplinkd.registry.cache import DeviceCache
@@ -59,6 +60,7 @@ class DeliveryTask:
     context: ssl.SSLContext | None
     certificates: list[CertificateFiles]
     access: Access
+    meter: Meter = field(repr=False)
     ready: Connection = field(repr=False)
     lifeline: int
 
@@ -92,7 +94,14 @@ async def _serve(task: DeliveryTask) -> None:
     cache.on_change(hooks.changed)
     duties = [
         asyncio.create_task(duty)
-        for duty in (bus.run(), cache.run(), journal.run(), Lifecycle(registry, bus).run(), hooks.run())
+        for duty in (
+            bus.run(),
+            cache.run(),
+            journal.run(),
+            Lifecycle(registry, bus).run(),
+            hooks.run(),
+            task.meter.beats(),
+        )
     ]
     door = server = None
     if task.amqp:

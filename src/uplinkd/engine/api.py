@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -41,6 +42,9 @@ __all__ = [
 _CONNECT_SECONDS = 2
 _PING_SECONDS = 2
 
+# Each call reports its own failure; what the client logs would only repeat it, with a traceback.
+logging.getLogger("nats").setLevel(logging.CRITICAL)
+
 
 class ApiError(Unavailable):
     """JetStream has said no, with this code."""
@@ -75,7 +79,7 @@ async def _connect(url: str, access: Access, name: str, ended: asyncio.Event | N
         if ended is not None:
             ended.set()
 
-    return await nats.connect(
+    client = await nats.connect(
         url,
         name=name,
         user=access.user if access.password else None,
@@ -91,6 +95,11 @@ async def _connect(url: str, access: Access, name: str, ended: asyncio.Event | N
         closed_cb=closed,
         disconnected_cb=closed,
     )
+    # The client (2.16) tells of no end whose connection is gone before its last bytes were written: its way there breaks off. What
+    # ends for certain is its reading.
+    if ended is not None and client._reading_task is not None:
+        client._reading_task.add_done_callback(lambda _: ended.set())
+    return client
 
 
 async def _ignore(_error: Exception) -> None:

@@ -87,6 +87,7 @@ __all__ = ["KEPT_CHANGES", "SqlRegistry", "database_file"]
 KEPT_CHANGES = 100_000
 
 _BUSY_SECONDS = 5.0
+_DAMAGES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _LOCK_SECONDS = 30.0
 _CONNECTIONS = 16
 _PAGE = 1000
@@ -219,6 +220,12 @@ class SqlRegistry:
 
     def close(self) -> None:
         self._engine.dispose()
+
+    def check(self) -> None:
+        with self._reading() as connection:
+            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+        if found != "ok":
+            raise _damaged(self._where, found)
 
     # products
 
@@ -1098,9 +1105,20 @@ def _outages_of(where: str) -> Iterator[None]:
         reason = str(error.orig)
         if "locked" in reason:
             reason = f"another process has held its lock for more than {_BUSY_SECONDS:g} s"
+        if (
+            getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in _DAMAGES
+        ):  # the extended code of which it is the first byte
+            raise _damaged(where, reason) from error.orig
         raise Unavailable(f"the registry {where} is away: {reason}") from error.orig
     except PoolTimeoutError as error:
         raise Unavailable(f"the registry {where} is away: its {_CONNECTIONS} connections are all busy") from error
+
+
+def _damaged(where: str, reason: object) -> Unavailable:
+    return Unavailable(
+        f"the registry {where} is damaged: stop the server, keep this file with its -wal, and bring back the last backup into a "
+        f"new data folder with `uplinkd restore` (SQLite says: {reason})"
+    )
 
 
 def database_file(settings: Settings) -> Path:
