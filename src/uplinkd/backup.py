@@ -33,7 +33,8 @@ from uplinkd.engine.snapshot import CHUNK_BYTES, StreamFacts, open_shelf
 from uplinkd.files import check_whole, kept_still, publish, sync_folder, unfinished_file
 from uplinkd.journal import journal_file
 from uplinkd.registry.schema import REVISIONS
-from uplinkd.registry.sql import SqlRegistry, database_file
+from uplinkd.registry.sql import SqlRegistry
+from uplinkd.registry.sqlite import database_file
 from uplinkd.registry.vault import PREFIX_BYTES
 from uplinkd.serving import last_server, lock_file
 from uplinkd.settings import Settings

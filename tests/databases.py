@@ -1,0 +1,87 @@
+"""The databases that a registry may be in, for tests: SQLite in a folder of the test, and a real PostgreSQL, where each process of
+the tests has a database of its own, which is emptied for each test."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pg8000.dbapi
+import pytest
+
+from uplinkd.core.databases import place_of
+
+__all__ = ["KINDS", "connected", "empty_database", "execute", "made_database"]
+
+KINDS = ("sqlite", "postgresql")
+SERVER = os.environ.get("UPLINKD_TEST_POSTGRESQL", "postgresql://postgres@127.0.0.1:5432/").replace("+psycopg", "")
+
+
+@contextlib.contextmanager
+def connected(url: str) -> Iterator[Any]:
+    """A connection of the test's own, in which each statement stands for itself."""
+    place = place_of(url)
+    (host, port), *_ = place.hosts
+    connection = pg8000.dbapi.connect(
+        place.user, host, place.name, port, password=place.password, ssl_context=False, timeout=30
+    )
+    connection.autocommit = True
+    try:
+        yield connection
+    finally:
+        with contextlib.suppress(pg8000.dbapi.Error, OSError):
+            connection.close()
+
+
+def execute(url: str, *statements: str) -> list[Any]:
+    """Carry out `statements`; the rows of the last one."""
+    with connected(url) as connection:
+        cursor = connection.cursor()
+        for statement in statements:
+            cursor.execute(statement)
+        return list(cursor.fetchall()) if cursor.description else []
+
+
+@contextlib.contextmanager
+def made_database(suffix: str, options: str = "") -> Iterator[str]:
+    """The URL of a new database. Skips the test where there is no PostgreSQL."""
+    name = f"uplinkd_test_{os.getpid()}{suffix}"
+    try:
+        execute(SERVER + "postgres", f"CREATE DATABASE {name} {options}", f"ALTER DATABASE {name} SET synchronous_commit = off")
+    except (pg8000.dbapi.InterfaceError, OSError) as fault:
+        pytest.skip(f"no PostgreSQL answers at {SERVER} ({fault}); UPLINKD_TEST_POSTGRESQL names one")
+    try:
+        yield SERVER + name
+    finally:
+        execute(SERVER + "postgres", f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def empty_database(url: str) -> None:
+    """Leave the tables of the registry and nothing in them; where a test has left others, no table at all."""
+    tables = {name for (name,) in execute(url, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'")}
+    if tables != _tables() or execute(url, "SELECT version_num FROM alembic_version") != [[_newest()]]:
+        execute(url, "DROP SCHEMA public CASCADE", "CREATE SCHEMA public")
+        return
+    parts = " ".join(f"DELETE FROM {name};" for name in _order())
+    restart = "PERFORM setval(quote_ident(sequencename)::regclass, 1, false) FROM pg_sequences WHERE last_value IS NOT NULL;"
+    execute(url, f"DO $$ BEGIN {parts} {restart} END $$")
+
+
+@cache
+def _order() -> list[str]:
+    from uplinkd.registry.schema import metadata
+
+    return [table.name for table in reversed(metadata.sorted_tables)]
+
+
+def _tables() -> set[str]:
+    return {*_order(), "alembic_version"}
+
+
+def _newest() -> str:
+    from uplinkd.registry.schema import REVISIONS
+
+    return REVISIONS[-1]
