@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import pg8000.dbapi
 import pytest
 
 from uplinkd.core.databases import place_of
+from uplinkd.registry.schema import REVISIONS, metadata
+from uplinkd.settings import Settings
 
-__all__ = ["KINDS", "connected", "empty_database", "execute", "made_database"]
+__all__ = ["KINDS", "alter", "connected", "content", "empty_database", "execute", "locked", "made_database"]
 
 KINDS = ("sqlite", "postgresql")
 SERVER = os.environ.get("UPLINKD_TEST_POSTGRESQL", "postgresql://postgres@127.0.0.1:5432/").replace("+psycopg", "")
@@ -50,7 +52,11 @@ def made_database(suffix: str, options: str = "") -> Iterator[str]:
     """The URL of a new database. Skips the test where there is no PostgreSQL."""
     name = f"uplinkd_test_{os.getpid()}{suffix}"
     try:
-        execute(SERVER + "postgres", f"CREATE DATABASE {name} {options}", f"ALTER DATABASE {name} SET synchronous_commit = off")
+        execute(
+            SERVER + "postgres",
+            f"CREATE DATABASE {name} {options}",
+            f"ALTER DATABASE {name} SET synchronous_commit = off",
+        )
     except (pg8000.dbapi.InterfaceError, OSError) as fault:
         pytest.skip(f"no PostgreSQL answers at {SERVER} ({fault}); UPLINKD_TEST_POSTGRESQL names one")
     try:
@@ -62,26 +68,51 @@ def made_database(suffix: str, options: str = "") -> Iterator[str]:
 def empty_database(url: str) -> None:
     """Leave the tables of the registry and nothing in them; where a test has left others, no table at all."""
     tables = {name for (name,) in execute(url, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'")}
-    if tables != _tables() or execute(url, "SELECT version_num FROM alembic_version") != [[_newest()]]:
+    if tables != {*_order(), "alembic_version"} or execute(url, "SELECT version_num FROM alembic_version") != [
+        [REVISIONS[-1]]
+    ]:
         execute(url, "DROP SCHEMA public CASCADE", "CREATE SCHEMA public")
         return
     parts = " ".join(f"DELETE FROM {name};" for name in _order())
-    restart = "PERFORM setval(quote_ident(sequencename)::regclass, 1, false) FROM pg_sequences WHERE last_value IS NOT NULL;"
+    restart = (
+        "PERFORM setval(quote_ident(sequencename)::regclass, 1, false) FROM pg_sequences WHERE last_value IS NOT NULL;"
+    )
     execute(url, f"DO $$ BEGIN {parts} {restart} END $$")
 
 
-@cache
 def _order() -> list[str]:
-    from uplinkd.registry.schema import metadata
-
     return [table.name for table in reversed(metadata.sorted_tables)]
 
 
-def _tables() -> set[str]:
-    return {*_order(), "alembic_version"}
+# -- the registry of settings, whichever database it is in
 
 
-def _newest() -> str:
-    from uplinkd.registry.schema import REVISIONS
+def alter(settings: Settings, statement: str) -> None:
+    """Do behind the registry's back what it never does."""
+    if settings.database_url:
+        execute(settings.database_url, statement)
+        return
+    with contextlib.closing(sqlite3.connect(settings.data / "registry.sqlite", isolation_level=None)) as connection:
+        connection.execute(statement)
 
-    return REVISIONS[-1]
+
+def content(settings: Settings) -> bytes:
+    """Everything that lies in it, as it lies there."""
+    if not settings.database_url:
+        return b"".join(file.read_bytes() for file in settings.data.glob("registry.sqlite*"))
+    rows = (row for table in _order() for row in execute(settings.database_url, f"SELECT * FROM {table}"))
+    values = (value for row in rows for value in row if value is not None)
+    return b"\n".join(value if isinstance(value, bytes) else str(value).encode() for value in values)
+
+
+@contextlib.contextmanager
+def locked(settings: Settings) -> Iterator[None]:
+    """Hold the lock of those who write."""
+    if settings.database_url:
+        with connected(settings.database_url) as connection:
+            connection.cursor().execute(f"BEGIN; SELECT pg_advisory_xact_lock({int.from_bytes(b'uplinkd')})")
+            yield
+        return
+    with contextlib.closing(sqlite3.connect(settings.data / "registry.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield

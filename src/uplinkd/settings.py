@@ -232,7 +232,8 @@ class Settings(BaseModel):
     database_url: Annotated[str, AfterValidator(_database_url)] = Field(
         "",
         repr=False,
-        description="registry database, such as postgresql://user:password@host:5432/name?sslmode=verify-full; empty: SQLite in the data folder",
+        description="registry database, SQLite or PostgreSQL (postgresql://user:password@host:5432/name?sslmode=verify-full); "
+        "empty: SQLite in the data folder",
     )
     nats_url: Annotated[str, AfterValidator(_nats_url)] = Field(
         "", description="your own NATS servers, separated by commas; empty: one is started and looked after"

@@ -70,7 +70,10 @@ def place_of(url: str) -> Place:
 
 def without_password(url: str) -> str:
     """A URL of a database as it may be shown, whether or not it is a right one."""
-    return re.sub(r"(password=)[^&\s]*", r"\1***", re.sub(r"://.*@", "://***@", url, flags=re.DOTALL))
+    scheme, mark, rest = url.partition("://")
+    rest = re.sub(r"^([^:/@]*):.*@", r"\1:***@", rest, flags=re.DOTALL)
+    shown = f"{scheme}{mark}{rest}" if mark else re.sub(r".*@", "***@", url, flags=re.DOTALL)
+    return re.sub(r"(password=)[^&\s]*", r"\1***", shown)
 
 
 def _host(text: str) -> tuple[str, int]:
@@ -83,7 +86,9 @@ def _host(text: str) -> tuple[str, int]:
     except ValueError:
         host, port = None, 0
     if not host:
-        raise ValueError(f"{_FORM}: it names a host, a port is 1 to 65535, and in a password @ / ? are written %40 %2F %3F")
+        raise ValueError(
+            f"{_FORM}: it names a host, a port is 1 to 65535, and in a password @ / ? are written %40 %2F %3F"
+        )
     return host, port
 
 

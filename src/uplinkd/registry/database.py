@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from sqlalchemy import ColumnElement, Update
+from sqlalchemy import ColumnElement, Table, Update
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -16,7 +16,9 @@ from uplinkd.core.databases import SCHEMES
 from uplinkd.core.errors import Unavailable
 from uplinkd.settings import Settings
 
-__all__ = ["Database", "Each", "open_database", "outages_of"]
+__all__ = ["Database", "Each", "Value", "is_shared", "open_database", "outages_of"]
+
+Value = int | str | bytes
 
 Each = Callable[[Callable[[str], ColumnElement[Any]]], Update]
 """An UPDATE of one row, made of what gives its values by name: parameters, or the columns of many values at once."""
@@ -48,8 +50,11 @@ class Database(Protocol):
     def take_time(self, connection: Connection) -> None:
         """Let the statements of this transaction take longer than usual: it works on many rows."""
 
-    def update_each(self, connection: Connection, change: Each, rows: list[dict[str, int | str]]) -> None:
+    def update_each(self, connection: Connection, change: Each, rows: list[dict[str, Value]]) -> None:
         """Carry out `change` for each of `rows`, of which no two concern the same row of a table."""
+
+    def insert_many(self, connection: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
+        """Insert `rows`, at least one, which all have the same columns."""
 
     def reason(self, fault: BaseException | None) -> str:
         """Why the database did not do its part, by the driver's exception, in one line."""
@@ -76,9 +81,14 @@ def outages_of(database: Database) -> Iterator[None]:
         raise Unavailable(f"the registry {database.where} is away: its connections are all busy") from error
 
 
+def is_shared(settings: Settings) -> bool:
+    """Whether the registry is in a database that other machines may use too, and no part of the data folder."""
+    return settings.database.startswith(SCHEMES)
+
+
 def open_database(settings: Settings) -> Database:
     """The database that `settings` name; Rejected or Unavailable where it cannot be reached."""
-    if settings.database.startswith(SCHEMES):
+    if is_shared(settings):
         from uplinkd.registry.postgresql import Postgresql  # its driver is for those who have it
 
         return Postgresql(settings.database)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pg8000.dbapi
-from sqlalchemy import BigInteger, Text, bindparam, create_engine, event, func, text
+from sqlalchemy import BigInteger, LargeBinary, Table, Text, bindparam, create_engine, event, func, text
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.engine import Connection, Engine, ExceptionContext
 from sqlalchemy.exc import IntegrityError, InvalidatePoolError
@@ -23,7 +23,7 @@ from sqlalchemy.pool import QueuePool
 
 from uplinkd.core.databases import Place, place_of
 from uplinkd.core.errors import Unavailable
-from uplinkd.registry.database import Each
+from uplinkd.registry.database import Each, Value
 from uplinkd.registry.schema import NUMBERED
 
 __all__ = ["OLDEST", "Postgresql"]
@@ -36,6 +36,7 @@ _KEPT, _MORE = 4, 4
 _CONNECT_SECONDS = 2.0
 _PING_SECONDS = 1.0
 _STATEMENT_SECONDS = 4
+_LOCK_SECONDS = _STATEMENT_SECONDS - 0.5
 _SOCKET_SECONDS = _STATEMENT_SECONDS + 0.5  # the server's word comes first, if it has one
 _MIGRATION_SECONDS = 30
 _LONGEST_SECONDS = 3600
@@ -43,7 +44,7 @@ _RECYCLE_SECONDS = 1800
 _LOCK = int.from_bytes(b"uplinkd")
 _PARAMETERS = {
     "statement_timeout": f"{_STATEMENT_SECONDS}s",
-    "lock_timeout": f"{_STATEMENT_SECONDS}s",
+    "lock_timeout": f"{_LOCK_SECONDS * 1000:.0f}ms",
     # A gateway that stands still in the middle of a transaction does not keep the others from writing.
     "idle_in_transaction_session_timeout": "10s",
 }
@@ -51,14 +52,18 @@ _PARAMETERS = {
 _GONE = ("08", "57P", "25006")
 _BROKEN_RULE = "23"
 _TLS_REQUEST = struct.pack("!ii", 8, 80877103)
+_TYPES: dict[type, Any] = {int: BigInteger, str: Text, bytes: LargeBinary}
+_ESCAPED = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 _HINTS = {
     "28P01": "check user and password in database_url",
     "28000": "pg_hba.conf on the server says who may come from where, and whether by TLS alone",
     "3D000": "make it: CREATE DATABASE",
     "42501": "let the user make tables in that database: GRANT CREATE ON SCHEMA public TO the user",
     "53300": "raise max_connections on the server, or run fewer workers",
+}
+_INSTEAD = {
     "57014": f"a statement took longer than {_STATEMENT_SECONDS} s",
-    "55P03": f"another process has held its lock for more than {_STATEMENT_SECONDS} s",
+    "55P03": f"another process has held its lock for more than {_LOCK_SECONDS:g} s",
 }
 
 
@@ -92,30 +97,47 @@ class Postgresql:
             yield
 
     def take_time(self, connection: Connection) -> None:
-        connection.exec_driver_sql("SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = '60s'")
+        connection.exec_driver_sql(
+            "SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = '10min'"
+        )
         _patient(connection, _LONGEST_SECONDS)
 
-    def update_each(self, connection: Connection, change: Each, rows: list[dict[str, int | str]]) -> None:
+    def update_each(self, connection: Connection, change: Each, rows: list[dict[str, Value]]) -> None:
         """In one statement: the network is crossed once, not for each row."""
         first = rows[0]
-        columns = (bindparam(name, type_=ARRAY(BigInteger if isinstance(first[name], int) else Text)) for name in first)
+        columns = (bindparam(name, type_=ARRAY(_TYPES[type(value)])) for name, value in first.items())
         given = func.unnest(*columns).table_valued(*first, name="given").render_derived()
         connection.execute(change(lambda name: given.c[name]), {name: [row[name] for row in rows] for name in first})
 
+    def insert_many(self, connection: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
+        """By COPY, which is several times as fast as INSERT."""
+        columns = list(rows[0])
+        names = ", ".join(connection.dialect.identifier_preparer.quote(name) for name in columns)
+        lines = "".join("\t".join(_copied(row[name]) for name in columns) + "\n" for row in rows)
+        held: Any = connection.connection.dbapi_connection
+        try:
+            held.cursor().execute(f"COPY {table.name} ({names}) FROM STDIN", stream=[lines.encode()])
+        except (OSError, pg8000.dbapi.Error) as fault:
+            if _is_gone(fault):
+                connection.invalidate(fault)
+            raise self._meaning(fault) from fault
+
     def reason(self, fault: BaseException | None) -> str:
         code, words = _told(fault)
-        hint = _HINTS.get(code) or _HINTS.get(code[:2])
-        return f"{words}: {hint}" if hint else words
+        hint = _HINTS.get(code)
+        return _INSTEAD.get(code) or (f"{words}: {hint}" if hint else words)
 
     def numbers(self, connection: Connection) -> dict[str, int]:
         found = "SELECT sequencename, last_value FROM pg_sequences WHERE schemaname = current_schema()"
-        last = {name: number for name, number in connection.exec_driver_sql(found)}
-        return {table: last[name] for table, name in _sequences() if last.get(name)}
+        last: dict[str, int | None] = dict(connection.exec_driver_sql(found).tuples().all())
+        return {table: number for table, name in _sequences() if (number := last.get(name))}
 
     def set_numbers(self, connection: Connection, last: Mapping[str, int]) -> None:
         for table, name in _sequences():
             if number := last.get(table):
-                connection.execute(text("SELECT setval(CAST(:name AS regclass), :last)"), {"name": name, "last": number})
+                connection.execute(
+                    text("SELECT setval(CAST(:name AS regclass), :last)"), {"name": name, "last": number}
+                )
 
     def close(self) -> None:
         self.engine.dispose()
@@ -131,7 +153,7 @@ class Postgresql:
             pool_recycle=_RECYCLE_SECONDS,
             pool_use_lifo=True,
         )
-        engine.dialect.use_insertmanyvalues_wo_returning = True  # type: ignore[attr-defined]  # of the default dialect
+        engine.dialect.use_insertmanyvalues_wo_returning = True
         event.listen(engine, "checkout", _check)
         event.listen(engine, "checkin", _calm)
         event.listen(engine, "handle_error", self._judge)
@@ -143,7 +165,7 @@ class Postgresql:
         for host, port in self._place.hosts:
             try:
                 return self._connect_to(host, port)
-            except (OSError, ValueError, pg8000.dbapi.Error, _NotThisOne) as fault:
+            except (OSError, ValueError, pg8000.dbapi.Error, _UnfitError) as fault:
                 faults.append(self.reason(fault))
         raise Unavailable(f"the registry {self.where} is away: {'; '.join(dict.fromkeys(faults))}")
 
@@ -177,17 +199,17 @@ class Postgresql:
 
     def _judge(self, context: ExceptionContext) -> None:
         fault = context.original_exception
-        if not isinstance(fault, (OSError, pg8000.dbapi.Error)):
-            return
-        code, _ = _told(fault)
-        if code.startswith(_BROKEN_RULE):
-            context.chained_exception = IntegrityError(context.statement, context.parameters, fault)
-            return
-        context.is_disconnect = context.is_disconnect or not code or code.startswith(_GONE)
-        context.chained_exception = Unavailable(f"the registry {self.where} is away: {self.reason(fault)}")
+        if isinstance(fault, (OSError, pg8000.dbapi.Error)):
+            context.is_disconnect = context.is_disconnect or _is_gone(fault)
+            context.chained_exception = self._meaning(fault)
+
+    def _meaning(self, fault: BaseException) -> Exception:
+        if _told(fault)[0].startswith(_BROKEN_RULE):
+            return IntegrityError(None, None, fault)
+        return Unavailable(f"the registry {self.where} is away: {self.reason(fault)}")
 
 
-class _NotThisOne(Exception):
+class _UnfitError(Exception):
     """A server that cannot hold the registry, or does not now."""
 
 
@@ -237,7 +259,7 @@ def _secured(sock: socket.socket, host: str, place: Place) -> socket.socket:
     if sock.recv(1) != b"S":
         if place.sslmode == "prefer":
             return sock
-        raise _NotThisOne(f"{host} does not offer TLS, and sslmode={place.sslmode} asks for it")
+        raise _UnfitError(f"{host} does not offer TLS, and sslmode={place.sslmode} asks for it")
     try:
         context = ssl.create_default_context(cafile=place.root or None)
         context.check_hostname = place.sslmode == "verify-full"
@@ -247,7 +269,7 @@ def _secured(sock: socket.socket, host: str, place: Place) -> socket.socket:
             context.load_cert_chain(place.certificate, place.key)
     except OSError as fault:
         files = ", ".join(filter(None, (place.root, place.certificate, place.key)))
-        raise _NotThisOne(f"{files} of database_url cannot be used: {fault.strerror or fault}") from fault
+        raise _UnfitError(f"{files} of database_url cannot be used: {fault.strerror or fault}") from fault
     return context.wrap_socket(sock, server_hostname=host)
 
 
@@ -255,15 +277,15 @@ def _check_server(connection: Any, place: Place) -> None:
     told = connection.parameter_statuses
     version = told.get("server_version", "0")
     if int(version.partition(".")[0].split()[0]) < OLDEST:
-        raise _NotThisOne(f"the server is PostgreSQL {version}, and uplinkd needs {OLDEST} or newer")
+        raise _UnfitError(f"the server is PostgreSQL {version}, and uplinkd needs {OLDEST} or newer")
     if told.get("server_encoding") != "UTF8":
-        raise _NotThisOne(
+        raise _UnfitError(
             f"the database {place.name!r} is encoded as {told.get('server_encoding')}: make it with ENCODING 'UTF8'"
         )
     cursor = connection.cursor()
     cursor.execute("SHOW transaction_read_only")
     if cursor.fetchone()[0] != "off":
-        raise _NotThisOne("the server only reads, as a standby does; it is asked again until it takes writes")
+        raise _UnfitError("the server only reads, as a standby does; it is asked again until it takes writes")
 
 
 def _check(connection: Any, _: Any, __: Any) -> None:
@@ -307,6 +329,22 @@ def _told(fault: BaseException | None) -> tuple[str, str]:
     if isinstance(fault, pg8000.dbapi.InterfaceError) and "network error" in str(fault):
         return "", "the connection broke"
     return "", str(fault)
+
+
+def _is_gone(fault: BaseException) -> bool:
+    code, _ = _told(fault)
+    return not code or code.startswith(_GONE)
+
+
+def _copied(value: object) -> str:
+    """As COPY has it in its text form."""
+    if value is None:
+        return "\\N"
+    if isinstance(value, bytes):
+        return f"\\\\x{value.hex()}"
+    if isinstance(value, str):
+        return _storable(value).translate(_ESCAPED)
+    return str(value)
 
 
 def _storable(value: str) -> str:

@@ -57,7 +57,6 @@ def words(length: int) -> String:
     return String(length).with_variant(Text(collation="C"), "postgresql")
 
 
-
 metadata = MetaData(
     naming_convention={
         "pk": "pk_%(table_name)s",

@@ -17,6 +17,7 @@ from sqlalchemy import (
     ColumnElement,
     Select,
     Table,
+    Update,
     bindparam,
     case,
     delete,
@@ -28,7 +29,6 @@ from sqlalchemy import (
     select,
     text,
     true,
-    Update,
     update,
 )
 from sqlalchemy.engine import Connection
@@ -54,7 +54,7 @@ from uplinkd.core.model import (
 )
 from uplinkd.files import check_whole
 from uplinkd.registry import Change, ImportProgress, ImportReport, ImportRow, Sighting, audit
-from uplinkd.registry.database import Database, Each, open_database, outages_of
+from uplinkd.registry.database import Database, Each, Value, open_database, outages_of
 from uplinkd.registry.fleet import read_fleet, size_of, written_fleet
 from uplinkd.registry.groups import SqlGroups, announce_groups
 from uplinkd.registry.keys import IN_USE, SqlKeys, app_owner, device_owner, product_owner, signing_key_owner
@@ -209,7 +209,7 @@ class SqlRegistry:
         self._vault = vault
         self.operators = SqlOperators(self._reading, self._writing, vault)
         self.groups = SqlGroups(self._reading, self._writing, vault)
-        self.keys = SqlKeys(self._reading, self._writing, vault)
+        self.keys = SqlKeys(database, self._reading, self._writing, vault)
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
@@ -252,7 +252,10 @@ class SqlRegistry:
     def product_page(self, *, text: str = "", after: int = 0, limit: int) -> list[Product]:
         page = _PRODUCT.where(products.c.id > after).order_by(products.c.id).limit(limit)
         if text:
-            has = (func.lower(column).contains(text.lower(), autoescape=True) for column in (products.c.name, products.c.key))
+            has = (
+                func.lower(column).contains(text.lower(), autoescape=True)
+                for column in (products.c.name, products.c.key)
+            )
             page = page.where(or_(*has))
         with self._reading() as connection:
             return [self._product(row) for row in connection.execute(page)]
@@ -279,6 +282,7 @@ class SqlRegistry:
     def delete_product(self, key: str, *, with_devices: bool = False, version: str | None = None) -> int:
         """Delete the product with its topic classes; how many devices went with it."""
         with self._writing() as connection:
+            self.database.take_time(connection)
             product = self._product(_product_row(connection, key))
             _check_version(f"product {key!r}", product.version, version)
             product_id = product.id
@@ -411,7 +415,7 @@ class SqlRegistry:
         with self._writing() as connection:
             now = _now()
             first = dict(reversed(logins))  # of one device that came twice
-            rows: list[dict[str, int | str]] = [{"device_id": each, "at": at, "now": now} for each, at in first.items()]
+            rows: list[dict[str, Value]] = [{"device_id": each, "at": at, "now": now} for each, at in first.items()]
             self.database.update_each(connection, _activated, rows)
 
     # who is online
@@ -512,6 +516,7 @@ class SqlRegistry:
         report = ImportReport()
         fleet = self._checked(rows, report, progress)
         with self._writing() as connection:
+            self.database.take_time(connection)
             for product_key, members in fleet.items():
                 self._import_product(connection, product_key, members, report, progress)
             report.bad.sort()
@@ -574,8 +579,12 @@ class SqlRegistry:
             key = ProductKey(product_key)
             product_id = self._insert_product(connection, key, name, names.make_product_secret()).id
             report.products_created.append(product_key)
+        is_new = (
+            connection.execute(select(devices.c.id).where(devices.c.product_id == product_id).limit(1)).first() is None
+        )
         for batch in _batches(members.values(), _BATCH):
-            known = self._secrets(connection, product_id, product_key, [row.device_name for row, _ in batch])
+            wanted = [] if is_new else [row.device_name for row, _ in batch]
+            known = self._secrets(connection, product_id, product_key, wanted) if wanted else {}
             fresh = []
             for row, sealed_before in batch:
                 if row.device_name not in known:
@@ -589,11 +598,10 @@ class SqlRegistry:
                     where = f"{product_key}/{row.device_name}"
                     report.bad.append((row.line, f"{where} exists with another DeviceSecret"))
             if fresh:
-                connection.execute(insert(devices), fresh)
+                self.database.insert_many(connection, devices, fresh)
                 facts = {"product_key": product_key, "action": LifecycleAction.CREATE.value, "at": now}
-                connection.execute(
-                    insert(lifecycle_changes), [{**facts, "device_name": device["name"]} for device in fresh]
-                )
+                created = [{**facts, "device_name": device["name"]} for device in fresh]
+                self.database.insert_many(connection, lifecycle_changes, created)
             report.created += len(fresh)
             if progress:
                 progress(report.read)
@@ -770,7 +778,7 @@ class SqlRegistry:
         return newest or 0
 
     def changes(self, after: int) -> tuple[int, list[Change]]:
-        # SQLite has one writer at a time, so seq rises in the order of commits and no change is passed over.
+        # There is one writer at a time, so seq rises in the order of commits and no change is passed over.
         with self._reading() as connection:
             oldest, newest = connection.execute(_CHANGES_KEPT).one()
             newest = newest or 0
@@ -808,13 +816,13 @@ class SqlRegistry:
         revision, prefix = connection.execute(_STANDING).one()
         if revision not in REVISIONS:
             raise Unavailable(
-                f"a newer uplinkd has brought the registry {self.database.where} to the schema {revision!r}, which this one does not know: "
-                "start the newer version in its place"
+                f"a newer uplinkd has brought the registry {self.database.where} to the schema {revision!r}, which this one does not "
+                "know: start the newer version in its place"
             )
         if prefix is not None and not self._vault.seal_under(prefix):
             raise Unavailable(
-                f"the secrets of the registry {self.database.where} are sealed with key {prefix[1:].hex()} now, which this process does not "
-                "have: start it again with that key"
+                f"the secrets of the registry {self.database.where} are sealed with key {prefix[1:].hex()} now, which this process "
+                "does not have: start it again with that key"
             )
 
     def _insert_product(self, connection: Connection, key: ProductKey, name: str, secret: str) -> Product:
@@ -968,10 +976,10 @@ def _groups_with(connection: Connection, table: Table, other_id: int) -> list[in
 
 
 def _record(database: Database, connection: Connection, sightings: list[Sighting], now: int) -> None:
-    kinds: dict[Each, list[dict[str, int | str]]] = {_request: [], _session_begun: [], _session_ended: []}
+    kinds: dict[Each, list[dict[str, Value]]] = {_request: [], _session_begun: [], _session_ended: []}
     for each in sightings:
         kind = _session_ended if each.ended else _session_begun if each.session else _request
-        values: dict[str, int | str] = {"device_id": each.device_id, "at": min(each.at, now), "now": now}
+        values: dict[str, Value] = {"device_id": each.device_id, "at": min(each.at, now), "now": now}
         if kind is not _session_ended:
             values["from_address"] = each.address
         if kind is not _request:

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from sqlalchemy import bindparam, create_engine, event, text
+from sqlalchemy import Table, bindparam, create_engine, event, insert, text
 from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.pool import QueuePool
 
 from uplinkd.core.errors import Rejected, Unavailable
-from uplinkd.registry.database import Each
+from uplinkd.registry.database import Each, Value
 from uplinkd.settings import Settings
 
 __all__ = ["Sqlite", "database_file"]
@@ -72,8 +72,11 @@ class Sqlite:
     def take_time(self, connection: Connection) -> None:
         """SQLite knows no limit."""
 
-    def update_each(self, connection: Connection, change: Each, rows: list[dict[str, int | str]]) -> None:
+    def update_each(self, connection: Connection, change: Each, rows: list[dict[str, Value]]) -> None:
         connection.execute(change(bindparam), rows)
+
+    def insert_many(self, connection: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
+        connection.execute(insert(table), rows)
 
     def reason(self, fault: BaseException | None) -> str:
         words = str(fault)
