@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sqlite3
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +19,19 @@ from uplinkd.core.databases import place_of
 from uplinkd.registry.schema import REVISIONS, metadata
 from uplinkd.settings import Settings
 
-__all__ = ["KINDS", "alter", "connected", "content", "empty_database", "execute", "locked", "made_database"]
+__all__ = [
+    "KINDS",
+    "SERVER",
+    "Wire",
+    "alter",
+    "connected",
+    "content",
+    "empty_database",
+    "end_connections",
+    "execute",
+    "locked",
+    "made_database",
+]
 
 KINDS = ("sqlite", "postgresql")
 SERVER = os.environ.get("UPLINKD_TEST_POSTGRESQL", "postgresql://postgres@127.0.0.1:5432/").replace("+psycopg", "")
@@ -116,3 +131,52 @@ def locked(settings: Settings) -> Iterator[None]:
     with contextlib.closing(sqlite3.connect(settings.data / "registry.sqlite", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         yield
+
+
+# -- what may happen to it
+
+
+def end_connections(url: str) -> int:
+    """As an administrator, or a restart, ends them; how many."""
+    (row,) = execute(
+        url,
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+        "WHERE application_name = 'uplinkd' AND datname = current_database()",
+    )
+    return int(row[0])
+
+
+class Wire:
+    """A way to the database that can be cut and stalled."""
+
+    def __init__(self, url: str) -> None:
+        place = place_of(url)
+        self._to = place.hosts[0]
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.url = url.replace(f"{self._to[0]}:{self._to[1]}", f"127.0.0.1:{self._server.getsockname()[1]}")
+        self.stalled = threading.Event()
+        self._open: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._server.accept()
+                far = socket.create_connection(self._to)
+                self._open += [near, far]
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=(one, other), daemon=True).start()
+
+    def _carry(self, one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(65536):
+                while self.stalled.is_set():
+                    time.sleep(0.01)
+                other.sendall(data)
+
+    def close(self) -> None:
+        self.stalled.clear()
+        for sock in (self._server, *self._open):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()

@@ -45,14 +45,14 @@ def place_of(url: str) -> Place:
     hosts, _, name = where.partition("/")
     user, _, password = credentials.partition(":")
     options = dict(parse_qsl(query, keep_blank_values=True))
+    if not user or not name or "/" in name:
+        raise ValueError(f"{_FORM}: it names a user and a database, and in a password @ / ? are written %40 %2F %3F")
     for option in options:
         if option not in _KNOWN:
             raise ValueError(f"{_FORM}; of what may follow the ? uplinkd knows {', '.join(_KNOWN)}")
     mode = options.get("sslmode", "prefer")
     if mode not in _MODES:
         raise ValueError(f"sslmode is one of {', '.join(_MODES)}")
-    if not user or not name or "/" in name:
-        raise ValueError(f"{_FORM}: it names a user and a database, and in a password @ / ? are written %40 %2F %3F")
     if bool(options.get("sslcert")) != bool(options.get("sslkey")):
         raise ValueError("sslcert and sslkey go together: a client's certificate and its key")
     root = options.get("sslrootcert", "")

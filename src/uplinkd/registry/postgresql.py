@@ -7,11 +7,13 @@ the order of commits. Nothing waits for long: not for a connection, a lock, a st
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import ssl
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import pg8000.dbapi
@@ -129,7 +131,7 @@ class Postgresql:
 
     def numbers(self, connection: Connection) -> dict[str, int]:
         found = "SELECT sequencename, last_value FROM pg_sequences WHERE schemaname = current_schema()"
-        last: dict[str, int | None] = dict(connection.exec_driver_sql(found).tuples().all())
+        last = {row.sequencename: row.last_value for row in connection.exec_driver_sql(found)}
         return {table: number for table, name in _sequences() if (number := last.get(name))}
 
     def set_numbers(self, connection: Connection, last: Mapping[str, int]) -> None:
@@ -187,6 +189,7 @@ class Postgresql:
             sock.close()
             raise
         connection.socket = sock
+        connection.close = partial(_close, connection.close, sock)
         connection.autocommit = True  # a transaction begins where the writer says so
         connection.register_out_adapter(str, _storable)
         try:
@@ -197,11 +200,12 @@ class Postgresql:
         sock.settimeout(_SOCKET_SECONDS)
         return connection
 
-    def _judge(self, context: ExceptionContext) -> None:
+    def _judge(self, context: ExceptionContext) -> Exception | None:
         fault = context.original_exception
-        if isinstance(fault, (OSError, pg8000.dbapi.Error)):
-            context.is_disconnect = context.is_disconnect or _is_gone(fault)
-            context.chained_exception = self._meaning(fault)
+        if not isinstance(fault, (OSError, pg8000.dbapi.Error)):
+            return None
+        context.is_disconnect = context.is_disconnect or _is_gone(fault)
+        return self._meaning(fault)
 
     def _meaning(self, fault: BaseException) -> Exception:
         if _told(fault)[0].startswith(_BROKEN_RULE):
@@ -271,6 +275,14 @@ def _secured(sock: socket.socket, host: str, place: Place) -> socket.socket:
         files = ", ".join(filter(None, (place.root, place.certificate, place.key)))
         raise _UnfitError(f"{files} of database_url cannot be used: {fault.strerror or fault}") from fault
     return context.wrap_socket(sock, server_hostname=host)
+
+
+def _close(politely: Callable[[], None], sock: socket.socket) -> None:
+    """Whatever state the connection is in, and without a word."""
+    with contextlib.suppress(OSError, ValueError, pg8000.dbapi.Error):
+        politely()
+    with contextlib.suppress(OSError):
+        os.close(sock.detach())
 
 
 def _check_server(connection: Any, place: Place) -> None:

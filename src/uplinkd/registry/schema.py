@@ -30,6 +30,7 @@ __all__ = [
     "audit",
     "changes",
     "devices",
+    "folded",
     "group_apps",
     "group_products",
     "groups",
@@ -55,6 +56,11 @@ def words(length: int) -> String:
     """A column of text whose order is that of its bytes in every database, so that a prefix is a range of the index. SQLite does not
     enforce lengths, and what fits there must fit elsewhere."""
     return String(length).with_variant(Text(collation="C"), "postgresql")
+
+
+def folded(text: str) -> str:
+    """As lower() of a column of text has it in every database, which knows the letters of ASCII alone."""
+    return "".join(char.lower() if char.isascii() else char for char in text)
 
 
 metadata = MetaData(

@@ -65,6 +65,7 @@ from uplinkd.registry.schema import (
     apps,
     changes,
     devices,
+    folded,
     group_apps,
     group_products,
     lifecycle_changes,
@@ -253,7 +254,7 @@ class SqlRegistry:
         page = _PRODUCT.where(products.c.id > after).order_by(products.c.id).limit(limit)
         if text:
             has = (
-                func.lower(column).contains(text.lower(), autoescape=True)
+                func.lower(column).contains(folded(text), autoescape=True)
                 for column in (products.c.name, products.c.key)
             )
             page = page.where(or_(*has))
