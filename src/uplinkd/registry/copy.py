@@ -65,6 +65,7 @@ def _copied(source: Database, old: Connection, target: Database, progress: Progr
             _prepare(target, new)
             tell = _teller(progress, "copying", total)
             copied = [_digested(table, _written(target, new, table, _rows(old, table)), tell) for table in tables]
+            target.take_stock(new)
             target.set_numbers(new, source.numbers(old))
             tell = _teller(progress, "checking", total)
             for table, told in zip(tables, copied, strict=True):

@@ -56,6 +56,9 @@ class Database(Protocol):
     def insert_many(self, connection: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
         """Insert `rows`, at least one, which all have the same columns."""
 
+    def take_stock(self, connection: Connection) -> None:
+        """After many rows have come: have questions answered by what is there now."""
+
     def reason(self, fault: BaseException | None) -> str:
         """Why the database did not do its part, by the driver's exception, in one line."""
 

@@ -520,6 +520,8 @@ class SqlRegistry:
             self.database.take_time(connection)
             for product_key, members in fleet.items():
                 self._import_product(connection, product_key, members, report, progress)
+            if report.created > _BATCH:
+                self.database.take_stock(connection)
             report.bad.sort()
             report.stored = skip_bad or not report.bad
             if report.stored:

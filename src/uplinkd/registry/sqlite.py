@@ -78,6 +78,9 @@ class Sqlite:
     def insert_many(self, connection: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
         connection.execute(insert(table), rows)
 
+    def take_stock(self, connection: Connection) -> None:
+        """SQLite plans by the schema alone."""
+
     def reason(self, fault: BaseException | None) -> str:
         words = str(fault)
         return f"another process has held its lock for more than {_BUSY_SECONDS:g} s" if "locked" in words else words
