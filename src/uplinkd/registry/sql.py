@@ -1113,18 +1113,22 @@ def _announce(
 
 def revision(database: Database, connection: Connection) -> str | None:
     """The schema that a database has, None while it is empty; raise Rejected if it is not one of ours."""
-    tables = database.tables(connection)
+    try:
+        return _revision(database.tables(connection), connection)
+    except Rejected as fault:
+        raise Rejected(f"the database {database.where} cannot be the registry: {fault}") from None
+
+
+def _revision(tables: set[str], connection: Connection) -> str | None:
     if "alembic_version" not in tables:
         if tables:
-            raise Rejected(
-                f"the database {database.where} cannot be the registry: it is another program's, with tables such as {min(tables)!r}"
-            )
+            raise Rejected(f"it is another program's, with tables such as {min(tables)!r}")
         return None
     found: str | None = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
     if found is not None and found not in REVISIONS:
         raise Rejected(
-            f"the database {database.where} cannot be the registry: a newer uplinkd made it: its schema is {found!r}, this version "
-            f"knows up to {REVISIONS[-1]!r}; install the newer version, or restore a backup from before"
+            f"a newer uplinkd made it: its schema is {found!r}, this version knows up to {REVISIONS[-1]!r}; "
+            "install the newer version, or restore a backup from before"
         )
     return found
 
