@@ -12,6 +12,7 @@ import select
 import socket
 import ssl
 import struct
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -37,6 +38,7 @@ OLDEST = 13
 _KEPT, _MORE = 4, 4
 _CONNECT_SECONDS = 2.0
 _PING_SECONDS = 1.0
+_PAUSE_SECONDS = 0.5
 _STATEMENT_SECONDS = 4
 _LOCK_SECONDS = _STATEMENT_SECONDS - 0.5
 _SOCKET_SECONDS = _STATEMENT_SECONDS + 0.5  # the server's word comes first, if it has one
@@ -75,6 +77,7 @@ class Postgresql:
     def __init__(self, url: str) -> None:
         self._place = place_of(url)
         self.where = str(self._place)
+        self._away: tuple[float, str] | None = None
         self.engine = self._made_engine()
         self.writer = _writer(self.engine)
 
@@ -166,14 +169,28 @@ class Postgresql:
         return engine
 
     def _connect(self) -> Any:
-        """A connection to the first host that is there and takes writes."""
+        """A connection to the first host that is there and takes writes. In an outage one call asks twice a second, and the others are
+        told at once what it found: they are many, and threads are few."""
+        if self._away:
+            until, words = self._away
+            if time.monotonic() < until:
+                raise Unavailable(words)
+            self._away = time.monotonic() + _STATEMENT_SECONDS, words
         faults = []
         for host, port in self._place.hosts:
             try:
-                return self._connect_to(host, port)
+                connection = self._connect_to(host, port)
             except (OSError, ValueError, pg8000.dbapi.Error, _UnfitError) as fault:
                 faults.append(self.reason(fault))
-        raise Unavailable(f"the registry {self.where} is away: {'; '.join(dict.fromkeys(faults))}")
+            else:
+                self._away = None
+                return connection
+        raise self._out("; ".join(dict.fromkeys(faults)))
+
+    def _out(self, reason: str) -> Unavailable:
+        words = f"the registry {self.where} is away: {reason}"
+        self._away = time.monotonic() + _PAUSE_SECONDS, words
+        return Unavailable(words)
 
     def _connect_to(self, host: str, port: int) -> Any:
         place = self._place
@@ -214,6 +231,8 @@ class Postgresql:
     def _meaning(self, fault: BaseException) -> Exception:
         if _told(fault)[0].startswith(_BROKEN_RULE):
             return IntegrityError(None, None, fault)
+        if isinstance(fault, TimeoutError):
+            return self._out(self.reason(fault))
         return Unavailable(f"the registry {self.where} is away: {self.reason(fault)}")
 
 
