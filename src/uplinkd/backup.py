@@ -107,13 +107,11 @@ def back_up(
         raise Rejected(f"there is nothing to back up: {source} is not there; name the data folder with --data")
     check_whole(settings.data)
     opened = SqlRegistry.open(settings)  # in this version's schema, with the key that is there
-    key = next(iter(opened.keys.sealed())).fingerprint
-    opened.close()
     chosen = (("registry", registry), ("messages", messages), ("keys", keys), ("journal", journal))
     without = [name for name, there in chosen if not there]
-    with kept_still(settings.data), _Archive(file) as archive:
+    with contextlib.closing(opened), kept_still(settings.data), _Archive(file) as archive:
         manifest = Manifest(__version__, REVISIONS[-1], _now(), without=without)
-        manifest.key = key
+        manifest.key = opened.keys.in_use()
         if source and registry:
             progress("registry", None)
             with _copied(source, file) as copy:

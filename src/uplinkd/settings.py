@@ -325,7 +325,7 @@ class Settings(BaseModel):
 
     @property
     def database(self) -> str:
-        """SQLAlchemy URL of the registry."""
+        """URL of the registry's database: one of SQLite as SQLAlchemy has it, or one of PostgreSQL as libpq does."""
         return self.database_url or f"sqlite:///{self.data / 'registry.sqlite'}"
 
 

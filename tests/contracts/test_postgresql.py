@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import shutil
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from sqlalchemy import event
 from tests.contracts.test_presence import PRODUCT
 from tests.databases import SERVER, Wire, connected, end_connections, execute, locked, made_database
 from tests.house import cli, until
+from uplinkd.cli.serve import _told_to_everybody
 from uplinkd.core.databases import place_of, without_password
 from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.core.model import Right
@@ -33,6 +35,7 @@ from uplinkd.registry.copy import copy_registry
 from uplinkd.registry.sql import SqlRegistry
 from uplinkd.settings import Settings, load, shown
 
+ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 600_000
 NAMES = ("Lamp_1", "lamp-1", "lamp.1", "lamp:1", "lamp@1", "lamp1", "lampZ", "lamp_", "zzzz", "AAAA")
 
@@ -95,6 +98,10 @@ def test_a_password_is_shown_nowhere() -> None:
     assert "hush" not in repr(settings)
     assert "hush" not in repr(place_of(settings.database_url))
     assert without_password("postgresql://me@host/name") == "postgresql://me@host/name"
+    by_flag = load({"database_url": "postgresql://me:hush@host/name"})
+    (warning,) = _told_to_everybody(*by_flag)
+    assert warning.startswith("--database-url has a secret, and each user of this machine sees the command line")
+    assert not list(_told_to_everybody(settings, {**by_flag[1], "database_url": "UPLINKD_DATABASE_URL"}))
 
 
 # -- who cannot be served
@@ -319,6 +326,21 @@ def test_a_server_that_falls_silent_is_an_outage_within_five_seconds(settings: S
     finally:
         registry.close()
         wire.close()
+
+
+@pytest.mark.slow
+def test_a_statement_that_takes_too_long_is_cancelled(registry: SqlRegistry, postgresql: str) -> None:
+    """The caller is told within five seconds, and the server does not go on with it."""
+    begun = time.monotonic()
+    with (
+        pytest.raises(Unavailable, match="a statement took longer than 4 s"),
+        registry.database.engine.connect() as connection,
+    ):
+        connection.exec_driver_sql("SELECT pg_sleep(30)")
+    assert time.monotonic() - begun < 6
+    assert execute(
+        postgresql, "SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(30)' AND state = 'active'"
+    ) == [[0]]
 
 
 @pytest.mark.slow
@@ -592,6 +614,11 @@ def test_a_backup_leaves_the_registry_to_postgresql(registry: SqlRegistry, setti
     cli("restore", str(file), data=tmp_path / "restored")
     restored = SqlRegistry.open(settings.model_copy(update={"data": tmp_path / "restored"}))
     assert restored.products() == registry.products()
+    last = restored.create_device(PRODUCT, "before").id
+    advised = re.search(r"SELECT setval.*?;", (ROOT / "docs/en/postgresql.md").read_text(), re.DOTALL)
+    assert advised
+    execute(settings.database_url, advised[0])
+    assert restored.create_device(PRODUCT, "after").id > last + 1_000_000
     restored.close()
 
 

@@ -140,6 +140,11 @@ class SqlKeys:
 
     # what secrets are sealed with
 
+    def in_use(self) -> str:
+        """The fingerprint of the key that is sealed under now."""
+        with self._reading() as connection:
+            return (in_use(connection) or b"")[1:].hex()
+
     def sealed(self) -> list[SealedUnder]:
         """The keys that something is sealed under, that for new values first."""
         counts: dict[bytes, int] = {}
