@@ -37,6 +37,7 @@ async def becomes(act: Callable[[], Any], wanted: object, seconds: float) -> flo
     return time.monotonic() - begun
 
 
+@pytest.mark.slow
 async def test_a_server_serves_from_postgresql_and_outlives_its_outages(postgresql: str, tmp_path: Path) -> None:
     """Devices and the console work; a revocation is heard within a second; connections that were ended are made anew; while the
     database is away known devices go on, and others are told within five seconds."""
@@ -93,6 +94,7 @@ async def code_of(device: Device) -> int:
     return (await device.publish(b"x"))[0]
 
 
+@pytest.mark.slow
 async def test_a_fleet_goes_on_after_the_move_to_postgresql(postgresql: str, tmp_path: Path) -> None:
     """The token that a device got while the registry was in SQLite is good after it, for the same device."""
     server = Server(tmp_path / "data").start()
