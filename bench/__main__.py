@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import console, delivery, mqtt, pages, refusals, report, sync
+from bench import console, delivery, mqtt, pages, refusals, registry, report, sync
 from bench.load import Measured, auth_load, idle_memory, publish_load, raise_file_limit
 from bench.peers import Peer, fastapi, nginx, start_uplinkd, uplinkd
 from uplinkd.engine.embedded import access_for
@@ -26,7 +26,7 @@ from uplinkd.settings import Settings
 
 NEEDED = {"wrk": "wrk", "nginx": "nginx-light", "taskset": "util-linux", "curl": "curl", "setpriv": "util-linux"}
 SERVERS = ("nginx", "fastapi", "uplinkd")
-PARTS = ("https", "mqtt", "console", "delivery", "refusals", "sync")
+PARTS = ("https", "mqtt", "console", "delivery", "refusals", "sync", "registry")
 PAYLOAD = 200
 Load = Callable[[Peer, float], Measured]
 
@@ -97,6 +97,8 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         facts |= refusals.measure(folder / "refusals", options, say)
     if "sync" in options.part:
         facts |= sync.measure(folder / "sync", options, say)
+    if "registry" in options.part:
+        facts |= registry.measure(folder / "registry", say)
     return facts
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.load import Measured
+from bench.registry import ACTS
 from uplinkd.engine.embedded import find_binary
 from uplinkd.settings import Settings
 
@@ -178,6 +179,10 @@ def _sync_row(connections: str, each: Mapping[str, Any]) -> tuple[str, ...]:
     return connections, *rates, f"{each['ratio']:.2f}", f"{each['p50']:.1f}", f"{each['p99']:.1f}"
 
 
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
 def _refusal_row(what: str, each: Mapping[str, Any]) -> tuple[str, ...]:
     served, refused, ratio = f"{each['served']:.1f}", f"{each['refused']:.1f}", f"{each['ratio']:.2f}"
     return what, served, refused, ratio, f"{each['rate']:,.0f}"
@@ -239,6 +244,12 @@ def render(facts: Mapping[str, Any]) -> str:
     if synced := facts.get("sync"):
         parts = ("sync_interval, connections", "100ms, /s", "always, /s", "ratio", "p50 ms", "p99 ms")
         lines += ["", table(parts, [_sync_row(count, one) for count, one in synced.items()])]
+    if moved := facts.get("registry"):
+        rows = [
+            (words, *(_figure(moved[each].get(act)) for each in ("sqlite", "postgresql")))
+            for act, words in ACTS.items()
+        ]
+        lines += ["", table((f"{moved['devices']:,} devices", "SQLite", "PostgreSQL"), rows)]
     if visited := facts.get("pages"):
         rows = [(path, f"{each['median']:.0f} ms", f"{each['worst']:.0f} ms") for path, each in visited.items()]
         lines += ["", table(("pages beside a large fleet", "median", "worst"), rows)]

@@ -57,6 +57,7 @@ _WORDS = {
 # Where they leave it open; by the licence's text in the package.
 _BY_TEXT = {
     "jinja2": "BSD-3-Clause",
+    "pg8000": "BSD-3-Clause",
     "python-qpid-proton": "Apache-2.0",  # where it could not be compiled, there is nothing to ask
     "uvloop": "Apache-2.0 OR MIT",
 }

@@ -16,6 +16,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from sqlalchemy import Connection
 
+from tests.databases import KINDS, empty_database, made_database
 from tests.faults.table import Row, rows_of, written
 from uplinkd import tls
 from uplinkd.registry import sql
@@ -51,12 +52,31 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(line)
 
 
+@pytest.fixture(scope="session")
+def postgresql_database() -> Iterator[str]:
+    with made_database("") as url:
+        yield url
+
+
+@pytest.fixture
+def postgresql(postgresql_database: str) -> str:
+    """The URL of an empty database."""
+    empty_database(postgresql_database)
+    return postgresql_database
+
+
+@pytest.fixture(params=KINDS)
+def database_url(request: pytest.FixtureRequest) -> str:
+    """The setting, for each kind of database in turn."""
+    return request.getfixturevalue("postgresql") if request.param == "postgresql" else ""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def migrations() -> Iterator[None]:
     """Seven hundred tests begin with an empty registry. It costs 50 ms to make one by all migrations and 2 ms to repeat what came
     of them. Tests of the migrations have a fixture of this name that does nothing; other processes run them too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sql, "_migrate", _migrate_or_repeat)
+        patch.setattr(sql, "migrate", _migrate_or_repeat)
         yield
 
 
@@ -78,12 +98,12 @@ def rsa_keys() -> Iterator[None]:
 
 
 _RSA_KEYS = 5
-_migrate: Callable[[Connection], None] = sql._migrate
+_migrate: Callable[[Connection], None] = sql.migrate
 _made: list[tuple[str, list[Any]]] = []  # statements and their rows
 
 
 def _migrate_or_repeat(connection: Connection) -> None:
-    if connection.exec_driver_sql("SELECT 1 FROM sqlite_master").first():
+    if connection.dialect.name != "sqlite" or connection.exec_driver_sql("SELECT 1 FROM sqlite_master").first():
         _migrate(connection)
     elif _made:
         for statement, rows in _made:

@@ -32,9 +32,10 @@ from uplinkd.engine.embedded import Access, EmbeddedServer, access_for
 from uplinkd.engine.snapshot import CHUNK_BYTES, StreamFacts, open_shelf
 from uplinkd.files import check_whole, kept_still, publish, sync_folder, unfinished_file
 from uplinkd.journal import journal_file
+from uplinkd.registry.database import is_shared
 from uplinkd.registry.schema import REVISIONS
-from uplinkd.registry.sql import SqlRegistry, database_file
-from uplinkd.registry.vault import PREFIX_BYTES
+from uplinkd.registry.sql import SqlRegistry
+from uplinkd.registry.sqlite import database_file
 from uplinkd.serving import last_server, lock_file
 from uplinkd.settings import Settings
 
@@ -81,6 +82,7 @@ def back_up(
     settings: Settings,
     file: Path,
     *,
+    registry: bool = True,
     messages: bool = True,
     keys: bool = True,
     journal: bool = True,
@@ -88,6 +90,11 @@ def back_up(
     progress: Progress,
 ) -> Manifest:
     """Write a backup of the data folder to `file`, as a whole or not at all. Raise Rejected or Unavailable."""
+    if is_shared(settings) and registry:
+        raise Rejected(
+            "the registry is in PostgreSQL (database_url): back that up with its own means, such as pg_dump, first, and then the rest "
+            "by adding --without-registry"
+        )
     if settings.nats_url and messages:
         raise Rejected(
             "the messages lie in your own NATS servers (nats_url): back those up with their own means, such as `nats stream backup`, "
@@ -95,18 +102,21 @@ def back_up(
         )
     if file.exists() and not overwrite:
         raise Rejected(f"{file} is there already: name another file, or add --overwrite")
-    source = database_file(settings)
-    if not source.exists():
+    source = None if is_shared(settings) else database_file(settings)
+    if source and not source.exists():
         raise Rejected(f"there is nothing to back up: {source} is not there; name the data folder with --data")
     check_whole(settings.data)
-    SqlRegistry.open(settings).close()  # in this version's schema, with the key that is there
-    without = [name for name, there in (("messages", messages), ("keys", keys), ("journal", journal)) if not there]
-    with kept_still(settings.data), _Archive(file) as archive:
+    opened = SqlRegistry.open(settings)  # in this version's schema, with the key that is there
+    chosen = (("registry", registry), ("messages", messages), ("keys", keys), ("journal", journal))
+    without = [name for name, there in chosen if not there]
+    with contextlib.closing(opened), kept_still(settings.data), _Archive(file) as archive:
         manifest = Manifest(__version__, REVISIONS[-1], _now(), without=without)
-        progress("registry", None)
-        with _copied(source, file) as copy:
-            manifest.key, manifest.counts = _facts(copy)
-            archive.add(_REGISTRY, copy, compressed=True)
+        manifest.key = opened.keys.in_use()
+        if source and registry:
+            progress("registry", None)
+            with _copied(source, file) as copy:
+                manifest.counts = _counts(copy)
+                archive.add(_REGISTRY, copy, compressed=True)
         served = json.dumps(asdict(last_server(settings.data))).encode()
         archive.add_bytes(_SERVED, served)
         if keys:
@@ -167,14 +177,12 @@ def _copied(source: Path, beside: Path) -> Iterator[Path]:
             path.unlink()
 
 
-def _facts(database: Path) -> tuple[str, dict[str, int]]:
+def _counts(database: Path) -> dict[str, int]:
     with contextlib.closing(sqlite3.connect(database)) as connection:
-        (sample,) = connection.execute("SELECT key FROM signing_keys ORDER BY id").fetchone()
-        counts = {
+        return {
             name: connection.execute(f"SELECT count(*) FROM {name}").fetchone()[0]  # noqa: S608 - our own tables
             for name in _COUNTED
         }
-    return sample[1:PREFIX_BYTES].hex(), counts
 
 
 class _Part:
@@ -279,12 +287,12 @@ def manifest_of(file: Path) -> Manifest:
 def restore(settings: Settings, file: Path, *, progress: Progress) -> Manifest:
     """Make the data folder of the backup in `file`; the folder must be empty or not there. Raise Rejected or Unavailable."""
     data, now = settings.data, _now()
-    if settings.database_url:
-        raise Rejected(
-            "a backup is restored into a data folder, the registry with it: leave the setting database_url out"
-        )
     with _opened(file) as archive:
         manifest = _manifest(archive, file)
+        if settings.database_url and "registry" not in manifest.without:
+            raise Rejected(
+                "a backup is restored into a data folder, the registry with it: leave the setting database_url out"
+            )
         _check_manifest(manifest, settings, file, now)
         _check_empty(data)
         _check_parts(archive, manifest, file, progress)
@@ -301,15 +309,18 @@ def restore(settings: Settings, file: Path, *, progress: Progress) -> Manifest:
                 _extract(archive, _JOURNAL, journal_file(settings), compressed=True)
             if manifest.streams:
                 _put(settings, archive, manifest, now, progress)
-            progress("registry", None)
-            _extract(archive, _REGISTRY, database_file(settings), compressed=True)
+            if _REGISTRY in names:
+                progress("registry", None)
+                _extract(archive, _REGISTRY, database_file(settings), compressed=True)
         except OSError as error:
             raise Unavailable(f"{data} cannot be written: {error.strerror}") from error
-    _set_ahead(database_file(settings), now - manifest.begun)
+    if _REGISTRY in names:
+        _set_ahead(database_file(settings), now - manifest.begun)
     mark.unlink()
-    registry = SqlRegistry.open(settings)  # brings the schema forward
-    registry.operators.note("restore", file.name, f"of {manifest.begun}, by uplinkd {manifest.uplinkd}")
-    registry.close()
+    if _REGISTRY in names:
+        registry = SqlRegistry.open(settings)  # brings the schema forward
+        registry.operators.note("restore", file.name, f"of {manifest.begun}, by uplinkd {manifest.uplinkd}")
+        registry.close()
     sync_folder(data)
     return manifest
 

@@ -18,6 +18,7 @@ from pydantic import SecretStr
 from uplinkd import __version__
 from uplinkd.core.errors import Rejected
 from uplinkd.files import kept_still, publish, sync_folder
+from uplinkd.registry.database import is_shared
 from uplinkd.registry.keys import SigningKeyFacts
 from uplinkd.registry.sql import SqlRegistry
 from uplinkd.registry.vault import file_keys, fingerprint, key_file, key_in, new_key_file, written_key
@@ -44,6 +45,11 @@ def rotate(settings: Settings, progress: Progress) -> tuple[str, int]:
         raise Rejected(
             "the key is given by the setting secret_key: stop the server, name a file with the new key by --to FILE, then give that "
             "key to the setting; `openssl rand -base64 32` makes one"
+        )
+    if is_shared(settings):
+        raise Rejected(
+            "the registry is in PostgreSQL, and gateways on other machines would not have a key that is made here: stop them all, name "
+            "a file with the new key by --to FILE, then give them that key; `openssl rand -base64 32` makes one"
         )
     with opened(settings) as registry, kept_still(settings.data):
         _check_server(settings.data)

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
+from uplinkd.core.databases import SCHEMES, place_of, without_password
 from uplinkd.core.errors import Rejected
 
 __all__ = [
@@ -169,8 +170,13 @@ def _networks(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _database_url(text: str) -> str:
-    if text and not text.startswith("sqlite:///"):
-        raise ValueError("this version keeps its registry in SQLite: sqlite:///path/to/registry.sqlite")
+    if text.startswith(SCHEMES):
+        place_of(text)
+    elif text and not text.startswith("sqlite:///"):
+        raise ValueError(
+            "the registry is in SQLite, sqlite:///path/to/registry.sqlite, or in PostgreSQL, "
+            "postgresql://user:password@host:5432/name?sslmode=verify-full"
+        )
     return text
 
 
@@ -235,7 +241,10 @@ class Settings(BaseModel):
         description="memory of one process (worker, console, delivery) beyond which it drains and is started anew; 0: no limit",
     )
     database_url: Annotated[str, AfterValidator(_database_url)] = Field(
-        "", description="registry database; empty: SQLite in the data folder"
+        "",
+        repr=False,
+        description="registry database, SQLite or PostgreSQL (postgresql://user:password@host:5432/name?sslmode=verify-full); "
+        "empty: SQLite in the data folder",
     )
     nats_url: Annotated[str, AfterValidator(_nats_url)] = Field(
         "", description="your own NATS servers, separated by commas; empty: one is started and looked after"
@@ -334,7 +343,7 @@ class Settings(BaseModel):
 
     @property
     def database(self) -> str:
-        """SQLAlchemy URL of the registry."""
+        """URL of the registry's database: one of SQLite as SQLAlchemy has it, or one of PostgreSQL as libpq does."""
         return self.database_url or f"sqlite:///{self.data / 'registry.sqlite'}"
 
 
@@ -358,7 +367,11 @@ def shown(settings: Settings, name: str) -> str:
         return ",".join(str(part) for part in value)
     if isinstance(value, float):
         return f"{value:g}" if value < 1e6 else f"{value:.0f}"
-    return re.sub(r"(://)[^@/\s,]+@", r"\1***@", str(value))
+    return _without_password(name, str(value))
+
+
+def _without_password(name: str, text: str) -> str:
+    return without_password(text) if name == "database_url" else re.sub(r"(://)[^@/\s,]+@", r"\1***@", text)
 
 
 def load(
@@ -403,6 +416,7 @@ def load(
         for fault in error.errors():
             name = str(fault["loc"][0])
             value = "…" if name == "secret_key" else repr(values.get(name))
+            value = _without_password(name, value) if name.endswith("_url") else value
             faults.append(f"{origins.get(name, name)}: {name} = {value}: {_rule(fault['msg'])}")
     if settings and len(settings.tls_cert) != len(settings.tls_key):
         faults.append(

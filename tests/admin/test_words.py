@@ -32,7 +32,10 @@ FAULTY = [
         SOURCES / name
         for name in ("asking.py", "core/groups.py", "core/names.py", "core/webhooks.py", "engine/reader.py")
     ),
-    *(SOURCES / "registry" / name for name in ("fleet.py", "groups.py", "operators.py", "sql.py")),
+    *(
+        SOURCES / "registry" / name
+        for name in ("database.py", "fleet.py", "groups.py", "operators.py", "postgresql.py", "sql.py", "sqlite.py")
+    ),
 ]
 FAULTS = {"Conflict", "Denied", "Forbidden", "NotFound", "Rejected", "Stale", "Unavailable"}
 # What is put together elsewhere: an answer's status, a wait.

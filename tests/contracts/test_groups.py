@@ -37,8 +37,8 @@ PLAN = Plan(products=(LAMPS,), kinds=frozenset(Kind), apps=("billing",))
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(data=tmp_path / "data", nats_listen="")
+def settings(database_url: str, tmp_path: Path) -> Settings:
+    return Settings(data=tmp_path / "data", database_url=database_url, nats_listen="")
 
 
 @pytest.fixture

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.databases import content
 from uplinkd.core.errors import Conflict, NotFound, Rejected, Stale
 from uplinkd.core.model import Census, Right, State
 from uplinkd.core.operators import Actor, Role, Scope, acting
@@ -18,8 +18,8 @@ from uplinkd.settings import Settings
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(data=tmp_path / "data")
+def settings(database_url: str, tmp_path: Path) -> Settings:
+    return Settings(data=tmp_path / "data", database_url=database_url)
 
 
 @pytest.fixture
@@ -84,12 +84,10 @@ def test_of_tokens_and_keys_only_hashes_are_kept(registry: Registry, settings: S
     registry.operators.keep_answer("order 7", b'{"deviceSecret": "s3cret"}')
     assert key.startswith(made.hint)
     assert len(key) == 48
-    connection = sqlite3.connect(settings.database.removeprefix("sqlite:///"))
-    everything = "\n".join(connection.iterdump())
-    connection.close()
+    everything = content(settings)
+    assert b"alice" in everything
     for secret in (key, "a session's token", "s3cret", "order 7"):
-        assert secret not in everything
-        assert secret.encode().hex().upper() not in everything
+        assert secret.encode() not in everything
     found = registry.operators.find_key(key)
     assert found
     assert (found.name, found.scope) == ("ci", Scope.OPERATE)

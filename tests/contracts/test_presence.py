@@ -323,13 +323,13 @@ def plans(registry: Registry, act: Callable[[], object]) -> list[str]:
     def note(_c: Any, _k: Any, statement: str, parameters: Any, _x: Any, many: bool) -> None:
         statements.append((statement, parameters[0] if many else parameters))
 
-    event.listen(registry._engine, "before_cursor_execute", note)
-    event.listen(registry._writer, "before_cursor_execute", note)
+    event.listen(registry.database.engine, "before_cursor_execute", note)
+    event.listen(registry.database.writer, "before_cursor_execute", note)
     act()
-    event.remove(registry._engine, "before_cursor_execute", note)
-    event.remove(registry._writer, "before_cursor_execute", note)
+    event.remove(registry.database.engine, "before_cursor_execute", note)
+    event.remove(registry.database.writer, "before_cursor_execute", note)
     found = []
-    with registry._engine.connect() as connection:
+    with registry.database.engine.connect() as connection:
         for statement, parameters in statements:
             if statement.startswith(("SELECT", "UPDATE", "DELETE")):
                 rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import os
-import sqlite3
 import stat
 import subprocess
 import sys
@@ -20,11 +19,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
+from tests.databases import alter, content, execute, locked
 from uplinkd.core import names
 from uplinkd.core.errors import Conflict, NotFound, Rejected, Unavailable
 from uplinkd.core.model import ProductKey, Right, TopicClass
 from uplinkd.registry import Change, ImportRow, Registry, Sighting, open_registry
 from uplinkd.registry.schema import REVISIONS, metadata
+from uplinkd.registry.sql import SqlRegistry
 from uplinkd.registry.vault import Vault, fingerprint
 from uplinkd.settings import Settings
 
@@ -39,16 +40,10 @@ from uplinkd.settings import Settings
 
 while time.time() < float(sys.argv[2]):
     pass
-registry = open_registry(Settings(data=Path(sys.argv[1])))
+registry = open_registry(Settings(data=Path(sys.argv[1]), database_url=sys.argv[3]))
 print(registry.signing_keys()[0].key.hex())
 registry.close()
 """
-
-
-def settings_of(implementation: str, folder: Path) -> Settings:
-    """Settings of an empty registry of that kind; another database gets its URL here."""
-    assert implementation == "sqlite"
-    return Settings(data=folder / "data")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,9 +51,9 @@ def migrations() -> None:
     """The real ones."""
 
 
-@pytest.fixture(params=["sqlite"])
-def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
-    return settings_of(request.param, tmp_path)
+@pytest.fixture
+def settings(database_url: str, tmp_path: Path) -> Settings:
+    return Settings(data=tmp_path / "data", database_url=database_url)
 
 
 @pytest.fixture
@@ -67,10 +62,6 @@ def registry(settings: Settings) -> Iterator[Registry]:
     registry.create_product("contracts", key=PRODUCT)
     yield registry
     registry.close()
-
-
-def database(settings: Settings) -> Path:
-    return Path(settings.database.removeprefix("sqlite:///"))
 
 
 def rows(*facts: tuple[str, str, str]) -> Iterator[ImportRow]:
@@ -447,20 +438,22 @@ def test_no_secret_lies_open_on_the_disk(registry: Registry, settings: Settings)
     registry.create_device(PRODUCT, "lamp-1", secret="DeviceSecret-in-plain")
     registry.import_devices(rows((PRODUCT, "lamp-2", "ImportedSecret-in-plain")))
     key = registry.signing_keys()[0].key
-    path = database(settings)
-    stored = b"".join(file.read_bytes() for file in path.parent.glob(path.name + "*"))
+    stored = content(settings)
     assert b"lamp-1" in stored
     assert b"in-plain" not in stored
     assert key not in stored
 
 
-def test_files_are_for_their_owner_alone(registry: Registry, settings: Settings) -> None:
+def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
     """Folders 0700; database, its companions and the key 0600."""
-    path = database(settings)
+    settings = Settings(data=tmp_path / "data")
+    registry = open_registry(settings)
+    path = settings.data / "registry.sqlite"
     for folder in (settings.data, settings.data / "keys"):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     for file in (*path.parent.glob(path.name + "*"), settings.data / "keys" / "secret.key"):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
+    registry.close()
 
 
 def test_everything_is_there_again_after_a_restart(settings: Settings) -> None:
@@ -534,7 +527,7 @@ names_of_devices = st.from_regex(r"[A-Za-z0-9_@.:-]{4,32}", fullmatch=True)
 def test_made_one_by_one_or_imported_a_fleet_is_the_same(fleet: dict[str, str]) -> None:
     """Every name and secret that the rules allow comes back as it went in, by either way."""
     with tempfile.TemporaryDirectory() as folder:
-        registry = open_registry(settings_of("sqlite", Path(folder)))
+        registry = open_registry(Settings(data=Path(folder) / "data"))
         try:
             registry.create_product("one by one", key="single")
             for name, secret in fleet.items():
@@ -549,13 +542,15 @@ def test_made_one_by_one_or_imported_a_fleet_is_the_same(fleet: dict[str, str]) 
 # opening, and outages
 
 
-def test_processes_that_open_a_new_registry_at_once_agree(tmp_path: Path) -> None:
+def test_processes_that_open_a_new_registry_at_once_agree(tmp_path: Path, database_url: str) -> None:
     """All succeed, and all have the same signing key: one made the tables and the keys, the others waited."""
+    if database_url:
+        execute(database_url, "DROP SCHEMA public CASCADE", "CREATE SCHEMA public")
     moment = time.time() + 1.5
-    command = [sys.executable, "-c", OPEN, str(tmp_path / "data"), str(moment)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    command = [sys.executable, "-c", OPEN, str(tmp_path / "data"), str(moment), database_url]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
     answers = [process.communicate(timeout=60) for process in processes]
-    assert [fault for _, fault in answers] == ["", "", ""]
+    assert [fault for _, fault in answers] == [""] * 4
     assert len({key for key, _ in answers}) == 1
 
 
@@ -563,38 +558,31 @@ def test_an_up_to_date_registry_opens_without_alembic(tmp_path: Path) -> None:
     """Every command opens the registry: it must not pay for migrations that are not due."""
     settings = Settings(data=tmp_path / "data")
     open_registry(settings).close()
-    command = [sys.executable, "-c", OPEN + "print('alembic' in sys.modules)", str(settings.data), "0"]
+    command = [sys.executable, "-c", OPEN + "print('alembic' in sys.modules)", str(settings.data), "0", ""]
     output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     assert output.splitlines()[-1] == "False"
 
 
-def test_the_migrations_lead_to_the_schema(registry: Registry, settings: Settings) -> None:
+def test_the_migrations_lead_to_the_schema(registry: Registry) -> None:
     """Tables that Alembic made are those that the code expects, and every revision is known to it."""
     from alembic.autogenerate import compare_metadata
     from alembic.config import Config
     from alembic.migration import MigrationContext
     from alembic.script import ScriptDirectory
-    from sqlalchemy import create_engine
 
     config = Config()
     config.set_main_option("script_location", "uplinkd.registry:migrations")
     scripts = ScriptDirectory.from_config(config)
     assert tuple(reversed([script.revision for script in scripts.walk_revisions()])) == REVISIONS
-    engine = create_engine(settings.database)
-    try:
-        with engine.connect() as connection:
-            assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-    finally:
-        engine.dispose()
+    assert isinstance(registry, SqlRegistry)
+    with registry.database.engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
 
 
 def test_a_database_of_a_newer_uplinkd_is_refused(settings: Settings) -> None:
     """The line says so and names both schemas; the database is left as it is."""
     open_registry(settings).close()
-    connection = sqlite3.connect(database(settings))
-    connection.execute("UPDATE alembic_version SET version_num = '9999'")
-    connection.commit()
-    connection.close()
+    alter(settings, "UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(Rejected, match=r"newer uplinkd.*9999.*0004"):
         open_registry(settings)
 
@@ -606,22 +594,21 @@ def test_a_folder_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> N
         open_registry(Settings(data=tmp_path / "file" / "data"))
 
 
-def test_a_file_that_is_no_database_is_unavailable_in_one_line(settings: Settings) -> None:
+def test_a_file_that_is_no_database_is_unavailable_in_one_line(tmp_path: Path) -> None:
     """And it is not written over."""
-    settings.data.mkdir()
-    database(settings).write_bytes(b"my holiday photos" * 1000)
+    settings = Settings(data=tmp_path)
+    file = tmp_path / "registry.sqlite"
+    file.write_bytes(b"my holiday photos" * 1000)
     with pytest.raises(Unavailable, match="is damaged") as outage:
         open_registry(settings)
     assert "\n" not in str(outage.value)
-    assert database(settings).read_bytes() == b"my holiday photos" * 1000
+    assert file.read_bytes() == b"my holiday photos" * 1000
 
 
 def test_a_lock_that_another_holds_is_an_outage_for_writers_alone(registry: Registry, settings: Settings) -> None:
-    """After some five seconds the writer is told in one line; readers, and so devices, go on meanwhile."""
+    """After four or five seconds the writer is told in one line; readers, and so devices, go on meanwhile."""
     registry.create_device(PRODUCT, "lamp-1")
-    other = sqlite3.connect(database(settings), isolation_level=None)
-    try:
-        other.execute("BEGIN IMMEDIATE")
+    with locked(settings):
         refused: list[str] = []
 
         def write() -> None:
@@ -636,14 +623,11 @@ def test_a_lock_that_another_holds_is_an_outage_for_writers_alone(registry: Regi
         assert registry.find_device(PRODUCT, "lamp-1")
         assert time.monotonic() - started < 2
         writer.join(timeout=20)
-        assert 4 < time.monotonic() - started < 15
+        assert 3 < time.monotonic() - started < 15
         assert len(refused) == 1
         assert "lock" in refused[0]
         assert "\n" not in refused[0]
-        other.execute("ROLLBACK")
-        registry.reset_secret(PRODUCT, "lamp-1")
-    finally:
-        other.close()
+    registry.reset_secret(PRODUCT, "lamp-1")
 
 
 def test_threads_share_one_registry(registry: Registry) -> None:
@@ -676,10 +660,11 @@ def test_secrets_stay_out_of_what_is_printed(registry: Registry) -> None:
     assert repr(registry.signing_keys()[0].key) not in shown
 
 
-def test_a_registry_keeps_no_file_open_after_close(settings: Settings) -> None:
+def test_a_registry_keeps_no_file_open_after_close(tmp_path: Path) -> None:
     """A command that ends, or a worker that drains, leaves nothing behind."""
+    settings = Settings(data=tmp_path / "data")
     registry = open_registry(settings)
     registry.create_product("contracts")
     registry.close()
     opened = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.exists()]
-    assert not [path for path in opened if path.startswith(str(database(settings)))]
+    assert not [path for path in opened if path.startswith(str(tmp_path / "data"))]

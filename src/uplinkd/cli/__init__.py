@@ -23,6 +23,7 @@ COMMANDS = {
     "apikey": ("uplinkd.cli.access", "apikey"),
     "user": ("uplinkd.cli.access", "user"),
     "keys": ("uplinkd.cli.keys", "keys"),
+    "registry": ("uplinkd.cli.registry", "registry"),
     "backup": ("uplinkd.cli.keep", "backup"),
     "restore": ("uplinkd.cli.keep", "restore"),
     "messages": ("uplinkd.cli.messages", "messages"),

@@ -24,6 +24,9 @@ _DRAW_SECONDS = 0.1
 @click.command()
 @_file
 @click.option(
+    "--without-registry", is_flag=True, help="Leave out the registry: it is in PostgreSQL, which backs it up."
+)
+@click.option(
     "--without-messages", is_flag=True, help="Leave out messages and whatever else waits in streams: a small file."
 )
 @click.option("--without-keys", is_flag=True, help="Leave out keys and TLS material; you keep those elsewhere.")
@@ -34,6 +37,7 @@ _DRAW_SECONDS = 0.1
 def backup(
     settings: Settings,
     file: Path,
+    without_registry: bool,
     without_messages: bool,
     without_keys: bool,
     without_journal: bool,
@@ -47,6 +51,7 @@ def backup(
     manifest = back_up(
         settings,
         file,
+        registry=not without_registry,
         messages=not without_messages,
         keys=not without_keys,
         journal=not without_journal,
@@ -91,6 +96,8 @@ def _tell(manifest: Manifest, what: str, size: int, as_json: bool) -> None:
         parts.append(f"{counts.get('UPLINKD', 0)} messages")
     left = f", without {' and '.join(manifest.without)}" if manifest.without else ""
     click.echo(f"{what} {', '.join(parts)} as of {local_time(manifest.begun)}{left} ({size / 1024**2:.1f} MiB)")
+    if "registry" in manifest.without:
+        click.echo("the registry is not in it: that is in PostgreSQL, and backed up and restored there")
     if "keys" not in manifest.without:
         click.echo("the file holds keys: whoever reads it can act as every device and read every secret")
 

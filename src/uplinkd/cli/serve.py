@@ -67,6 +67,7 @@ def _told_to_everybody(settings: Settings, origins: Origins) -> Iterator[str]:
     secret = {
         "secret_key": bool(settings.secret_key.get_secret_value()),
         "nats_url": shown(settings, "nats_url") != settings.nats_url,
+        "database_url": shown(settings, "database_url") != settings.database_url,
     }
     for name, is_set in secret.items():
         if is_set and origins[name].startswith("--"):

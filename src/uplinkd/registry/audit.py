@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import delete, func, insert, select
 from sqlalchemy.engine import Connection
 
 from uplinkd.core.operators import Actor, AuditEntry, acting
-from uplinkd.registry.schema import audit
+from uplinkd.registry.schema import audit, folded
 
 __all__ = ["KEPT_ENTRIES", "note", "page"]
 
@@ -52,9 +52,9 @@ def page(
     if actor:
         statement = statement.where(audit.c.actor == actor)
     if action:
-        statement = statement.where(audit.c.action.startswith(action, autoescape=True))
+        statement = statement.where(func.lower(audit.c.action).startswith(folded(action), autoescape=True))
     if target:
-        statement = statement.where(audit.c.target.startswith(target, autoescape=True))
+        statement = statement.where(func.lower(audit.c.target).startswith(folded(target), autoescape=True))
     return [_entry(row) for row in connection.execute(statement)]
 
 

@@ -1,7 +1,7 @@
 """The keys of a registry: the one that its secrets are sealed with, and those that sign tokens; how each gives way to another.
 
 A new sealing key is in use from one transaction on, which seals the signing keys anew: whoever writes looks there first
-(`in_use`), and SQLite has one writer at a time, so nothing is sealed under the old key afterwards. What was before is sealed anew
+(`in_use`), and a registry has one writer at a time, so nothing is sealed under the old key afterwards. What was before is sealed anew
 in parts, each a transaction of its own, and both keys are kept until nothing is left under the old one.
 """
 
@@ -14,12 +14,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Column, Select, bindparam, func, insert, select, update
+from sqlalchemy import Column, ColumnElement, Select, Update, func, insert, select, update
 from sqlalchemy.engine import Connection
 
 from uplinkd.core.errors import Rejected
 from uplinkd.core.model import ProductKey, SigningKey
 from uplinkd.registry import Change, audit
+from uplinkd.registry.database import Database
 from uplinkd.registry.schema import answers, apps, changes, devices, groups, products, signing_keys
 from uplinkd.registry.vault import PREFIX_BYTES, Vault, fingerprint, prefix_of
 
@@ -131,12 +132,18 @@ class SigningKeyFacts:
 class SqlKeys:
     """The keys of a SqlRegistry, over its transactions."""
 
-    def __init__(self, reading: Transactions, writing: Transactions, vault: Vault) -> None:
+    def __init__(self, database: Database, reading: Transactions, writing: Transactions, vault: Vault) -> None:
+        self._database = database
         self._reading = reading
         self._writing = writing
         self._vault = vault
 
     # what secrets are sealed with
+
+    def in_use(self) -> str:
+        """The fingerprint of the key that is sealed under now."""
+        with self._reading() as connection:
+            return (in_use(connection) or b"")[1:].hex()
 
     def sealed(self) -> list[SealedUnder]:
         """The keys that something is sealed under, that for new values first."""
@@ -144,8 +151,8 @@ class SqlKeys:
         with self._reading() as connection:
             current = in_use(connection)
             for each in _SEALED:
-                prefix = func.substr(each.column, 1, PREFIX_BYTES)
-                counted = select(prefix, func.count()).where(each.column.is_not(None)).group_by(prefix)
+                prefix = func.substr(each.column, 1, PREFIX_BYTES).label("prefix")
+                counted = select(prefix, func.count()).where(each.column.is_not(None)).group_by("prefix")
                 for value, count in connection.execute(counted):
                     counts[value] = counts.get(value, 0) + count
         found = [SealedUnder(prefix[1:].hex(), count, prefix == current) for prefix, count in counts.items()]
@@ -177,6 +184,7 @@ class SqlKeys:
     def replace(self, key: bytes, progress: Callable[[int], None]) -> int:
         """`begin` and `seal_anew` in one transaction: all of it or nothing. How many values."""
         with self._writing() as connection:
+            self._database.take_time(connection)
             count = self._use(connection, key)
             for each in _SEALED:
                 after, changed = self._part(connection, each, None)
@@ -217,9 +225,11 @@ class SqlKeys:
             if sealed is not None and not self._vault.is_current(sealed)
         ]
         if fresh:
-            table = what.column.table
-            changed = update(table).where(what.place == bindparam("at")).values({what.column: bindparam("fresh")})
-            connection.execute(changed, fresh)
+
+            def changed(given: Callable[[str], ColumnElement[Any]]) -> Update:
+                return update(what.column.table).where(what.place == given("at")).values({what.column: given("fresh")})
+
+            self._database.update_each(connection, changed, fresh)
         return (rows[-1].place if len(rows) == _PART else None), len(fresh)
 
     # what signs tokens

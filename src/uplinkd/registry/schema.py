@@ -14,12 +14,14 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    Text,
     UniqueConstraint,
     false,
     text,
 )
 
 __all__ = [
+    "NUMBERED",
     "REVISIONS",
     "answers",
     "api_keys",
@@ -28,6 +30,7 @@ __all__ = [
     "audit",
     "changes",
     "devices",
+    "folded",
     "group_apps",
     "group_products",
     "groups",
@@ -39,6 +42,7 @@ __all__ = [
     "status_changes",
     "topic_classes",
     "users",
+    "words",
 ]
 
 REVISIONS: tuple[str, ...] = ("0001", "0002", "0003", "0004")
@@ -46,6 +50,18 @@ REVISIONS: tuple[str, ...] = ("0001", "0002", "0003", "0004")
 
 # SQLite numbers rows by itself only where the type is INTEGER, which there has 64 bits.
 _Id = BigInteger().with_variant(Integer(), "sqlite")
+
+
+def words(length: int) -> String:
+    """A column of text whose order is that of its bytes in every database, so that a prefix is a range of the index. SQLite does not
+    enforce lengths, and what fits there must fit elsewhere."""
+    return String(length).with_variant(Text(collation="C"), "postgresql")
+
+
+def folded(text: str) -> str:
+    """As lower() of a column of text has it in every database, which knows the letters of ASCII alone."""
+    return "".join(char.lower() if char.isascii() else char for char in text)
+
 
 metadata = MetaData(
     naming_convention={
@@ -59,8 +75,8 @@ products = Table(
     "products",
     metadata,
     Column("id", _Id, primary_key=True),
-    Column("key", String(30), nullable=False, unique=True),
-    Column("name", String(30), nullable=False, unique=True),
+    Column("key", words(30), nullable=False, unique=True),
+    Column("name", words(30), nullable=False, unique=True),
     Column("secret", LargeBinary, nullable=False),
     Column("created", BigInteger, nullable=False),
     sqlite_autoincrement=True,
@@ -71,7 +87,7 @@ devices = Table(
     metadata,
     Column("id", _Id, primary_key=True),
     Column("product_id", _Id, ForeignKey("products.id", ondelete="CASCADE"), nullable=False),
-    Column("name", String(64), nullable=False),
+    Column("name", words(64), nullable=False),
     Column("secret", LargeBinary, nullable=False),
     Column("enabled", Boolean, nullable=False),
     Column("generation", Integer, nullable=False),
@@ -82,8 +98,8 @@ devices = Table(
     # which worker holds its MQTT session; `session_at` orders sessions, see registry.Sighting.
     Column("online", Boolean, nullable=False, server_default=false()),
     Column("requested", BigInteger),
-    Column("address", String(45)),
-    Column("session", String(64)),
+    Column("address", words(45)),
+    Column("session", words(64)),
     Column("session_at", BigInteger),
     UniqueConstraint("product_id", "name"),
     sqlite_autoincrement=True,
@@ -95,12 +111,12 @@ status_changes = Table(
     "status_changes",
     metadata,
     Column("id", _Id, primary_key=True),
-    Column("product_key", String(30), nullable=False),
-    Column("device_name", String(64), nullable=False),
+    Column("product_key", words(30), nullable=False),
+    Column("device_name", words(64), nullable=False),
     Column("online", Boolean, nullable=False),
     Column("at", BigInteger, nullable=False),
     Column("last_seen", BigInteger, nullable=False),
-    Column("address", String(45), nullable=False),
+    Column("address", words(45), nullable=False),
     sqlite_autoincrement=True,
 )
 # Those of one device are told one after the other.
@@ -111,8 +127,8 @@ topic_classes = Table(
     metadata,
     Column("id", _Id, primary_key=True),
     Column("product_id", _Id, ForeignKey("products.id", ondelete="CASCADE"), nullable=False),
-    Column("levels", String(128), nullable=False),
-    Column("right", String(9), nullable=False),
+    Column("levels", words(128), nullable=False),
+    Column("right", words(9), nullable=False),
     UniqueConstraint("product_id", "levels"),
     sqlite_autoincrement=True,
 )
@@ -121,7 +137,7 @@ changes = Table(
     "changes",
     metadata,
     Column("seq", _Id, primary_key=True),
-    Column("product_key", String(30), nullable=False),
+    Column("product_key", words(30), nullable=False),
     Column("device_id", BigInteger),
     Column("app_id", BigInteger),
     Column("group_id", BigInteger),
@@ -132,8 +148,8 @@ apps = Table(
     "apps",
     metadata,
     Column("id", _Id, primary_key=True),
-    Column("key", String(32), nullable=False, unique=True),
-    Column("name", String(64), nullable=False, unique=True),
+    Column("key", words(32), nullable=False, unique=True),
+    Column("name", words(64), nullable=False, unique=True),
     Column("secret_hash", LargeBinary, nullable=False),
     # Sealed, for AMQP, where clients prove that they know it; none of an application that was made before there was AMQP.
     Column("secret", LargeBinary),
@@ -162,9 +178,9 @@ users = Table(
     "users",
     metadata,
     Column("id", _Id, primary_key=True),
-    Column("name", String(64), nullable=False, unique=True),
-    Column("role", String(8), nullable=False),
-    Column("password_hash", String(255), nullable=False),
+    Column("name", words(64), nullable=False, unique=True),
+    Column("role", words(8), nullable=False),
+    Column("password_hash", words(255), nullable=False),
     Column("one_time", Boolean, nullable=False),
     Column("created", BigInteger, nullable=False),
     Column("last_sign_in", BigInteger),
@@ -185,10 +201,10 @@ api_keys = Table(
     "api_keys",
     metadata,
     Column("id", _Id, primary_key=True),
-    Column("name", String(64), nullable=False, unique=True),
-    Column("scope", String(8), nullable=False),
+    Column("name", words(64), nullable=False, unique=True),
+    Column("scope", words(8), nullable=False),
     Column("key_hash", LargeBinary, nullable=False, unique=True),
-    Column("hint", String(16), nullable=False),
+    Column("hint", words(16), nullable=False),
     Column("created", BigInteger, nullable=False),
     Column("last_used", BigInteger),
     sqlite_autoincrement=True,
@@ -199,12 +215,12 @@ audit = Table(
     metadata,
     Column("id", _Id, primary_key=True),
     Column("at", BigInteger, nullable=False),
-    Column("actor", String(64), nullable=False),
-    Column("way", String(8), nullable=False),
-    Column("address", String(45), nullable=False),
-    Column("action", String(32), nullable=False),
-    Column("target", String(255), nullable=False),
-    Column("detail", String(255), nullable=False),
+    Column("actor", words(64), nullable=False),
+    Column("way", words(8), nullable=False),
+    Column("address", words(45), nullable=False),
+    Column("action", words(32), nullable=False),
+    Column("target", words(255), nullable=False),
+    Column("detail", words(255), nullable=False),
     sqlite_autoincrement=True,
 )
 
@@ -221,10 +237,10 @@ groups = Table(
     "groups",
     metadata,
     Column("id", _Id, primary_key=True),
-    Column("name", String(64), nullable=False, unique=True),
+    Column("name", words(64), nullable=False, unique=True),
     Column("all_products", Boolean, nullable=False),
-    Column("topic", String(128), nullable=False),
-    Column("kinds", String(64), nullable=False),
+    Column("topic", words(128), nullable=False),
+    Column("kinds", words(64), nullable=False),
     Column("ack_wait", Float, nullable=False),
     Column("tries", Integer, nullable=False),
     Column("paused", Boolean, nullable=False),
@@ -232,8 +248,8 @@ groups = Table(
     Column("generation", Integer, nullable=False),
     Column("created", BigInteger, nullable=False),
     # Its webhook, all of it null without one.
-    Column("url", String(500)),
-    Column("form", String(16)),
+    Column("url", words(500)),
+    Column("form", words(16)),
     Column("batch", Integer),
     Column("linger", Float),
     Column("lanes", Integer),
@@ -260,9 +276,14 @@ lifecycle_changes = Table(
     "lifecycle_changes",
     metadata,
     Column("id", _Id, primary_key=True),
-    Column("product_key", String(30), nullable=False),
-    Column("device_name", String(64), nullable=False),
-    Column("action", String(8), nullable=False),
+    Column("product_key", words(30), nullable=False),
+    Column("device_name", words(64), nullable=False),
+    Column("action", words(8), nullable=False),
     Column("at", BigInteger, nullable=False),
     sqlite_autoincrement=True,
 )
+
+NUMBERED = tuple(
+    table.autoincrement_column for table in metadata.sorted_tables if table.autoincrement_column is not None
+)
+"""The columns that the database numbers by itself; a number is never given twice."""

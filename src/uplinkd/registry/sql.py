@@ -1,44 +1,38 @@
-"""The registry in SQL: SQLAlchemy 2 Core over SQLite, one short transaction for each act.
+"""The registry in SQL: SQLAlchemy 2 Core, one short transaction for each act.
 
-What depends on SQLite stands in the functions that `SqlRegistry.open` calls; every other statement is plain SQL.
+What differs from one database to another is behind `registry.database.Database`; every statement here is plain SQL.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import secrets
-import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby, islice
-from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 
 from sqlalchemy import (
     ColumnElement,
     Select,
     Table,
+    Update,
     bindparam,
     case,
-    create_engine,
     delete,
-    event,
     exists,
     func,
     insert,
     literal,
+    or_,
     select,
     text,
     true,
     update,
 )
-from sqlalchemy.engine import Connection, Engine, make_url
-from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidatePoolError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import IntegrityError
 
 from uplinkd.core import names
 from uplinkd.core.apps import hash_secret
@@ -60,6 +54,7 @@ from uplinkd.core.model import (
 )
 from uplinkd.files import check_whole
 from uplinkd.registry import Change, ImportProgress, ImportReport, ImportRow, Sighting, audit
+from uplinkd.registry.database import Database, Each, Value, open_database, outages_of
 from uplinkd.registry.fleet import read_fleet, size_of, written_fleet
 from uplinkd.registry.groups import SqlGroups, announce_groups
 from uplinkd.registry.keys import IN_USE, SqlKeys, app_owner, device_owner, product_owner, signing_key_owner
@@ -70,6 +65,7 @@ from uplinkd.registry.schema import (
     apps,
     changes,
     devices,
+    folded,
     group_apps,
     group_products,
     lifecycle_changes,
@@ -82,14 +78,10 @@ from uplinkd.registry.vault import Vault, file_keys, key_of, make_key
 from uplinkd.serving import running_server
 from uplinkd.settings import Settings
 
-__all__ = ["KEPT_CHANGES", "SqlRegistry", "database_file"]
+__all__ = ["KEPT_CHANGES", "SqlRegistry"]
 
 KEPT_CHANGES = 100_000
 
-_BUSY_SECONDS = 5.0
-_DAMAGES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-_LOCK_SECONDS = 30.0
-_CONNECTIONS = 16
 _PAGE = 1000
 _BATCH = 5000
 # A worker that had to wait to write is behind the others by as much, ms.
@@ -135,28 +127,52 @@ _CHANGES_KEPT = select(
 )
 
 
-def _latest(column: ColumnElement[Any]) -> ColumnElement[Any]:
+_Given = Callable[[str], ColumnElement[Any]]
+
+
+def _latest(column: ColumnElement[Any], given: _Given) -> ColumnElement[Any]:
     """`at`, or the column's own time where that is later; one far beyond `now` is by a clock that was wrong, and gives way."""
-    return case((column.between(bindparam("at"), bindparam("now") + _GRACE), column), else_=bindparam("at"))
+    return case((column.between(given("at"), given("now") + _GRACE), column), else_=given("at"))
 
 
-_LAST_SEEN = _latest(devices.c.last_seen)
+def _of(given: _Given) -> Update:
+    return update(devices).where(devices.c.id == given("device_id"))
+
+
+def _request(given: _Given) -> Update:
+    return _of(given).values(
+        last_seen=_latest(devices.c.last_seen, given),
+        requested=_latest(devices.c.requested, given),
+        address=given("from_address"),
+    )
+
+
+def _activated(given: _Given) -> Update:
+    first = func.coalesce(devices.c.activated, given("at"))
+    return _of(given).values(activated=first, last_seen=_latest(devices.c.last_seen, given))
+
+
+def _session_begun(given: _Given) -> Update:
+    newer = func.coalesce(devices.c.session_at, 0) < given("stamp")
+    same = (devices.c.session_at == given("stamp")) & devices.c.session.is_not(None)
+    return (
+        _of(given)
+        .where(newer | same)
+        .values(
+            last_seen=_latest(devices.c.last_seen, given),
+            address=given("from_address"),
+            session=given("session_of"),
+            session_at=given("stamp"),
+        )
+    )
+
+
+def _session_ended(given: _Given) -> Update:
+    mine = devices.c.session_at == given("stamp")
+    return _of(given).where(mine).values(last_seen=_latest(devices.c.last_seen, given), session=None)
+
+
 _IS_ONLINE: ColumnElement[bool] = devices.c.online == true()  # as the partial index has it
-_BY_ID = update(devices).where(devices.c.id == bindparam("device_id"))
-_REQUEST = _BY_ID.values(
-    last_seen=_LAST_SEEN, requested=_latest(devices.c.requested), address=bindparam("from_address")
-)
-_ACTIVATED = _BY_ID.values(activated=func.coalesce(devices.c.activated, bindparam("at")), last_seen=_LAST_SEEN)
-_SESSION_BEGUN = _BY_ID.where(
-    (func.coalesce(devices.c.session_at, 0) < bindparam("stamp"))
-    | ((devices.c.session_at == bindparam("stamp")) & devices.c.session.is_not(None))
-).values(
-    last_seen=_LAST_SEEN,
-    address=bindparam("from_address"),
-    session=bindparam("session_of"),
-    session_at=bindparam("stamp"),
-)
-_SESSION_ENDED = _BY_ID.where(devices.c.session_at == bindparam("stamp")).values(last_seen=_LAST_SEEN, session=None)
 _STATUS = select(
     status_changes.c.id,
     status_changes.c.product_key,
@@ -189,43 +205,36 @@ T = TypeVar("T")
 class SqlRegistry:
     """`registry.Registry` in a database. Threads share it: each call takes a connection of the pool for itself."""
 
-    def __init__(self, engine: Engine, vault: Vault, where: str) -> None:
-        self._engine = engine
-        self._writer = _writer(engine)
+    def __init__(self, database: Database, vault: Vault) -> None:
+        self.database = database
         self._vault = vault
-        self._where = where
         self.operators = SqlOperators(self._reading, self._writing, vault)
         self.groups = SqlGroups(self._reading, self._writing, vault)
-        self.keys = SqlKeys(self._reading, self._writing, vault)
+        self.keys = SqlKeys(database, self._reading, self._writing, vault)
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
         """The registry of `settings`; made when absent, brought to the current schema, refused with the wrong key."""
-        path = database_file(settings)
         check_whole(settings.data)
-        _make_file(settings, path)
-        engine = _open_sqlite(path)
-        where = str(path)
+        database = open_database(settings)
         try:
-            with _outages_of(where):
-                sample = _sealed_sample(engine, where)
+            with outages_of(database):
+                sample = _sealed_sample(database)
                 if sample is None:
-                    with _alone(path):
-                        sample = _sealed_sample(engine, where) or _prepare(engine, settings)
+                    with database.alone():
+                        sample = _sealed_sample(database) or _prepare(database, settings)
             more = partial(file_keys, settings)
-            return cls(engine, Vault(key_of(settings, sample=sample, where=where), more), where)
+            return cls(database, Vault(key_of(settings, sample=sample, where=database.where), more))
         except BaseException:
-            engine.dispose()
+            database.close()
             raise
 
     def close(self) -> None:
-        self._engine.dispose()
+        self.database.close()
 
     def check(self) -> None:
         with self._reading() as connection:
-            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
-        if found != "ok":
-            raise _damaged(self._where, found)
+            self.database.check(connection)
 
     # products
 
@@ -248,8 +257,11 @@ class SqlRegistry:
     def product_page(self, *, text: str = "", after: int = 0, limit: int) -> list[Product]:
         page = _PRODUCT.where(products.c.id > after).order_by(products.c.id).limit(limit)
         if text:
-            named = func.lower(products.c.name).contains(text.lower(), autoescape=True)
-            page = page.where(named | products.c.key.contains(text, autoescape=True))
+            has = (
+                func.lower(column).contains(folded(text), autoescape=True)
+                for column in (products.c.name, products.c.key)
+            )
+            page = page.where(or_(*has))
         with self._reading() as connection:
             return [self._product(row) for row in connection.execute(page)]
 
@@ -275,6 +287,7 @@ class SqlRegistry:
     def delete_product(self, key: str, *, with_devices: bool = False, version: str | None = None) -> int:
         """Delete the product with its topic classes; how many devices went with it."""
         with self._writing() as connection:
+            self.database.take_time(connection)
             product = self._product(_product_row(connection, key))
             _check_version(f"product {key!r}", product.version, version)
             product_id = product.id
@@ -406,7 +419,9 @@ class SqlRegistry:
     def activate(self, logins: Sequence[tuple[int, int]]) -> None:
         with self._writing() as connection:
             now = _now()
-            connection.execute(_ACTIVATED, [{"device_id": device_id, "at": at, "now": now} for device_id, at in logins])
+            first = dict(reversed(logins))  # of one device that came twice
+            rows: list[dict[str, Value]] = [{"device_id": each, "at": at, "now": now} for each, at in first.items()]
+            self.database.update_each(connection, _activated, rows)
 
     # who is online
 
@@ -416,7 +431,7 @@ class SqlRegistry:
         changed: list[StatusChange] = []
         with self._writing() as connection:
             for batch in _once_each(sightings):
-                _record(connection, batch, now)
+                _record(self.database, connection, batch, now)
                 for part in _batches((each.device_id for each in batch), _PAGE):
                     changed += _change_status(connection, devices.c.id.in_(part), now=now, timeout=timeout)
         return changed
@@ -506,8 +521,11 @@ class SqlRegistry:
         report = ImportReport()
         fleet = self._checked(rows, report, progress)
         with self._writing() as connection:
+            self.database.take_time(connection)
             for product_key, members in fleet.items():
                 self._import_product(connection, product_key, members, report, progress)
+            if report.created > _BATCH:
+                self.database.take_stock(connection)
             report.bad.sort()
             report.stored = skip_bad or not report.bad
             if report.stored:
@@ -568,8 +586,12 @@ class SqlRegistry:
             key = ProductKey(product_key)
             product_id = self._insert_product(connection, key, name, names.make_product_secret()).id
             report.products_created.append(product_key)
+        is_new = (
+            connection.execute(select(devices.c.id).where(devices.c.product_id == product_id).limit(1)).first() is None
+        )
         for batch in _batches(members.values(), _BATCH):
-            known = self._secrets(connection, product_id, product_key, [row.device_name for row, _ in batch])
+            wanted = [] if is_new else [row.device_name for row, _ in batch]
+            known = self._secrets(connection, product_id, product_key, wanted) if wanted else {}
             fresh = []
             for row, sealed_before in batch:
                 if row.device_name not in known:
@@ -583,11 +605,10 @@ class SqlRegistry:
                     where = f"{product_key}/{row.device_name}"
                     report.bad.append((row.line, f"{where} exists with another DeviceSecret"))
             if fresh:
-                connection.execute(insert(devices), fresh)
+                self.database.insert_many(connection, devices, fresh)
                 facts = {"product_key": product_key, "action": LifecycleAction.CREATE.value, "at": now}
-                connection.execute(
-                    insert(lifecycle_changes), [{**facts, "device_name": device["name"]} for device in fresh]
-                )
+                created = [{**facts, "device_name": device["name"]} for device in fresh]
+                self.database.insert_many(connection, lifecycle_changes, created)
             report.created += len(fresh)
             if progress:
                 progress(report.read)
@@ -764,7 +785,7 @@ class SqlRegistry:
         return newest or 0
 
     def changes(self, after: int) -> tuple[int, list[Change]]:
-        # SQLite has one writer at a time, so seq rises in the order of commits and no change is passed over.
+        # There is one writer at a time, so seq rises in the order of commits and no change is passed over.
         with self._reading() as connection:
             oldest, newest = connection.execute(_CHANGES_KEPT).one()
             newest = newest or 0
@@ -783,14 +804,14 @@ class SqlRegistry:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[Connection]:
-        with _outages_of(self._where), self._engine.connect() as connection:
+        with outages_of(self.database), self.database.engine.connect() as connection:
             yield connection
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Connection]:
         """A transaction that holds the database's one write lock from its beginning: what it reads stays so."""
         try:
-            with _outages_of(self._where), self._writer.begin() as connection:
+            with outages_of(self.database), self.database.writer.begin() as connection:
                 self._check_in(connection)
                 yield connection
         except IntegrityError as error:
@@ -802,13 +823,13 @@ class SqlRegistry:
         revision, prefix = connection.execute(_STANDING).one()
         if revision not in REVISIONS:
             raise Unavailable(
-                f"a newer uplinkd has brought the registry {self._where} to the schema {revision!r}, which this one does not know: "
-                "start the newer version in its place"
+                f"a newer uplinkd has brought the registry {self.database.where} to the schema {revision!r}, which this one does not "
+                "know: start the newer version in its place"
             )
         if prefix is not None and not self._vault.seal_under(prefix):
             raise Unavailable(
-                f"the secrets of the registry {self._where} are sealed with key {prefix[1:].hex()} now, which this process does not "
-                "have: start it again with that key"
+                f"the secrets of the registry {self.database.where} are sealed with key {prefix[1:].hex()} now, which this process "
+                "does not have: start it again with that key"
             )
 
     def _insert_product(self, connection: Connection, key: ProductKey, name: str, secret: str) -> Product:
@@ -961,21 +982,21 @@ def _groups_with(connection: Connection, table: Table, other_id: int) -> list[in
     return list(connection.execute(select(table.c.group_id).where(other == other_id)).scalars())
 
 
-def _record(connection: Connection, sightings: list[Sighting], now: int) -> None:
-    kinds: dict[Any, list[dict[str, object]]] = {_REQUEST: [], _SESSION_BEGUN: [], _SESSION_ENDED: []}
+def _record(database: Database, connection: Connection, sightings: list[Sighting], now: int) -> None:
+    kinds: dict[Each, list[dict[str, Value]]] = {_request: [], _session_begun: [], _session_ended: []}
     for each in sightings:
-        kind = _SESSION_ENDED if each.ended else _SESSION_BEGUN if each.session else _REQUEST
-        values: dict[str, object] = {"device_id": each.device_id, "at": min(each.at, now), "now": now}
-        if kind is not _SESSION_ENDED:
+        kind = _session_ended if each.ended else _session_begun if each.session else _request
+        values: dict[str, Value] = {"device_id": each.device_id, "at": min(each.at, now), "now": now}
+        if kind is not _session_ended:
             values["from_address"] = each.address
-        if kind is not _REQUEST:
+        if kind is not _request:
             values["stamp"] = each.stamp
-        if kind is _SESSION_BEGUN:
+        if kind is _session_begun:
             values["session_of"] = each.session
         kinds[kind].append(values)
-    for statement, rows in kinds.items():
+    for change, rows in kinds.items():
         if rows:
-            connection.execute(statement, rows)
+            database.update_each(connection, change, rows)
 
 
 def _change_status(connection: Connection, which: ColumnElement[bool], *, now: int, timeout: int) -> list[StatusChange]:
@@ -1094,184 +1115,55 @@ def _announce(
     connection.execute(delete(changes).where(changes.c.seq <= result.inserted_primary_key[0] - KEPT_CHANGES))
 
 
-@contextlib.contextmanager
-def _outages_of(where: str) -> Iterator[None]:
-    """A database that does not do its part is Unavailable, with its own words; a broken constraint is no outage."""
-    try:
-        yield
-    except IntegrityError:
-        raise
-    except DBAPIError as error:
-        reason = str(error.orig)
-        if "locked" in reason:
-            reason = f"another process has held its lock for more than {_BUSY_SECONDS:g} s"
-        if (
-            getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in _DAMAGES
-        ):  # the extended code of which it is the first byte
-            raise _damaged(where, reason) from error.orig
-        raise Unavailable(f"the registry {where} is away: {reason}") from error.orig
-    except PoolTimeoutError as error:
-        raise Unavailable(f"the registry {where} is away: its {_CONNECTIONS} connections are all busy") from error
-
-
-def _damaged(where: str, reason: object) -> Unavailable:
-    return Unavailable(
-        f"the registry {where} is damaged: stop the server, keep this file with its -wal, and bring back the last backup into a "
-        f"new data folder with `uplinkd restore` (SQLite says: {reason})"
-    )
-
-
-def database_file(settings: Settings) -> Path:
-    database = make_url(settings.database).database
-    if not database or database == ":memory:":
-        raise Rejected(
-            f"database_url = {settings.database!r}: it must name a file, as in sqlite:///path/to/registry.sqlite"
-        )
-    return Path(database)
-
-
-def _make_file(settings: Settings, path: Path) -> None:
-    """Make the folders and an empty file, for their owner alone; SQLite gives its -wal and -shm the file's mode."""
-    try:
-        for folder in (settings.data, path.parent):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        with contextlib.closing(_lock_file(path)):
-            pass
-    except OSError as error:
-        raise Rejected(
-            f"the registry {path} cannot be written ({error.strerror}: {error.filename}); "
-            "let this user write there, or name another folder with --data"
-        ) from error
-
-
-def _open_sqlite(path: Path) -> Engine:
-    """A pool of connections to `path`, which must exist: SQLite never makes one in its place.
-
-    synchronous=FULL: an operator was told that a device is disabled; a power cut must not undo it, which NORMAL may in
-    WAL mode. It costs one fsync a transaction; gateways write about once a second.
-    """
-    uri = path.absolute().as_uri() + "?mode=rw"
-
-    def connect() -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-        )
-        connection.execute("PRAGMA foreign_keys=ON")
-        connection.execute("PRAGMA synchronous=FULL")
-        return connection
-
-    engine = create_engine(
-        "sqlite://",
-        creator=connect,
-        poolclass=QueuePool,
-        pool_size=_CONNECTIONS,
-        max_overflow=0,
-        pool_timeout=_BUSY_SECONDS,
-    )
-
-    def remember_file(_: Any, record: Any) -> None:
-        record.info["file"] = _identity(path)
-
-    def same_file(_: Any, record: Any, __: Any) -> None:
-        # Without this, a connection goes on with a file that was deleted or replaced, and what it writes is lost.
-        if record.info["file"] != _identity(path):
-            raise InvalidatePoolError("the database file was replaced")
-
-    event.listen(engine, "connect", remember_file)
-    event.listen(engine, "checkout", same_file)
-    return engine
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _writer(engine: Engine) -> Engine:
-    """`engine`, with transactions that take the write lock at once and so never fail half way for want of it."""
-    writer = engine.execution_options()
-
-    def begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    event.listen(writer, "begin", begin)
-    return writer
-
-
-def _lock_file(path: Path) -> Any:
-    return open(os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o600), "rb")
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Only one process at a time makes or migrates a database."""
-    deadline = time.monotonic() + _LOCK_SECONDS
-    with contextlib.closing(_lock_file(path)) as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise Unavailable(
-                        f"the registry {path} is away: another process has been migrating it for {_LOCK_SECONDS:g} s"
-                    ) from None
-                time.sleep(0.02)
-        yield
-
-
-def _revision(connection: Connection) -> str | None:
+def revision(database: Database, connection: Connection) -> str | None:
     """The schema that a database has, None while it is empty; raise Rejected if it is not one of ours."""
-    tables = set(connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'").scalars())
+    try:
+        return _revision(database.tables(connection), connection)
+    except Rejected as fault:
+        raise Rejected(f"the database {database.where} cannot be the registry: {fault}") from None
+
+
+def _revision(tables: set[str], connection: Connection) -> str | None:
     if "alembic_version" not in tables:
         if tables:
             raise Rejected(f"it is another program's, with tables such as {min(tables)!r}")
         return None
-    revision: str | None = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
-    if revision is not None and revision not in REVISIONS:
+    found: str | None = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+    if found is not None and found not in REVISIONS:
         raise Rejected(
-            f"a newer uplinkd made it: its schema is {revision!r}, this version knows up to {REVISIONS[-1]!r}; "
+            f"a newer uplinkd made it: its schema is {found!r}, this version knows up to {REVISIONS[-1]!r}; "
             "install the newer version, or restore a backup from before"
         )
-    return revision
+    return found
 
 
-def _sealed_sample(engine: Engine, where: str) -> bytes | None:
+def _sealed_sample(database: Database) -> bytes | None:
     """A sealed value of a database that is ready for use; None if it must be prepared first.
 
     Every registry in use has a signing key, so there is no value in it that came before the sample.
     """
-    with engine.connect() as connection:
-        try:
-            revision = _revision(connection)
-        except Rejected as fault:
-            raise Rejected(f"the database {where} cannot be the registry: {fault}") from None
-        journal = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
-        if revision != REVISIONS[-1] or journal != "wal":
+    with database.engine.connect() as connection:
+        if revision(database, connection) != REVISIONS[-1] or not database.is_ready(connection):
             return None
         sample: bytes | None = connection.execute(select(signing_keys.c.key).order_by(signing_keys.c.id)).scalar()
         return sample
 
 
-def _prepare(engine: Engine, settings: Settings) -> bytes:
+def _prepare(database: Database, settings: Settings) -> bytes:
     """Bring the database to the current schema, with a first signing key, in one transaction; a sealed value of it."""
-    with engine.connect() as connection:
-        connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-    with _writer(engine).begin() as connection:
-        revision = _revision(connection)
-        if revision != REVISIONS[-1]:
-            if revision and (server := running_server(settings.data)):
+    database.make_ready()
+    with database.writer.begin() as connection:
+        database.take_time(connection)
+        before = revision(database, connection)
+        if before != REVISIONS[-1]:
+            if before and (server := running_server(settings.data)):
                 version = f"uplinkd {server.version}" if server.version else "an older uplinkd"
                 raise Rejected(
-                    f"{version} serves from {settings.data} with the schema {revision!r}, and this version would bring it to "
+                    f"{version} serves from {settings.data} with the schema {before!r}, and this version would bring it to "
                     f"{REVISIONS[-1]!r}: stop that server first, and start this version in its place"
                 )
-            _migrate(connection)
-        sample: bytes | None = connection.execute(select(signing_keys.c.key)).scalar()
+            migrate(connection)
+        sample: bytes | None = connection.execute(select(signing_keys.c.key).order_by(signing_keys.c.id)).scalar()
         if sample is None:
             vault = Vault(make_key(settings))
             sample = vault.seal(secrets.token_bytes(32), owner=signing_key_owner(1))
@@ -1279,7 +1171,7 @@ def _prepare(engine: Engine, settings: Settings) -> bytes:
         return sample
 
 
-def _migrate(connection: Connection) -> None:
+def migrate(connection: Connection) -> None:
     from alembic import command
     from alembic.config import Config
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from uplinkd.registry.schema import words
+
 revision = "0001"
 down_revision = None
 
@@ -15,8 +17,8 @@ def upgrade() -> None:
     op.create_table(
         "products",
         sa.Column("id", _Id, nullable=False),
-        sa.Column("key", sa.String(30), nullable=False),
-        sa.Column("name", sa.String(30), nullable=False),
+        sa.Column("key", words(30), nullable=False),
+        sa.Column("name", words(30), nullable=False),
         sa.Column("secret", sa.LargeBinary(), nullable=False),
         sa.Column("created", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_products"),
@@ -28,7 +30,7 @@ def upgrade() -> None:
         "devices",
         sa.Column("id", _Id, nullable=False),
         sa.Column("product_id", _Id, nullable=False),
-        sa.Column("name", sa.String(64), nullable=False),
+        sa.Column("name", words(64), nullable=False),
         sa.Column("secret", sa.LargeBinary(), nullable=False),
         sa.Column("enabled", sa.Boolean(), nullable=False),
         sa.Column("generation", sa.Integer(), nullable=False),
@@ -44,8 +46,8 @@ def upgrade() -> None:
         "topic_classes",
         sa.Column("id", _Id, nullable=False),
         sa.Column("product_id", _Id, nullable=False),
-        sa.Column("levels", sa.String(128), nullable=False),
-        sa.Column("right", sa.String(9), nullable=False),
+        sa.Column("levels", words(128), nullable=False),
+        sa.Column("right", words(9), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_topic_classes"),
         sa.ForeignKeyConstraint(
             ["product_id"], ["products.id"], name="fk_topic_classes_product_id", ondelete="CASCADE"
@@ -56,7 +58,7 @@ def upgrade() -> None:
     op.create_table(
         "changes",
         sa.Column("seq", _Id, nullable=False),
-        sa.Column("product_key", sa.String(30), nullable=False),
+        sa.Column("product_key", words(30), nullable=False),
         sa.Column("device_id", sa.BigInteger()),
         sa.PrimaryKeyConstraint("seq", name="pk_changes"),
         sqlite_autoincrement=True,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from uplinkd.registry.schema import words
+
 revision = "0002"
 down_revision = "0001"
 
@@ -15,8 +17,8 @@ def upgrade() -> None:
     op.add_column("devices", sa.Column("online", sa.Boolean(), nullable=False, server_default=sa.false()))
     op.add_column("devices", sa.Column("requested", sa.BigInteger()))
     op.execute("UPDATE devices SET requested = last_seen")
-    op.add_column("devices", sa.Column("address", sa.String(45)))
-    op.add_column("devices", sa.Column("session", sa.String(64)))
+    op.add_column("devices", sa.Column("address", words(45)))
+    op.add_column("devices", sa.Column("session", words(64)))
     op.add_column("devices", sa.Column("session_at", sa.BigInteger()))
     op.create_index(
         "ix_devices_online",
@@ -29,12 +31,12 @@ def upgrade() -> None:
     op.create_table(
         "status_changes",
         sa.Column("id", _Id, nullable=False),
-        sa.Column("product_key", sa.String(30), nullable=False),
-        sa.Column("device_name", sa.String(64), nullable=False),
+        sa.Column("product_key", words(30), nullable=False),
+        sa.Column("device_name", words(64), nullable=False),
         sa.Column("online", sa.Boolean(), nullable=False),
         sa.Column("at", sa.BigInteger(), nullable=False),
         sa.Column("last_seen", sa.BigInteger(), nullable=False),
-        sa.Column("address", sa.String(45), nullable=False),
+        sa.Column("address", words(45), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_status_changes"),
         sqlite_autoincrement=True,
     )
@@ -42,8 +44,8 @@ def upgrade() -> None:
     op.create_table(
         "apps",
         sa.Column("id", _Id, nullable=False),
-        sa.Column("key", sa.String(32), nullable=False),
-        sa.Column("name", sa.String(64), nullable=False),
+        sa.Column("key", words(32), nullable=False),
+        sa.Column("name", words(64), nullable=False),
         sa.Column("secret_hash", sa.LargeBinary(), nullable=False),
         sa.Column("sends", sa.Boolean(), nullable=False),
         sa.Column("created", sa.BigInteger(), nullable=False),

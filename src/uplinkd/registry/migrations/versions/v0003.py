@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from uplinkd.registry.schema import words
+
 revision = "0003"
 down_revision = "0002"
 
@@ -15,9 +17,9 @@ def upgrade() -> None:
     op.create_table(
         "users",
         sa.Column("id", _Id, nullable=False),
-        sa.Column("name", sa.String(64), nullable=False),
-        sa.Column("role", sa.String(8), nullable=False),
-        sa.Column("password_hash", sa.String(255), nullable=False),
+        sa.Column("name", words(64), nullable=False),
+        sa.Column("role", words(8), nullable=False),
+        sa.Column("password_hash", words(255), nullable=False),
         sa.Column("one_time", sa.Boolean(), nullable=False),
         sa.Column("created", sa.BigInteger(), nullable=False),
         sa.Column("last_sign_in", sa.BigInteger()),
@@ -38,10 +40,10 @@ def upgrade() -> None:
     op.create_table(
         "api_keys",
         sa.Column("id", _Id, nullable=False),
-        sa.Column("name", sa.String(64), nullable=False),
-        sa.Column("scope", sa.String(8), nullable=False),
+        sa.Column("name", words(64), nullable=False),
+        sa.Column("scope", words(8), nullable=False),
         sa.Column("key_hash", sa.LargeBinary(), nullable=False),
-        sa.Column("hint", sa.String(16), nullable=False),
+        sa.Column("hint", words(16), nullable=False),
         sa.Column("created", sa.BigInteger(), nullable=False),
         sa.Column("last_used", sa.BigInteger()),
         sa.PrimaryKeyConstraint("id", name="pk_api_keys"),
@@ -53,12 +55,12 @@ def upgrade() -> None:
         "audit",
         sa.Column("id", _Id, nullable=False),
         sa.Column("at", sa.BigInteger(), nullable=False),
-        sa.Column("actor", sa.String(64), nullable=False),
-        sa.Column("way", sa.String(8), nullable=False),
-        sa.Column("address", sa.String(45), nullable=False),
-        sa.Column("action", sa.String(32), nullable=False),
-        sa.Column("target", sa.String(255), nullable=False),
-        sa.Column("detail", sa.String(255), nullable=False),
+        sa.Column("actor", words(64), nullable=False),
+        sa.Column("way", words(8), nullable=False),
+        sa.Column("address", words(45), nullable=False),
+        sa.Column("action", words(32), nullable=False),
+        sa.Column("target", words(255), nullable=False),
+        sa.Column("detail", words(255), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_audit"),
         sqlite_autoincrement=True,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from uplinkd.registry.schema import words
+
 revision = "0004"
 down_revision = "0003"
 
@@ -17,18 +19,18 @@ def upgrade() -> None:
     op.create_table(
         "groups",
         sa.Column("id", _Id, nullable=False),
-        sa.Column("name", sa.String(64), nullable=False),
+        sa.Column("name", words(64), nullable=False),
         sa.Column("all_products", sa.Boolean(), nullable=False),
-        sa.Column("topic", sa.String(128), nullable=False),
-        sa.Column("kinds", sa.String(64), nullable=False),
+        sa.Column("topic", words(128), nullable=False),
+        sa.Column("kinds", words(64), nullable=False),
         sa.Column("ack_wait", sa.Float(), nullable=False),
         sa.Column("tries", sa.Integer(), nullable=False),
         sa.Column("paused", sa.Boolean(), nullable=False),
         sa.Column("start", sa.BigInteger(), nullable=False),
         sa.Column("generation", sa.Integer(), nullable=False),
         sa.Column("created", sa.BigInteger(), nullable=False),
-        sa.Column("url", sa.String(500)),
-        sa.Column("form", sa.String(16)),
+        sa.Column("url", words(500)),
+        sa.Column("form", words(16)),
         sa.Column("batch", sa.Integer()),
         sa.Column("linger", sa.Float()),
         sa.Column("lanes", sa.Integer()),
@@ -54,9 +56,9 @@ def upgrade() -> None:
     op.create_table(
         "lifecycle_changes",
         sa.Column("id", _Id, nullable=False),
-        sa.Column("product_key", sa.String(30), nullable=False),
-        sa.Column("device_name", sa.String(64), nullable=False),
-        sa.Column("action", sa.String(8), nullable=False),
+        sa.Column("product_key", words(30), nullable=False),
+        sa.Column("device_name", words(64), nullable=False),
+        sa.Column("action", words(8), nullable=False),
         sa.Column("at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_lifecycle_changes"),
         sqlite_autoincrement=True,
