@@ -152,6 +152,12 @@ def _nats_url(text: str) -> str:
     return text
 
 
+def _gateway(text: str) -> str:
+    if text and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", text):
+        raise ValueError("a gateway's name has up to 40 letters, digits, - and _, and begins with a letter or a digit")
+    return text
+
+
 def _networks(texts: tuple[str, ...]) -> tuple[str, ...]:
     for text in texts:
         try:
@@ -228,6 +234,10 @@ class Settings(BaseModel):
     )
     nats_url: Annotated[str, AfterValidator(_nats_url)] = Field(
         "", description="your own NATS servers, separated by commas; empty: one is started and looked after"
+    )
+    gateway: Annotated[str, AfterValidator(_gateway)] = Field(
+        "",
+        description="name of this gateway, unlike any other's on the same NATS servers; empty: made of the host's name once",
     )
     nats_server: str = Field(
         "", description="nats-server binary to start; empty: the one that was installed with uplinkd"

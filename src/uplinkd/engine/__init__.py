@@ -88,8 +88,8 @@ class Publisher(Protocol):
     @property
     def connected(self) -> bool: ...
 
-    def publish(self, subject: bytes, payload: bytes, done: Done, origin: Origin = Origin.HTTPS) -> None:
-        """Store `payload` under `subject` (see core.subjects)."""
+    def publish(self, subject: bytes, payload: bytes, done: Done, origin: Origin = Origin.HTTPS, key: str = "") -> None:
+        """Store `payload` under `subject` (see core.subjects). What has the same `key` within two minutes is stored once."""
 
 
 class Reader(Protocol):

@@ -22,7 +22,7 @@ from uplinkd.core.model import Origin
 from uplinkd.engine import ORIGIN_HEADER, Done
 from uplinkd.engine.embedded import Access
 from uplinkd.engine.stream import DELETED, STREAM, base_of, changed, new_base, wanted
-from uplinkd.engine.wire import Reader, Received, ack_of
+from uplinkd.engine.wire import DUPLICATE, Reader, Received, ack_of
 from uplinkd.metrics import Meter, spare
 from uplinkd.observe import Occasionally
 from uplinkd.settings import Settings
@@ -120,10 +120,13 @@ class JetStreamPublisher:
     def connected(self) -> bool:
         return self._wire is not None
 
-    def publish(self, subject: bytes, payload: bytes, done: Done, origin: Origin = Origin.HTTPS) -> None:
+    def publish(self, subject: bytes, payload: bytes, done: Done, origin: Origin = Origin.HTTPS, key: str = "") -> None:
         wire = self._wire
         # Not the loop's clock: uvloop's counts whole milliseconds, and from the beginning of the turn.
-        item = (subject, payload, done, monotonic(), _HEADERS[origin])
+        header = _HEADERS[origin]
+        if key:
+            header = (header[:-2] or b"NATS/1.0\r\n") + f"Nats-Msg-Id: {key}\r\n\r\n".encode()
+        item = (subject, payload, done, monotonic(), header)
         if self._stopping:
             self._fail(done, "uplinkd is stopping")
         elif wire is None or wire.buffered > _HELD_BYTES:
@@ -221,6 +224,13 @@ class JetStreamPublisher:
         self._took(now - entry[1])
         self._weighed(entry[2])
         _finish(entry[0], self._base + sequence, "")
+
+    def stored_before(self, number: int, sequence: int) -> None:
+        """Somebody has published it already, under the same key."""
+        entry = self._pending.pop(number, None)
+        if entry:
+            self._free.append(number)
+            _finish(entry[0], self._base + sequence, "")
 
     def refused(self, number: int, reason: str) -> None:
         entry = self._pending.pop(number, None)
@@ -466,6 +476,10 @@ class _Wire(asyncio.Protocol):
     def _take_message(self, received: Received) -> None:
         if received.sid == 1:
             sequence, reason = ack_of(received)
+            if reason == DUPLICATE:
+                self._answered += 1
+                self._owner.stored_before(received.number, sequence)
+                return
             if reason is None:  # somebody who hears the devices' messages replies to them; JetStream's answer comes too
                 return
             numbers = self._batches.pop(received.number, None) or [received.number]
@@ -537,7 +551,7 @@ class _Wire(asyncio.Protocol):
         return await future
 
     def publish(self, subject: bytes, number: int, payload: bytes, header: bytes) -> None:
-        if self._together is not None:
+        if self._together is not None and b"Nats-Msg-Id" not in header:  # a duplicate would take its batch with it
             self._together.append((subject, number, payload, header))
         elif header:
             sizes = (len(header), len(header) + len(payload))

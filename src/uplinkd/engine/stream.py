@@ -30,6 +30,7 @@ __all__ = [
     "base_of",
     "base_of_metadata",
     "changed",
+    "check_quorum",
     "new_base",
     "restored_metadata",
     "wanted",
@@ -46,8 +47,10 @@ BASE = "uplinkd.base"
 RESTORED = "uplinkd.restored"
 """Under this name stands, for a stream that was restored, which messages have another base: `last sequence:base`, several by spaces."""
 _BASE_SHIFT = 20
-# Only lifecycle messages have a Nats-Msg-Id. The window is named because it may not be longer than max_age, and is the server's own
-# default where there is no max_age: 0 would come back as something else and look like a change for ever.
+# A replica that lives tells so each second.
+_HEARD_NANOSECONDS = 4 * 10**9
+# Lifecycle and status messages have a Nats-Msg-Id. The window is named because it may not be longer than max_age, and is the server's
+# own default where there is no max_age: 0 would come back as something else and look like a change for ever.
 _DUPLICATE_WINDOW = 120 * 10**9
 
 
@@ -147,6 +150,14 @@ def base_of(config: Mapping[str, Any]) -> Base:
             "rename or remove it, it is left as it is"
         )
     return base_of_metadata(config)
+
+
+def check_quorum(info: Mapping[str, Any]) -> None:
+    """Return if most of a stream's replicas are heard of by the one that has answered; raise Unavailable otherwise."""
+    others = (info.get("cluster") or {}).get("replicas") or []
+    heard = 1 + sum(not each.get("offline") and each.get("active", 0) < _HEARD_NANOSECONDS for each in others)
+    if 2 * heard <= 1 + len(others):
+        raise Unavailable(f"of {1 + len(others)} replicas of {STREAM} only {heard} are in touch")
 
 
 def changed(config: Mapping[str, Any], settings: Settings) -> dict[str, Any] | None:
