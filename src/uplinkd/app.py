@@ -6,6 +6,7 @@ context with its ticket keys, the flow control table, the metrics) is made here,
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import logging
@@ -25,6 +26,7 @@ from types import FrameType
 
 from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.engine.embedded import Access, EmbeddedServer
+from uplinkd.engine.streams import check
 from uplinkd.files import keep_private
 from uplinkd.flow import Flow
 from uplinkd.listener import Port
@@ -120,6 +122,7 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
         engine = None
         if settings.nats_url:
             access = Access.of(settings)
+            asyncio.run(check(settings, access))
         else:
             engine = EmbeddedServer.start(settings, tls=[(pair.certificate, pair.key) for pair in certificates])
             stack.callback(engine.stop)

@@ -98,7 +98,6 @@ async def _serve(task: Task) -> None:
     cache = DeviceCache(registry)
     engine = open_publisher(settings, task.access, task.meter)
     bus = NatsBus(task.access, f"uplinkd worker {name}")
-    downlink = JetStreamDownlink(settings, bus)
     roster = Roster(bus, name)
     peers = Peers(
         bus,
@@ -106,6 +105,7 @@ async def _serve(task: Task) -> None:
         connections=lambda: len(https.connections) + len(mqtt.connections),
         listen=_LISTEN_SECONDS if settings.nats_url else 0.0,
     )
+    downlink = JetStreamDownlink(settings, bus, shared=lambda: peers.others)
     presence = Presence(settings, registry, engine, bus, worker=name, peers=peers)
     journal = Journal(settings)
     gateway = Gateway(

@@ -291,6 +291,11 @@ class Downlink(Protocol):
     async def remove(self, sequence: int) -> None:
         """The message has reached its device. One that is gone already is passed over."""
 
+    async def claim(self, device_id: int) -> bool:
+        """Whether no other gateway is giving the device what waits for it; none will until `unclaim`, or for ten seconds."""
+
+    def unclaim(self, device_id: int) -> None: ...
+
     async def session(self, device_id: int) -> SessionRecord | None: ...
 
     async def save_session(self, device_id: int, record: SessionRecord) -> None: ...

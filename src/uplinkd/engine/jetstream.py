@@ -22,6 +22,7 @@ from uplinkd.core.model import Origin
 from uplinkd.engine import ORIGIN_HEADER, Done
 from uplinkd.engine.embedded import Access
 from uplinkd.engine.stream import DELETED, STREAM, base_of, changed, new_base, wanted
+from uplinkd.engine.streams import check_version, differences, told_why
 from uplinkd.engine.wire import DUPLICATE, Reader, Received, ack_of
 from uplinkd.metrics import Meter, spare
 from uplinkd.observe import Occasionally
@@ -95,6 +96,7 @@ class JetStreamPublisher:
         self._task: asyncio.Task[None] | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._warn = Occasionally(10)
+        self._warn_differs = Occasionally(3600)
         self._away = "it has not been reached yet"
 
     async def start(self) -> None:
@@ -253,6 +255,7 @@ class JetStreamPublisher:
 
     def lost(self, wire: _Wire, reason: str) -> None:
         """The connection has ended; what was sent and not acknowledged may be stored or not, and says so."""
+        self._access.failed(wire.url)
         if self._wire is wire:
             self._wire = None
             self._away = reason
@@ -285,24 +288,26 @@ class JetStreamPublisher:
     async def _connect(self) -> _Wire:
         access = self._access.now()
         faults = []
-        for url in access.urls:
+        for url in access.order:
             try:
                 return await self._open(url, access)
             except (OSError, ssl.SSLError, TimeoutError, Unavailable, ValueError) as error:
+                access.failed(url)
                 faults.append(f"{url}: {error or type(error).__name__}")
         raise Unavailable("; ".join(faults))
 
     async def _open(self, url: str, access: Access) -> _Wire:
         parts = urlsplit(url)
         host, port = parts.hostname or "127.0.0.1", parts.port or 4222
-        wire = _Wire(self)
+        wire = _Wire(self, url)
         async with asyncio.timeout(_CONNECT_SECONDS):
             transport, _ = await self._loop.create_connection(lambda: wire, host, port)
             try:
                 info = await wire.info
+                check_version(info)
                 if parts.scheme == "tls" or info.get("tls_required"):
-                    await wire.secure(host)
-                await wire.greet(access)
+                    await wire.secure(host, access)
+                await wire.greet(access, info)
                 self._adopt(await self._ensure_stream(wire))
             except BaseException:
                 transport.abort()
@@ -319,10 +324,13 @@ class JetStreamPublisher:
             if info.get("error", {}).get("code") == 400:  # another worker was quicker
                 info = await wire.request(f"$JS.API.STREAM.INFO.{STREAM}", {})
         if error := info.get("error"):
-            raise Unavailable(f"JetStream does not give us the stream {STREAM}: {error.get('description', error)}")
+            raise Unavailable(f"JetStream does not give us the stream {STREAM}: {told_why(error, self._settings)}")
         found = info["config"]
         base = base_of(found)
-        if config := changed(found, self._settings):
+        if self._settings.nats_url:  # the owner's servers: what is otherwise there is said, and left
+            if (faults := differences(found, wanted(self._settings, base))) and self._warn_differs():
+                log.warning("%s", "; ".join(map(str, faults)))
+        elif config := changed(found, self._settings):
             update = await wire.request(f"$JS.API.STREAM.UPDATE.{STREAM}", config)
             if error := update.get("error"):
                 log.warning(
@@ -384,8 +392,9 @@ class JetStreamPublisher:
 class _Wire(asyncio.Protocol):
     """One connection to a NATS server."""
 
-    def __init__(self, owner: JetStreamPublisher) -> None:
+    def __init__(self, owner: JetStreamPublisher, url: str) -> None:
         self._owner = owner
+        self.url = url
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._reader = Reader()
@@ -505,12 +514,12 @@ class _Wire(asyncio.Protocol):
 
     # -- what the publisher asks for
 
-    async def secure(self, host: str) -> None:
+    async def secure(self, host: str, access: Access) -> None:
         assert self._transport
-        context = ssl.create_default_context()
+        context = access.context()
         self._transport = await self._loop.start_tls(self._transport, self, context, server_hostname=host)
 
-    async def greet(self, access: Access) -> None:
+    async def greet(self, access: Access, info: dict[str, Any]) -> None:
         """Return once the server has let us in. All in one write: what a server that says no had not read yet would make the
         kernel throw its words away."""
         options: dict[str, Any] = {
@@ -523,7 +532,9 @@ class _Wire(asyncio.Protocol):
             "name": "uplinkd publisher",
             "protocol": 1,
         }
-        if access.password:
+        if credentials := access.credentials():
+            options |= {"jwt": credentials.jwt, "sig": credentials.sign(str(info.get("nonce", "")))}
+        elif access.password:
             options |= {"user": access.user, "pass": access.password}
         elif access.user:
             options["auth_token"] = access.user

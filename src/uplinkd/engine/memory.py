@@ -376,6 +376,12 @@ class MemoryDownlink:
         for device_id, messages in self._messages.items():
             self._messages[device_id] = [each for each in messages if each.sequence != sequence]
 
+    async def claim(self, device_id: int) -> bool:
+        return True
+
+    def unclaim(self, device_id: int) -> None:
+        """Nobody else is there."""
+
     async def session(self, device_id: int) -> SessionRecord | None:
         self._check()
         return self._sessions.get(device_id)

@@ -33,6 +33,7 @@ __all__ = [
     "check_quorum",
     "new_base",
     "restored_metadata",
+    "spread",
     "wanted",
     "with_base",
 ]
@@ -101,13 +102,19 @@ def wanted(settings: Settings, base: int) -> dict[str, Any]:
         "max_bytes": settings.keep_bytes,
         "max_msgs": -1,
         "max_consumers": -1,
-        "num_replicas": 1,
+        **spread(settings),
         "duplicate_window": min(_DUPLICATE_WINDOW, age) if age else _DUPLICATE_WINDOW,
         "allow_direct": True,
         # Where each acknowledgement waits for the disk, messages are stored in batches: see engine.jetstream.
         "allow_atomic": settings.sync_interval == "always",
     }
     return with_base(config, base)
+
+
+def spread(settings: Settings) -> dict[str, Any]:
+    """On how many servers, and on which, each of our streams is kept."""
+    placement = {"placement": {"tags": list(settings.placement)}} if settings.placement else {}
+    return {"num_replicas": settings.replicas, **placement}
 
 
 def with_base(config: dict[str, Any], base: int) -> dict[str, Any]:
