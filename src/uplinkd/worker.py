@@ -42,6 +42,7 @@ from uplinkd.registry.cache import DeviceCache
 from uplinkd.roster import Roster
 from uplinkd.sending import Sending
 from uplinkd.settings import Settings
+from uplinkd.shares import Shares
 from uplinkd.tasks import end_tasks, spawn
 from uplinkd.tls import CertificateFiles, LegacyDevices, count_handshakes, renew
 
@@ -148,6 +149,7 @@ async def _serve(task: Task) -> None:
             journal.run(),
             presence.run(),
             peers.run(),
+            Shares(bus, task.flow, peers, settings.gateway).run(),
             downlink.run(),
             *map(Listener.run, doors),
             _measure(task.meter, https, mqtt),

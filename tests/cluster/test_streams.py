@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import gc
 import ipaddress
 import socket
 import subprocess
@@ -33,6 +34,16 @@ from uplinkd.engine.stream import STREAM
 from uplinkd.engine.streams import check, told_why
 from uplinkd.settings import Settings, load
 from uplinkd.tasks import end_tasks
+
+# nats-py leaves the socket of a connection that was refused to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """What a test leaves behind is told of in that test."""
+    yield
+    gc.collect()
 
 
 @contextlib.contextmanager
