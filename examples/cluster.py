@@ -62,6 +62,20 @@ class Cluster:
         self.hosts = dict(zip(NODES, hosts, strict=True))
         servers = ",".join(f"{self.hosts[number]}:{self.ports[f'nats-{number}']}" for number in NODES)
         self.nats_url = f"nats://uplinkd:{self.secrets['uplinkd']}@{servers}"
+        shared = {
+            "nats_url": self.nats_url,
+            "secret_key": key,
+            "database_url": f"sqlite:///{self.folder / 'registry.sqlite'}",
+        }
+        # For the command line, in this folder: uplinkd device list.
+        lines = [
+            f"{name} = {json.dumps(value)}\n"
+            for name, value in {**shared, "data": str(self.folder / "gateway-1")}.items()
+        ]
+        with os.fdopen(
+            os.open(self.folder / "uplinkd.toml", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w"
+        ) as file:
+            file.writelines(["replicas = 3\n", *lines])
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("UPLINKD_")},
             **self._nats_environment(),
@@ -72,9 +86,7 @@ class Cluster:
             },
             "HAPROXY_HTTPS": f"127.0.0.1:{self.ports['https']}",
             "HAPROXY_MQTT": f"127.0.0.1:{self.ports['mqtt']}",
-            "UPLINKD_NATS_URL": self.nats_url,
-            "UPLINKD_SECRET_KEY": key,
-            "UPLINKD_DATABASE_URL": f"sqlite:///{self.folder / 'registry.sqlite'}",
+            **{f"UPLINKD_{name.upper()}": value for name, value in shared.items()},
             "UPLINKD_WORKERS": "1",
         }
 
@@ -260,6 +272,7 @@ def _tell(cluster: Cluster) -> None:
         *(f"  nats-{number}    {cluster.hosts[number]}:{ports[f'nats-{number}']}" for number in NODES),
         f"  CA        {cluster.ca}",
         f"  logs      {folder}/*.log",
+        f"  commands  cd {folder}; uplinkd product create 'my product'",
     ]
     if password := cluster.password():
         lines.append(f"  console   first sign-in: user admin, one-time password {password}")

@@ -126,6 +126,11 @@ class Peers:
         return {peer.gateway for peer in self._peers.values()} | {gateway_of(worker_of(self._instance))}
 
     @property
+    def all(self) -> list[Peer]:
+        """The workers that were heard of and live, by name."""
+        return sorted(self._peers.values(), key=lambda peer: peer.worker)
+
+    @property
     def workers(self) -> set[str]:
         """The names of workers that live, this one among them."""
         return {peer.worker for peer in self._peers.values()} | {worker_of(self._instance)}
@@ -155,6 +160,12 @@ class Peers:
         """Tell and look, until cancelled."""
         while True:
             self.beat()
+            self.look()
+            await asyncio.sleep(_BEAT_SECONDS)
+
+    async def watch(self) -> None:
+        """Look alone, until cancelled: for a process that serves no devices."""
+        while True:
             self.look()
             await asyncio.sleep(_BEAT_SECONDS)
 

@@ -27,6 +27,8 @@ class Load:
     broken: int = 0
     slowest: float = 0.0
     last_success: float = 0.0
+    longest_gap: float = 0.0
+    """How long at most nobody was told that a message is stored."""
     running: bool = True
 
     async def run(self, seconds: float, fault: Callable[[], None], *, after: float) -> None:
@@ -57,7 +59,9 @@ class Load:
             if code == 0:
                 assert message_id not in self.acknowledged, "an id was given twice"
                 self.acknowledged[message_id] = payload
-                self.last_success = time.monotonic()
+                now = time.monotonic()
+                self.longest_gap = max(self.longest_gap, now - (self.last_success or now))
+                self.last_success = now
             else:
                 self.refused.append((code, time.monotonic()))
             await asyncio.sleep(PAUSE)

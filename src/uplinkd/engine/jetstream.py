@@ -293,7 +293,7 @@ class JetStreamPublisher:
                 return await self._open(url, access)
             except (OSError, ssl.SSLError, TimeoutError, Unavailable, ValueError) as error:
                 access.failed(url)
-                faults.append(f"{url}: {error or type(error).__name__}")
+                faults.append(f"{url}: {str(error) or 'it does not answer'}")
         raise Unavailable("; ".join(faults))
 
     async def _open(self, url: str, access: Access) -> _Wire:
