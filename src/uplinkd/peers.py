@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from uplinkd import __version__
 from uplinkd.engine import Bus, Told
 from uplinkd.observe import Occasionally
 
-__all__ = ["ALIVE", "Peer", "Peers", "beat_of", "gateway_of", "worker_of"]
+__all__ = ["ALIVE", "Gateway", "Peer", "Peers", "beat_of", "gateway_of", "gateways_of", "worker_of"]
 
 log = logging.getLogger("uplinkd.peers")
 
@@ -62,6 +62,37 @@ class Peer:
     @property
     def gateway(self) -> str:
         return gateway_of(self.worker)
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """One that lives: `version` of its oldest worker, how many workers and connections of devices it has, since when (ms) it runs."""
+
+    name: str
+    version: str
+    workers: int
+    connections: int
+    since: int
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "gateway": self.name,
+            "version": self.version,
+            "workers": self.workers,
+            "connections": self.connections,
+            "since": self.since,
+        }
+
+
+def gateways_of(peers: Iterable[Peer]) -> list[Gateway]:
+    """The gateways of these workers, by name."""
+    found: dict[str, list[Peer]] = {}
+    for peer in sorted(peers, key=lambda peer: peer.since):
+        found.setdefault(peer.gateway, []).append(peer)
+    return [
+        Gateway(name, each[0].version, len(each), sum(peer.connections for peer in each), each[0].since)
+        for name, each in sorted(found.items())
+    ]
 
 
 def beat_of(told: Told, now: float) -> Peer:

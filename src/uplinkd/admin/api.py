@@ -35,6 +35,7 @@ from uplinkd.engine import DeadLetter
 from uplinkd.engine import Query as Wanted
 from uplinkd.engine.doors import doors
 from uplinkd.engine.reader import check as check_query
+from uplinkd.peers import gateways_of
 from uplinkd.registry import Registry
 from uplinkd.registry.fleet import written_fleet
 from uplinkd.settings import Settings, shown
@@ -1010,6 +1011,25 @@ async def stats(office: Office) -> doc.StatsDocument:
         handshakes={f"{version} {kind}": count for (version, kind), count in reading.handshakes.items() if count},
         handshake_failures={reason: count for reason, count in reading.handshake_failures.items() if count},
     )
+
+
+@router.get("/gateways", tags=["stats"])
+async def list_gateways(office: In, who: Reads) -> doc.Page[doc.GatewayDocument]:
+    """The gateways that live, on the NATS servers of this one."""
+    return doc.Page(items=gateways(office))
+
+
+def gateways(office: Office) -> list[doc.GatewayDocument]:
+    return [
+        doc.GatewayDocument(
+            gateway=each.name,
+            version=each.version,
+            workers=each.workers,
+            connections=each.connections,
+            since=each.since,
+        )
+        for each in gateways_of(office.peers.all if office.peers else ())
+    ]
 
 
 @router.get("/stats/history", tags=["stats"])

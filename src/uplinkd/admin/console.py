@@ -366,6 +366,7 @@ async def overview(request: Request, office: In, who: Views) -> Response:
         stats=stats,
         last=_kinds(request, last),
         held=await _held_back(request, office),
+        gateways=api.gateways(office),
         products=await run_in_threadpool(office.registry.count_products),
     )
 

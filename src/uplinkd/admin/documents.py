@@ -127,6 +127,16 @@ class Page(_Document, Generic[T]):
     next: str | None = None
 
 
+class GatewayDocument(_Document):
+    """A gateway that lives, as its workers tell each second."""
+
+    gateway: str
+    version: str
+    workers: int
+    connections: int = Field(description="of devices and applications, over HTTPS and MQTT")
+    since: int = Field(description="when its first worker started, ms since 1970")
+
+
 class ProductDocument(_Document):
     product_key: str
     name: str
