@@ -136,6 +136,8 @@ class Peers:
         self._back: list[Callable[[], None]] = []
         self._since = self._looked = clock()
         self._echo: float | None = None
+        self._ended = False
+        self._came_back = 0.0
         self._missed = 1  # how many have gone since somebody last asked
         self._warn = Occasionally(600)
         self._warn_twin = Occasionally(60)
@@ -201,7 +203,10 @@ class Peers:
             await asyncio.sleep(_BEAT_SECONDS)
 
     def beat(self, *, bye: bool = False) -> None:
-        """Tell that this worker lives; or, with `bye`, that it ends."""
+        """Tell that this worker lives; or, with `bye`, that it ends: after that it tells nothing more."""
+        if self._ended:
+            return
+        self._ended = bye
         facts: dict[str, Any] = {
             "from": self._instance,
             "version": __version__,
@@ -275,5 +280,9 @@ class Peers:
         self.others = len(self.gateways) > 1
 
     def _come_back(self) -> None:
+        """Once for all that are heard of again at the same time."""
+        if self._clock() - self._came_back < _ABSENT_SECONDS:
+            return
+        self._came_back = self._clock()
         for act in self._back:
             act()
