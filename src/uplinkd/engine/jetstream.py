@@ -35,6 +35,7 @@ log = logging.getLogger("uplinkd.engine")
 
 _CONNECT_SECONDS = 2.0
 _REQUEST_SECONDS = 2.0
+_AGAIN_SECONDS = 0.4
 _SWEEP_SECONDS = 0.1
 _PING_SECONDS = 1.0
 _SILENCE_SECONDS = 4.0
@@ -316,13 +317,13 @@ class JetStreamPublisher:
 
     async def _ensure_stream(self, wire: _Wire) -> int:
         """Make the stream when it is not there, follow the settings when they changed; return its base."""
-        info = await wire.request(f"$JS.API.STREAM.INFO.{STREAM}", {})
+        info = await _stream_info(wire)
         if (error := info.get("error")) and error.get("code") == 404:
             if self._base:
                 await asyncio.sleep(_CLEAN_UP_SECONDS)
             info = await wire.request(f"$JS.API.STREAM.CREATE.{STREAM}", wanted(self._settings, self._new_base()))
             if info.get("error", {}).get("code") == 400:  # another worker was quicker
-                info = await wire.request(f"$JS.API.STREAM.INFO.{STREAM}", {})
+                info = await _stream_info(wire)
         if error := info.get("error"):
             raise Unavailable(f"JetStream does not give us the stream {STREAM}: {told_why(error, self._settings)}")
         found = info["config"]
@@ -650,6 +651,15 @@ class _Wire(asyncio.Protocol):
     def _send(self, data: bytes) -> None:
         if self._transport and not self.ended:
             self._transport.write(data)
+
+
+async def _stream_info(wire: _Wire) -> dict[str, Any]:
+    """What JetStream says of the stream. While a cluster has no leader for it nobody answers, so it is asked again and again; the
+    caller has a bound."""
+    while True:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_AGAIN_SECONDS):
+                return await wire.request(f"$JS.API.STREAM.INFO.{STREAM}", {})
 
 
 def _batches(together: list[_Leaving]) -> Iterator[list[_Leaving]]:
