@@ -14,7 +14,7 @@ import pytest
 
 from tests.cluster.conftest import GATEWAYS, NODES, Plant
 from tests.faults.load import Load
-from tests.house import make_devices
+from tests.house import cli, make_devices
 from uplinkd.engine.stream import STREAM
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cluster"), pytest.mark.timeout(240)]
@@ -70,6 +70,11 @@ async def under_load(plant: Plant, what: str, act: Callable[[], Awaitable[None]]
         f"nothing acknowledged for {load.longest_gap:.1f} s at most, slowest answer {load.slowest:.1f} s"
     )
     assert len(load.acknowledged) > before, "nothing is acknowledged afterwards"
+    await leader(plant)
+    for _ in range(20):  # a cluster that has just come together may not make a consumer for a reader yet
+        if cli("messages", "list", "--limit", "1", data=plant.data, check=False).returncode == 0:
+            break
+        await asyncio.sleep(0.5)
     load.all_found(plant.data)
     return load
 

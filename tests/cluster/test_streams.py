@@ -59,13 +59,15 @@ def own_server(folder: Path, *lines: str, jetstream: bool = True) -> Iterator[st
     with (folder / "own.log").open("wb") as log:
         process = subprocess.Popen([find_binary(Settings()), "-c", config], stderr=log)
     host, port = where.split(":")
-    while True:
-        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
-            break
-        assert process.poll() is None, (folder / "own.log").read_text()
-    yield where
-    process.kill()
-    process.wait()
+    try:
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+                break
+            assert process.poll() is None, (folder / "own.log").read_text()
+        yield where
+    finally:
+        process.kill()
+        process.wait()
 
 
 @contextlib.asynccontextmanager
