@@ -314,9 +314,9 @@ class Device:
                 await asyncio.wait_for(writer.wait_closed(), 2)
 
 
-def make_devices(server: Server, count: int) -> list[Device]:
+def make_devices(server: Server, count: int, name: str = "load test") -> list[Device]:
     """A product and `count` devices of it, made by the command line."""
-    product = cli_json("product", "create", "load test", data=server.data)["productKey"]
+    product = cli_json("product", "create", name, data=server.data)["productKey"]
     rows = "".join(f"{product},device{number:04},secret{number}\n" for number in range(count))
     fleet = server.data.parent / "fleet.csv"
     fleet.write_text("ProductKey,DeviceName,DeviceSecret\n" + rows)

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from uplinkd.core.model import App
+from uplinkd.engine import Bus
 from uplinkd.engine.memory import MemoryBus, MemoryDownlink, MemoryEngine
 from uplinkd.flow import Flow
 from uplinkd.gateway import Gateway, Outcome, Sent
 from uplinkd.http.limits import Limits
 from uplinkd.http.protocol import Door
 from uplinkd.mqtt.session import Door as MqttDoor
+from uplinkd.peers import Peers
 from uplinkd.presence import Presence
 from uplinkd.registry import Registry, open_registry
 from uplinkd.registry.cache import DeviceCache
@@ -23,7 +25,7 @@ from uplinkd.roster import Roster
 from uplinkd.sending import Sending
 from uplinkd.settings import Settings
 
-__all__ = ["DEVICE", "PRODUCT", "SECRET", "Room", "Transport", "open_room", "settled"]
+__all__ = ["DEVICE", "PRODUCT", "SECRET", "Crew", "Room", "Transport", "open_room", "settled"]
 
 PRODUCT, DEVICE, SECRET = "a1GFjLP3xxC", "device123", "secret"
 
@@ -80,6 +82,18 @@ class _Apps:
         return next((app for app, _ in self.known.values() if app.id == app_id), None)
 
 
+class Crew(Peers):
+    """Of workers that tell nobody of themselves: the first leads."""
+
+    def __init__(self, bus: Bus, worker: str) -> None:
+        super().__init__(bus, f"gateway.{worker}.0")
+        self.first = worker == "0"
+
+    @property
+    def leads(self) -> bool:
+        return self.first
+
+
 @dataclass
 class Room:
     """Everything that a test may want to look at or to break. Rooms of one test may share registry, bus and downlink: they are
@@ -114,7 +128,7 @@ class Room:
             self.engine,
             self.bus,
             worker=self.worker,
-            sweeps=self.worker == "0",
+            peers=Crew(self.bus, self.worker),
             clock=lambda: self.wall,
             monotonic=lambda: self.monotonic,
         )

@@ -6,6 +6,7 @@ context with its ticket keys, the flow control table, the metrics) is made here,
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import logging
@@ -25,6 +26,7 @@ from types import FrameType
 
 from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.engine.embedded import Access, EmbeddedServer
+from uplinkd.engine.streams import check
 from uplinkd.files import keep_private
 from uplinkd.flow import Flow
 from uplinkd.listener import Port
@@ -32,7 +34,7 @@ from uplinkd.metrics import BEAT_SECONDS, Metrics
 from uplinkd.ports import patiently, probe
 from uplinkd.processes import call_me, keep_memory_private, vitals
 from uplinkd.registry import Operators, open_registry
-from uplinkd.serving import serving
+from uplinkd.serving import gateway_name, serving
 from uplinkd.settings import Settings, address, reachable
 from uplinkd.tls import CertificateFiles, ensure_material, operator_context, reissue, server_context
 from uplinkd.worker import DRAIN_SECONDS, Task, run
@@ -93,10 +95,13 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
         stack.enter_context(serving(settings.data, token_ttl=ttl, now=round(time.time() * 1000)))
         for warning in keep_private(settings.data):
             log.warning("%s", warning)
+        settings = settings.model_copy(update={"gateway": gateway_name(settings)})
         registry = open_registry(settings)
         registry.check()
-        # Nobody serves yet: whatever session a registry tells of has died with its worker.
-        registry.abandoned(None, now=round(time.time() * 1000), timeout=round(settings.online_timeout * 1000))
+        # Nobody serves here yet: whatever session a registry tells of has died with its worker. On servers of the owner's there may be
+        # other gateways, whose sessions stand.
+        mine = f"{settings.gateway}." if settings.nats_url else None
+        registry.abandoned(mine, now=round(time.time() * 1000), timeout=round(settings.online_timeout * 1000))
         password = _first_password(registry.operators) if settings.console_listen else None
         registry.close()
         prepare(settings)
@@ -123,6 +128,7 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
         engine = None
         if settings.nats_url:
             access = Access.of(settings)
+            asyncio.run(check(settings, access))
         else:
             engine = EmbeddedServer.start(settings, tls=[(pair.certificate, pair.key) for pair in certificates])
             stack.callback(engine.stop)

@@ -4,6 +4,8 @@ Each limit is a GCRA (virtual scheduling, ITU-T I.371): the table keeps, as one 
 used up in advance. A request is in order if that moment lies no further ahead than the burst. So what is idle costs nothing, a
 refused request is charged nothing, and there is no counter to reset. What is charged to several limits is charged to all of
 them or to none.
+
+Where other gateways live, each tells the others what it has charged (`Charges`), and they add it to their tables.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ import mmap
 import multiprocessing
 import multiprocessing.synchronize
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 from uplinkd.core.errors import Code, Refused
 from uplinkd.settings import Settings
 
-__all__ = ["Flow", "network_of"]
+__all__ = ["Charges", "Flow", "Notes", "network_of"]
 
 # A device's slot: messages, bytes, logins, and until when it is claimed.
 _SLOT = 4
@@ -38,6 +42,52 @@ _LOOK_UPS, _LOOK_UP_SECONDS = 10, 6.0
 # Whoever holds a lock may have lost its core for a while. A worker killed in the microsecond that it holds one leaves it taken:
 # then the others go on without, until the supervisor has healed it.
 _LOCK_PATIENCE = 0.05
+# What other gateways have charged uses up no more than so many bursts in advance.
+_MOST_BURSTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Charges:
+    """What a gateway has charged: (device id, messages, bytes, logins); by product and by network (name, messages, bytes); and each
+    refused login (product, device, network)."""
+
+    devices: list[tuple[int, int, int, int]] = field(default_factory=list)
+    products: list[tuple[str, int, int]] = field(default_factory=list)
+    networks: list[tuple[str, int, int]] = field(default_factory=list)
+    refused: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+class Notes:
+    """What one worker has charged and not told yet. `rounds` counts in each how often it was passed over: what can make no difference
+    to anybody is not told."""
+
+    __slots__ = ("devices", "networks", "products", "refused")
+
+    def __init__(self) -> None:
+        self.devices: dict[int, list[int]] = {}  # messages, bytes, logins, rounds
+        self.products: dict[str, list[int]] = {}
+        self.networks: dict[str, list[int]] = {}
+        self.refused: list[tuple[str, str, str]] = []
+
+    def message(self, device_id: int, size: int) -> None:
+        note = self.devices.get(device_id)
+        if note is None:
+            self.devices[device_id] = [1, size, 0, 0]
+        else:
+            note[0] += 1
+            note[1] += size
+
+    def wide(self, product_key: str, network: str, size: int) -> None:
+        for notes, name in ((self.products, product_key), (self.networks, network)):
+            if name:
+                note = notes.setdefault(name, [0, 0, 0, 0])
+                note[0] += 1
+                note[1] += size
+
+    def login(self, device_id: int, network: str) -> None:
+        self.devices.setdefault(device_id, [0, 0, 0, 0])[2] += 1
+        if network:
+            self.networks.setdefault(network, [0, 0, 0, 0])[0] += 1
 
 
 class Flow:
@@ -49,6 +99,7 @@ class Flow:
 
     def __init__(self, settings: Settings, *, shared: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self.notes: Notes | None = None  # of this process, while other gateways live
         self._message_cost = _cost(settings.device_rate, 1.0)
         self._byte_cost = _cost(float(settings.device_bytes), 1.0)
         self._product_cost = _cost(settings.product_rate, 1.0)
@@ -113,6 +164,8 @@ class Flow:
             if messages and volume:
                 until[slot] = messages
                 until[slot + 1] = volume
+                if self.notes is not None:
+                    self.notes.message(device_id, size)
                 return
         if messages:
             raise self._too_many("device_bytes")
@@ -141,6 +194,9 @@ class Flow:
             if all(moments):
                 for (_, place, _), moment in zip(charges, moments, strict=True):
                     until[place] = moment
+                if self.notes is not None:
+                    self.notes.message(device_id, size)
+                    self.notes.wide(product_key, network if self._request_cost else "", size)
                 return
         limit, place, cost = charges[moments.index(0.0)]
         if limit.endswith("_rate"):
@@ -165,9 +221,13 @@ class Flow:
                 limit, requests = "address_rate", _charged(until[place], now, self._request_cost, 1.0)
                 if requests:
                     until[slot], until[place] = logins, requests
+                    if self.notes is not None:
+                        self.notes.login(device_id, network)
                     return
             elif logins:
                 until[slot] = logins
+                if self.notes is not None:
+                    self.notes.login(device_id, "")
                 return
         raise self._too_many(limit)
 
@@ -211,7 +271,78 @@ class Flow:
                 place = self._networks.place(tag)
                 until[place] = max(until[place], now) + self._request_cost
                 until[place + 1] = max(until[place + 1], now) + self._refusal_cost
+            if self.notes is not None:
+                self.notes.refused.append((product_key, device_name, network))
         return ""
+
+    def charged(self, gateways: int, window: float) -> Charges:
+        """What this worker has charged since the last call, `window` seconds ago, as far as it can make a difference where `gateways`
+        live: what is below half of each one's share of a rate for a whole second is passed over."""
+        notes = self.notes
+        if notes is None:
+            return Charges()
+
+        def told(kept: dict[Any, list[int]], *costs: float) -> Iterable[tuple[Any, list[int]]]:
+            shares = [window / cost / gateways for cost in costs if cost]
+            found = []
+            for name, note in list(kept.items()):
+                note[3] += 1
+                due = note[2] or any(
+                    count >= max(min(share, 1.0 / window), share * note[3] / 2)
+                    for count, share in zip(
+                        [count for count, cost in zip(note, costs, strict=False) if cost], shares, strict=True
+                    )
+                )
+                if due:
+                    found.append((name, note))
+                if due or note[3] * window >= 1.0:
+                    del kept[name]
+            return found
+
+        refused, notes.refused = notes.refused, []
+        return Charges(
+            [(name, *note[:3]) for name, note in told(notes.devices, self._message_cost, self._byte_cost)],
+            [(name, *note[:2]) for name, note in told(notes.products, self._product_cost, self._product_byte_cost)],
+            [(name, *note[:2]) for name, note in told(notes.networks, self._request_cost)],
+            refused,
+        )
+
+    def add(self, charges: Charges) -> None:
+        """Charge what another gateway has: nothing of it is refused, it has passed there."""
+        until, clock = self._until, self._clock
+
+        def charge(place: int, cost: float, burst: float = 1.0) -> None:
+            now = clock()
+            until[place] = min(max(until[place], now) + cost, max(until[place], now + _MOST_BURSTS * burst))
+
+        for device_id, messages, size, logins in charges.devices:
+            slot = device_id % _DEVICES * _SLOT
+            with self._guards[device_id % len(self._guards)]:
+                charge(slot, messages * self._message_cost)
+                charge(slot + 1, size * self._byte_cost)
+                if logins:
+                    charge(slot + 2, logins * self._login_cost, _MINUTE)
+        for product_key, messages, size in charges.products:
+            tag = hash(product_key)
+            with self._products.guard(tag):
+                place = self._products.place(tag)
+                charge(place, messages * self._product_cost)
+                charge(place + 1, size * self._product_byte_cost)
+        for network, requests, _ in charges.networks:
+            tag = hash(network)
+            with self._networks.guard(tag):
+                charge(self._networks.place(tag), requests * self._request_cost)
+        for product_key, device_name, network in charges.refused:
+            tag, pair = hash(network), hash((product_key, device_name, network))
+            with self._networks.guard(tag), self._guessed.guard(pair):
+                now = clock()
+                if self._login_cost:
+                    place = self._guessed.place(pair)
+                    until[place] = max(until[place], now) + self._login_cost
+                if network and (self._refusal_cost or self._request_cost):
+                    place = self._networks.place(tag)
+                    charge(place, self._request_cost)
+                    until[place + 1] = max(until[place + 1], now) + self._refusal_cost
 
     def may_look_up(self, network: str) -> bool:
         """Whether the registry may be asked about one more login of a network whose refused logins have reached a limit; ten times

@@ -34,7 +34,7 @@ _TOPICS = 20_000
 _CLAIM_SECONDS = 10.0
 # A device asks for two facts at most, one after the other, and has its answer within 5 s.
 _REGISTRY_SECONDS = 2.0
-_CLAIM_PATIENCE, _CLAIM_PAUSE = 0.2, 0.002
+_CLAIM_PATIENCE, _CLAIM_PAUSE, _CLAIM_PAUSE_AFAR = 0.2, 0.002, 0.02
 # Where nothing of what waits could ride home, the next look is made after so long, or when something new waits.
 _FRUITLESS_SECONDS = 5.0
 _FRUITLESS = 100_000
@@ -260,7 +260,7 @@ class Gateway:
                 looks += 1
         finally:
             if not taken:
-                self._flow.release(device_id)
+                self._let_go(device_id)
         if looks:
             if len(self._fruitless) >= _FRUITLESS:
                 self._fruitless.clear()
@@ -268,24 +268,35 @@ class Gateway:
         return None
 
     async def _claim(self, device_id: int) -> bool:
-        """The one before may be on its way out still, in this worker or in another."""
+        """The one before may be on its way out still, in this worker, in another or on another gateway."""
         end = self._monotonic() + _CLAIM_PATIENCE
         while not self._flow.claim(device_id, _CLAIM_SECONDS):
             if self._monotonic() > end:
                 return False
             await asyncio.sleep(_CLAIM_PAUSE)
-        return True
+        claimed = False
+        try:
+            while not (claimed := await self._downlink.claim(device_id)) and self._monotonic() < end:  # noqa: ASYNC110 - asks anew
+                await asyncio.sleep(_CLAIM_PAUSE_AFAR)
+        finally:
+            if not claimed:
+                self._flow.release(device_id)
+        return claimed
+
+    def _let_go(self, device_id: int) -> None:
+        self._downlink.unclaim(device_id)
+        self._flow.release(device_id)
 
     async def arrived(self, device_id: int, message: Waiting) -> None:
         """The answer with it was written."""
         try:
             await self._downlink.remove(message.sequence)
         finally:
-            self._flow.release(device_id)
+            self._let_go(device_id)
 
     def spared(self, device_id: int) -> None:
         """The answer with it could not be written: it waits on."""
-        self._flow.release(device_id)
+        self._let_go(device_id)
 
     async def _subscribed(self, device_id: int, topic: str) -> bool:
         """Whether an MQTT session takes messages of `topic` for the device: one that stands, or a persistent one that is away."""

@@ -12,9 +12,10 @@ import logging
 import os
 import sqlite3
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
@@ -34,6 +35,7 @@ __all__ = [
     "follow",
     "held_back",
     "read",
+    "read_shared",
 ]
 
 log = logging.getLogger("uplinkd.journal")
@@ -58,7 +60,8 @@ class Refusal:
 
     `times`: it stands for so many alike. A note has the code 0: nothing was refused (a will was ignored, say). One about the
     journal itself has the endpoint journal, and STANDING is that of the latest note about each device's TLS suite.
-    `id` is where it stands in the record, 0 before it does: a later one has a larger id.
+    `id` is where it stands in the record, 0 before it does: a later one has a larger id. `gateway` is whose record it is, empty where
+    there is one alone.
     """
 
     request_id: str
@@ -73,13 +76,14 @@ class Refusal:
     reason: str
     times: int = 1
     id: int = field(default=0, compare=False)
+    gateway: str = field(default="", compare=False)
 
 
 STANDING = "tls"
 """The endpoint of notes of which one is kept for each device, the latest. They have a table of their own: a fleet of old devices is
 many, and would push the refusals out. Who does not ask for this endpoint does not see them."""
 
-_NAMES = [each.name for each in fields(Refusal) if each.name != "id"]
+_NAMES = [each.name for each in fields(Refusal) if each.name not in ("id", "gateway")]
 _COLUMNS = ", ".join(_NAMES)
 _ROW = f"({', '.join('?' for _ in _NAMES)})"
 _values = attrgetter(*_NAMES)
@@ -218,6 +222,23 @@ def read(settings: Settings, wanted: Wanted, limit: int) -> list[Refusal]:
         found = [Refusal(*row) for row in connection.execute(sql, (*values, limit))]
     found.reverse()
     found.sort(key=attrgetter("at"))  # workers write in turn, not in the order of events
+    return found
+
+
+def read_shared(settings: Settings, wanted: Wanted, limit: int) -> list[Refusal]:
+    """The same for one of several gateways: the ids that are given, and `wanted.before`, are in one order for all of them, by time."""
+    mark = zlib.crc32(settings.gateway.encode()) & 63
+    shared = f"((at << 20) | ((id & 16383) << 6) | {mark})"
+    where, values = _where(replace(wanted, before=None))
+    if wanted.before is not None:
+        where += f" AND at <= ? AND {shared} < ?"
+        values = [*values, wanted.before >> 20, wanted.before]
+    sql = f"SELECT {_COLUMNS}, {shared} FROM {_table(wanted)} WHERE {where} ORDER BY at DESC, id DESC LIMIT ?"  # noqa: S608 - names of ours
+    with _reading(settings) as connection:
+        if connection is None:
+            return []
+        found = [Refusal(*row) for row in connection.execute(sql, (*values, limit))]
+    found.reverse()
     return found
 
 

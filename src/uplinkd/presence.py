@@ -23,8 +23,10 @@ from uplinkd.core.errors import Unavailable
 from uplinkd.core.model import Origin, StatusChange
 from uplinkd.core.subjects import to_subject
 from uplinkd.engine import Bus, Publisher
-from uplinkd.engine.stream import STREAM
+from uplinkd.engine.api import ask_api
+from uplinkd.engine.stream import STREAM, check_quorum
 from uplinkd.observe import Occasionally
+from uplinkd.peers import Peers
 from uplinkd.registry import Registry, Sighting
 from uplinkd.registry.cache import Entry
 from uplinkd.settings import Settings
@@ -41,6 +43,7 @@ _SWEEP_SECONDS = 3.0
 _SEEN_MILLISECONDS = 5000
 _JUMP_SECONDS = 1.0
 _CLOSING_SECONDS = 1.5
+_ORPHANS_SECONDS = 60.0
 _PAGE = 1000
 _BATCH = 5000
 _MOST_PENDING = 200_000
@@ -49,7 +52,8 @@ _ASKED_AT_ONCE = 100
 
 
 class Presence:
-    """One worker's part, `worker` its name. The one that `sweeps` also finds who fell silent, and what was left untold."""
+    """One worker's part, `worker` its name. The one that leads among its `peers` also finds who fell silent, what was left untold, and
+    the sessions of workers that are gone; it is no harm if two think for a moment that they lead."""
 
     def __init__(
         self,
@@ -59,7 +63,7 @@ class Presence:
         bus: Bus,
         *,
         worker: str,
-        sweeps: bool,
+        peers: Peers,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -67,7 +71,7 @@ class Presence:
         self._engine = engine
         self._bus = bus
         self._worker = worker
-        self._sweeps = sweeps
+        self._peers = peers
         self._clock = clock
         self._monotonic = monotonic
         self._timeout = round(settings.online_timeout * 1000)
@@ -78,6 +82,7 @@ class Presence:
         self._untold: set[int] = set()  # what the last look found
         self._flush_clock = _Jumps(clock, monotonic)
         self._sweep_clock: _Jumps | None = None
+        self._orphans_due = 0.0
         self._flushing = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, "presence")
         self._closed = False
@@ -97,18 +102,20 @@ class Presence:
         """Its session here has ended."""
         self._pending.append(Sighting(entry.device.id, now, "", self._worker, stamp, ended=True))
 
-    async def start(self) -> None:
-        """End the sessions that this worker's predecessor held when it died; raise Unavailable."""
+    async def start(self) -> int:
+        """End the sessions that this worker's predecessor held when it died; the highest stamp that a session has had. Raise
+        Unavailable."""
         self._publish(await self._abandoned(self._worker))
+        return await self._in_thread(self._registry.last_session)
 
     async def run(self) -> None:
-        """Write what was seen, publish what it changes, and (if it `sweeps`) look after the rest; until cancelled or closed."""
+        """Write what was seen, publish what it changes, and (if it leads) look after the rest; until cancelled or closed."""
         due = 0.0
         while not self._closed:
             await asyncio.sleep(_FLUSH_SECONDS)
             try:
                 await self.flush()
-                if self._sweeps and self._monotonic() >= due:
+                if self._monotonic() >= due and self._peers.leads:
                     due = self._monotonic() + _SWEEP_SECONDS
                     await self.sweep()
             except Unavailable as fault:
@@ -130,6 +137,7 @@ class Presence:
             if len(changed) < _PAGE:
                 break
         await self._publish_untold()
+        await self._end_orphans()
 
     async def close(self) -> None:
         """Write what is still to be written, as far as that is possible."""
@@ -176,7 +184,9 @@ class Presence:
         for change in changes:
             self._publishing.add(change.id)
             subject = to_subject(status_topic(change)).encode()
-            self._engine.publish(subject, status_message(change), self._done(change.id), Origin.STATUS)
+            # Who publishes it a second time, because the first one died or was slow, stores it once.
+            key = f"status-{change.id}-{change.at}"
+            self._engine.publish(subject, status_message(change), self._done(change.id), Origin.STATUS, key)
 
     def _done(self, change_id: int) -> Callable[[int, str], None]:
         def done(message_id: int, _fault: str) -> None:
@@ -198,6 +208,9 @@ class Presence:
             return now
         clock = copy(self._sweep_clock)
         now, by, lately = clock.look()
+        if by < 0 and self._peers.others:  # most of what was recorded is by the clocks of others
+            by = 0
+            await self._in_thread(lambda: self._registry.clock_jumped(0, now=now, lately=0))
         if by:
             await self._in_thread(lambda: self._registry.clock_jumped(by, now=now, lately=lately))
             log.warning(
@@ -205,6 +218,23 @@ class Presence:
             )
         self._sweep_clock = clock
         return now
+
+    async def _end_orphans(self) -> None:
+        """End the sessions of workers that are gone: of a gateway that died and has no successor. Not on the smaller side of a cluster
+        that is parted, where everybody else seems to be gone."""
+        if not self._peers.settled or not (self._peers.missed() or self._monotonic() >= self._orphans_due):
+            return
+        self._orphans_due = self._monotonic() + _ORPHANS_SECONDS
+        try:
+            held = await self._in_thread(self._registry.session_holders)
+            if not (orphaned := held - self._peers.workers):
+                return
+            check_quorum(await ask_api(self._bus, f"STREAM.INFO.{STREAM}"))
+            for worker in sorted(orphaned):
+                self._publish(await self._abandoned(worker))
+        except Unavailable:
+            self._peers.look_again()
+            raise
 
     async def _publish_untold(self) -> None:
         """What two looks in a row have found was left by somebody who died, or could not be stored."""

@@ -1149,6 +1149,7 @@ class RemoteJournal:
                 reason=told["reason"],
                 times=told.get("times", 1),
                 id=int(told["id"]),
+                gateway=told.get("gateway", ""),
             )
 
 

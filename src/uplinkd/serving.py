@@ -11,6 +11,9 @@ import contextlib
 import fcntl
 import json
 import os
+import re
+import secrets
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -19,8 +22,10 @@ from typing import Any
 
 from uplinkd import __version__
 from uplinkd.core.errors import Rejected
+from uplinkd.files import publish
+from uplinkd.settings import Settings
 
-__all__ = ["Server", "last_server", "lock_file", "running_server", "serving"]
+__all__ = ["Server", "gateway_name", "last_server", "lock_file", "running_server", "serving"]
 
 # A lock of a server that was killed a moment ago is let go within this time.
 _PATIENCE_SECONDS = 2.0
@@ -42,6 +47,17 @@ class Server:
 
 def lock_file(data: Path) -> Path:
     return data / "serve.lock"
+
+
+def gateway_name(settings: Settings) -> str:
+    """The name of the gateway that serves from this data folder: the one that is set, else one that is made once, of the host's name
+    and four digits that tell it from others there, and kept in the folder."""
+    if settings.gateway:
+        return settings.gateway
+    file = settings.data / "gateway"
+    host = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname()).strip("-")[:32] or "gateway"
+    publish(file, f"{host}-{secrets.token_hex(2)}\n".encode())
+    return file.read_text().strip()
 
 
 @contextlib.contextmanager

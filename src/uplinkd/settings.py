@@ -72,6 +72,10 @@ def _memory(size: int) -> int:
     return size
 
 
+def _number(value: object) -> object:
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
+
 def _list(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
@@ -152,11 +156,20 @@ def _trusted_address(text: str) -> str:
 
 
 def _nats_url(text: str) -> str:
-    for url in filter(None, text.split(",")):
+    urls = [url.strip() for url in text.split(",") if url.strip()]
+    scheme = urls[0].partition("://")[0] if urls else ""
+    urls = [url if "://" in url else f"{scheme}://{url}" for url in urls]
+    for url in urls:
         if not re.fullmatch(r"(nats|tls)://[^\s/]+", url.strip()):
             raise ValueError(
                 "a NATS URL looks like nats://host:4222 or tls://user:password@host:4222; several by comma"
             )
+    return ",".join(urls)
+
+
+def _gateway(text: str) -> str:
+    if text and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", text):
+        raise ValueError("a gateway's name has up to 40 letters, digits, - and _, and begins with a letter or a digit")
     return text
 
 
@@ -248,6 +261,27 @@ class Settings(BaseModel):
     )
     nats_url: Annotated[str, AfterValidator(_nats_url)] = Field(
         "", description="your own NATS servers, separated by commas; empty: one is started and looked after"
+    )
+    nats_creds: str = Field(
+        "",
+        description="credentials file (.creds) with which to sign in to your NATS servers, in place of a password in nats_url",
+    )
+    nats_ca: str = Field(
+        "",
+        description="certificates of the authorities that your NATS servers' certificates are by, PEM; empty: the system's",
+    )
+    nats_cert: str = Field("", description="client certificate to show to your NATS servers, PEM")
+    nats_key: str = Field("", description="private key of nats_cert, PEM")
+    replicas: Annotated[Literal[1, 3, 5], BeforeValidator(_number)] = Field(
+        1,
+        description="on how many of your NATS servers each message is kept; it is acknowledged once most of them have it",
+    )
+    placement: Names = Field(
+        (), description="tags of the NATS servers on which messages are stored; empty: on any of them"
+    )
+    gateway: Annotated[str, AfterValidator(_gateway)] = Field(
+        "",
+        description="name of this gateway, unlike any other's on the same NATS servers; empty: made of the host's name once",
     )
     nats_server: str = Field(
         "", description="nats-server binary to start; empty: the one that was installed with uplinkd"
@@ -429,9 +463,26 @@ def load(
                 f"{origins['console_listen']}: console_listen = {settings.console_listen!r} is not of this machine alone, and "
                 "passwords would cross the network in clear: add --console-tls true"
             )
+    if settings:
+        faults += _nats_faults(settings, origins)
     if faults or settings is None:
         raise Rejected("\n".join(faults))
     return settings, origins
+
+
+def _nats_faults(settings: Settings, origins: Origins) -> list[str]:
+    faults = []
+    for name in ("nats_creds", "nats_ca", "nats_cert", "nats_key", "replicas", "placement"):
+        value = getattr(settings, name)
+        if not settings.nats_url and value != Settings.model_fields[name].default:
+            faults.append(
+                f"{origins[name]}: {name} = {shown(settings, name)} is for NATS servers of your own: name them with nats_url"
+            )
+        elif name.startswith("nats_") and value and not os.access(value, os.R_OK):
+            faults.append(f"{origins[name]}: {name} = {value!r}: there is no file that can be read")
+    if bool(settings.nats_cert) != bool(settings.nats_key):
+        faults.append("nats_cert and nats_key belong together: one of them is not set")
+    return faults
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -36,12 +36,14 @@ from uplinkd.metrics import BEAT_SECONDS, Meter
 from uplinkd.mqtt.session import Connection as MqttConnection
 from uplinkd.mqtt.session import Door as MqttDoor
 from uplinkd.mqtt.websocket import WebSocket
+from uplinkd.peers import Peers
 from uplinkd.presence import Presence
 from uplinkd.registry import Registry, open_registry
 from uplinkd.registry.cache import DeviceCache
 from uplinkd.roster import Roster
 from uplinkd.sending import Sending
 from uplinkd.settings import Settings
+from uplinkd.shares import Shares
 from uplinkd.tasks import end_tasks, spawn
 from uplinkd.tls import CertificateFiles, LegacyDevices, count_handshakes, renew
 
@@ -52,6 +54,10 @@ log = logging.getLogger("uplinkd")
 DRAIN_SECONDS = 4.0
 _CLOSING_SECONDS = 4.0
 _KEYS_SECONDS = 0.5
+# For so long a worker hears who else is there before it does anything in the name of all; and hears others out before it
+# insists on its own sessions.
+_LISTEN_SECONDS = 3.0
+_INTRODUCED_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +93,21 @@ async def _serve(task: Task) -> None:
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_reader(task.lifeline, stop.set)
 
-    settings, name = task.settings, str(task.slot)
+    settings = task.settings
+    name = f"{settings.gateway}.{task.slot}"
     registry = open_registry(settings)
     cache = DeviceCache(registry)
     engine = open_publisher(settings, task.access, task.meter)
     bus = NatsBus(task.access, f"uplinkd worker {name}")
-    downlink = JetStreamDownlink(settings, bus)
     roster = Roster(bus, name)
-    presence = Presence(settings, registry, engine, bus, worker=name, sweeps=task.slot == 0)
+    peers = Peers(
+        bus,
+        roster.instance,
+        connections=lambda: len(https.connections) + len(mqtt.connections),
+        listen=_LISTEN_SECONDS if settings.nats_url else 0.0,
+    )
+    downlink = JetStreamDownlink(settings, bus, shared=lambda: peers.others)
+    presence = Presence(settings, registry, engine, bus, worker=name, peers=peers)
     journal = Journal(settings)
     gateway = Gateway(
         settings,
@@ -133,7 +146,9 @@ async def _serve(task: Task) -> None:
     ]
 
     await engine.start()
-    await presence.start()
+    roster.heard_of(await presence.start())
+    peers.on_gone(roster.forget)
+    peers.on_back(lambda: introduce_anew(roster, reading))
     duties = [
         asyncio.create_task(duty)
         for duty in (
@@ -141,6 +156,8 @@ async def _serve(task: Task) -> None:
             cache.run(),
             journal.run(),
             presence.run(),
+            peers.run(),
+            Shares(bus, task.flow, peers, settings.gateway).run(),
             downlink.run(),
             *map(Listener.run, doors),
             _measure(task.meter, https, mqtt),
@@ -170,6 +187,7 @@ async def _serve(task: Task) -> None:
     https.floods.flush()
     mqtt.floods.flush()
     await sending.drain()
+    peers.beat(bye=True)
     await presence.close()
     await engine.stop()
     failed = [duty for duty in duties if duty.done() and not duty.cancelled()]
@@ -181,6 +199,17 @@ async def _serve(task: Task) -> None:
     registry.close()
     for duty in failed:
         duty.result()
+
+
+def introduce_anew(roster: Roster, owned: set[asyncio.Task[None]]) -> None:
+    """Others may have forgotten this worker: hear what they say, then tell what still stands."""
+
+    async def introduce() -> None:
+        await roster.introduce()
+        await asyncio.sleep(_INTRODUCED_SECONDS)
+        roster.renew()
+
+    spawn(introduce(), owned)
 
 
 def _follow_keys(registry: Registry, gateway: Gateway, owned: set[asyncio.Task[None]]) -> None:

@@ -98,6 +98,7 @@ def test_programs_get_one_document(data: Path) -> None:
         "topic": "",
         "reason": WRONG_SIGN.reason,
         "times": 1,
+        "gateway": "",
     }
     assert [each["message"] for each in found] == ["auth check error", "publish message error", "param error", ""]
 

@@ -134,6 +134,21 @@ async def test_ids_rise_and_are_never_given_twice(engine: Engine) -> None:
     assert ids == sorted(set(ids))
 
 
+async def test_what_has_a_key_is_stored_once(engine: Engine) -> None:
+    """Two gateways may both take up what a third one left; and who comes second is told where it lies, and disturbs nobody else."""
+    done: list[tuple[int, str]] = []
+    subject = to_subject(TOPIC).encode()
+    keys: list[str] = []
+    for key in ("status-1-5", "", "status-1-5", "status-2-5", ""):
+        engine.publisher.publish(subject, b"x", lambda *ended: done.append(ended), Origin.STATUS, key)
+        await until(lambda: len(done) == len(keys) + 1)
+        keys.append(key)
+    assert [fault for _, fault in done] == [""] * 5
+    assert done[0] == done[2]
+    assert len({number for number, _ in done}) == 4
+    assert len(await engine.reader.latest(Query(topic=TOPIC), 10)) == 4
+
+
 async def test_the_newest_are_found_by_product_device_topic_and_time(engine: Engine) -> None:
     """Oldest first, at most as many as asked for."""
     topics = [

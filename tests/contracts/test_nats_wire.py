@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uplinkd.engine.wire import Reader, ack_of
+from uplinkd.engine.wire import DUPLICATE, Reader, ack_of
 
 STREAM = (
     b'INFO {"server_id":"x"}\r\nMSG _INBOX.ab.a.1 1 26\r\n{"stream":"UPLINKD","seq":7}\r\n'.replace(b"26", b"28")
@@ -28,7 +28,7 @@ WANTED = [
     ("PING", ""),
     (3, 0, "no stream takes this subject: JetStream is off, or the stream is gone"),
     (4, 0, "the engine did not store it: no room"),
-    (5, 9, ""),
+    (5, 9, DUPLICATE),
     (6, 0, None),
     ("-ERR", "'Authorization Violation'"),
     (7, 10, ""),

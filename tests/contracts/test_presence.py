@@ -22,6 +22,7 @@ import pytest
 from sqlalchemy import create_engine, event
 
 from tests.house import freeze, until
+from tests.room import Crew
 from uplinkd.core.errors import Unavailable
 from uplinkd.core.model import Device, DeviceName, Message, Origin, ProductKey, State, StatusChange
 from uplinkd.engine import Done, Publisher, Query, open_publisher, open_reader
@@ -457,7 +458,9 @@ class Dead:
 
     async def stop(self) -> None: ...
 
-    def publish(self, subject: bytes, payload: bytes, done: Done, origin: Origin = Origin.HTTPS) -> None: ...
+    def publish(
+        self, subject: bytes, payload: bytes, done: Done, origin: Origin = Origin.HTTPS, key: str = ""
+    ) -> None: ...
 
 
 @dataclass
@@ -482,7 +485,7 @@ class Town:
             engine or self.publisher,
             self.bus,
             worker=worker,
-            sweeps=worker == "0",
+            peers=Crew(self.bus, worker),
             clock=lambda: self.wall,
             monotonic=lambda: self.monotonic,
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.room import Crew
 from uplinkd.core.errors import Unavailable
 from uplinkd.core.model import Device, Message, Origin, State
 from uplinkd.engine import Query
@@ -67,7 +68,7 @@ class World:
             self.engine,
             self.bus,
             worker=worker,
-            sweeps=True,
+            peers=Crew(self.bus, "0"),
             clock=lambda: self.wall,
             monotonic=lambda: self.monotonic,
         )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import http.server
+import os
 import re
 import runpy
 import shutil
 import subprocess
 import threading
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from uplinkd.worker import _CLOSING_SECONDS, DRAIN_SECONDS
 
 UNIT = ROOT / "deploy/systemd/uplinkd.service"
 CONTAINER = ROOT / "deploy/container"
+CLUSTER = ROOT / "deploy/cluster"
 
 
 def directives() -> dict[str, list[str]]:
@@ -105,3 +108,35 @@ def test_the_health_check_asks_whether_devices_are_served(
 def test_a_proxy_offers_the_suites_that_devices_need(name: str) -> None:
     """Those of uplinkd's own door, in its order."""
     assert f"{CIPHERS}:{LEGACY_CIPHERS}" in (ROOT / "deploy/proxy" / name).read_text()
+
+
+def test_the_files_of_a_cluster_name_what_its_environment_has() -> None:
+    """Each variable has an example, none is left over, and what all gateways share are settings."""
+    named = set()
+    for file in CLUSTER.iterdir():
+        lines = [line for line in file.read_text().splitlines() if not line.lstrip().startswith("#")]
+        if file.suffix in (".conf", ".cfg"):
+            named |= set(re.findall(r"\$\{?([A-Z][A-Z0-9_]+)", "\n".join(lines)))
+    known = set(re.findall(r"(?m)^([A-Z0-9_]+)=", (CLUSTER / "cluster.env").read_text()))
+    assert {name for name in known if not name.startswith("UPLINKD_")} == named
+    assert {name.removeprefix("UPLINKD_").lower() for name in known - named} <= set(Settings.model_fields)
+    settings = tomllib.loads((CLUSTER / "gateway.toml").read_text())
+    assert Settings(**settings, nats_url="nats://a,b,c").replicas == 3
+
+
+@pytest.mark.skipif(shutil.which("haproxy") is None, reason="HAProxy is not installed")
+def test_haproxy_understands_the_clusters_file() -> None:
+    variables = dict(re.findall(r"(?m)^([A-Z0-9_]+)=(.*)$", (CLUSTER / "cluster.env").read_text()))
+    here = {name: re.sub("^gateway-.", "127.0.0.1", value) for name, value in variables.items() if "GATEWAY_" in name}
+    command = ["haproxy", "-c", "-f", str(CLUSTER / "haproxy.cfg")]
+    done = subprocess.run(command, env={**os.environ, **variables, **here}, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+
+
+def test_no_server_of_the_cluster_differs_from_the_others_but_by_its_number() -> None:
+    one, two, three = (
+        re.sub(rf"NATS_{n}_|nats-{n}\b", "N", (CLUSTER / f"nats-{n}.conf").read_text()) for n in (1, 2, 3)
+    )
+    routes = re.compile(r"routes: \[.*\]")
+    assert routes.sub("", one) == routes.sub("", two) == routes.sub("", three)

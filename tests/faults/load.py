@@ -31,6 +31,8 @@ class Load:
     broken: int = 0
     slowest: float = 0.0
     last_success: float = 0.0
+    longest_gap: float = 0.0
+    """How long at most nobody was told that a message is stored."""
     running: bool = True
     harmed: float = 0.0
     """When the fault had been done."""
@@ -77,9 +79,11 @@ class Load:
             if code == 0:
                 assert message_id not in self.acknowledged, "an id was given twice"
                 self.acknowledged[message_id] = payload
-                self.last_success = time.monotonic()
+                now = time.monotonic()
+                self.longest_gap = max(self.longest_gap, now - (self.last_success or now))
+                self.last_success = now
                 if 0 < self.harmed <= started:
-                    self.back.setdefault(number, self.last_success - self.harmed)
+                    self.back.setdefault(number, now - self.harmed)
             else:
                 self.refused.append((code, time.monotonic()))
             await asyncio.sleep(self.pause)

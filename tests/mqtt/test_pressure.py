@@ -29,9 +29,9 @@ class Engine:
         self._publish = house.engine.publish
         house.engine.publish = self._hold  # type: ignore[method-assign, assignment]
 
-    def _hold(self, subject: bytes, payload: bytes, done: Any, origin: Any) -> None:
+    def _hold(self, subject: bytes, payload: bytes, done: Any, *how: Any) -> None:
         if subject.startswith(b"/.as."):
-            self._publish(subject, payload, done, origin)
+            self._publish(subject, payload, done, *how)
         else:
             self.held.append(done)
 

@@ -35,6 +35,7 @@ from uplinkd.engine import DeadLetter
 from uplinkd.engine import Query as Wanted
 from uplinkd.engine.doors import doors
 from uplinkd.engine.reader import check as check_query
+from uplinkd.peers import gateways_of
 from uplinkd.registry import Registry
 from uplinkd.registry.fleet import written_fleet
 from uplinkd.settings import Settings, shown
@@ -558,10 +559,11 @@ async def sent(office: Office, topic: str, product_key: str, device_name: str | 
 
 
 @router.get("/logs", tags=["logs"])
-def list_refusals(
+async def list_refusals(
     office: In,
     who: Reads,
     request: Request,
+    response: Response,
     request_id: Annotated[str | None, Query(alias="requestId", max_length=64)] = None,
     product: Filter = None,
     device: Filter = None,
@@ -573,9 +575,13 @@ def list_refusals(
     limit: Limit = 100,
     cursor: Cursor = None,
 ) -> doc.Page[doc.RefusalDocument]:
-    """Why devices were refused, the newest first; in the language of Accept-Language (en, zh)."""
+    """Why devices were refused, the newest first, at all gateways; in the language of Accept-Language (en, zh). A gateway that did not
+    answer within a second is named in the header Uplinkd-Silent."""
     wanted = refusals_wanted(request_id, product, device, code, address, endpoint, since, until, _cursor(cursor))
-    found = journal.read(office.settings, wanted, limit + 1)
+    recorded = await office.records.read(wanted, limit + 1)
+    found = recorded.refusals
+    if recorded.silent:
+        response.headers["Uplinkd-Silent"] = ",".join(recorded.silent)
     found.sort(key=lambda refusal: refusal.id, reverse=True)
     refusals, before = _page(found, limit, lambda refusal: str(refusal.id))
     language = _language(request)
@@ -627,10 +633,10 @@ async def stream_refusals(
 
 
 async def live_refusals(office: Office, wanted: journal.Wanted, language: str) -> AsyncGenerator[ServerSentEvent]:
-    last: int | None = None
+    last: dict[str, int] | None = None
     ping = time.monotonic() + _PING_SECONDS
     while not office.stopping.is_set():
-        last, found, _ = await run_in_threadpool(journal.after, office.settings, wanted, last)
+        last, found = await office.records.after(wanted, last)
         if found:
             items = [doc.RefusalDocument.of(each, language).model_dump(by_alias=True, mode="json") for each in found]
             yield ServerSentEvent(event="refusals", data={"items": items})
@@ -986,7 +992,7 @@ async def show_stats(office: In, who: Reads) -> doc.StatsDocument:
 async def stats(office: Office) -> doc.StatsDocument:
     reading = office.figures.read()
     census = await run_in_threadpool(office.census)
-    refused = await run_in_threadpool(journal.counts, office.settings, now() - 3_600_000)
+    refused = await office.records.counts(now() - 3_600_000)
     messages = size = None
     with contextlib.suppress(Unavailable):
         state = await office.stored()
@@ -1005,6 +1011,25 @@ async def stats(office: Office) -> doc.StatsDocument:
         handshakes={f"{version} {kind}": count for (version, kind), count in reading.handshakes.items() if count},
         handshake_failures={reason: count for reason, count in reading.handshake_failures.items() if count},
     )
+
+
+@router.get("/gateways", tags=["stats"])
+async def list_gateways(office: In, who: Reads) -> doc.Page[doc.GatewayDocument]:
+    """The gateways that live, on the NATS servers of this one."""
+    return doc.Page(items=gateways(office))
+
+
+def gateways(office: Office) -> list[doc.GatewayDocument]:
+    return [
+        doc.GatewayDocument(
+            gateway=each.name,
+            version=each.version,
+            workers=each.workers,
+            connections=each.connections,
+            since=each.since,
+        )
+        for each in gateways_of(office.peers.all if office.peers else ())
+    ]
 
 
 @router.get("/stats/history", tags=["stats"])

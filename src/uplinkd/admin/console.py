@@ -359,13 +359,14 @@ async def prefer(back: Text = "/", language: Text = "", theme: Text = "") -> Res
 async def overview(request: Request, office: In, who: Views) -> Response:
     stats = await api.stats(office)
     since = now() - 3_600_000
-    last = await run_in_threadpool(journal.read, office.settings, journal.Wanted(since=since), _LOOKED_AT)
+    last = (await office.records.read(journal.Wanted(since=since), _LOOKED_AT)).refusals
     return page(
         request,
         "overview.html",
         stats=stats,
         last=_kinds(request, last),
         held=await _held_back(request, office),
+        gateways=api.gateways(office),
         products=await run_in_threadpool(office.registry.count_products),
     )
 
@@ -375,7 +376,7 @@ async def _held_back(
 ) -> list[journal.HeldBack]:
     """What flow control did in the last hour, in the reader's language."""
     since, language = now() - 3_600_000, language_of(request)
-    found = await run_in_threadpool(lambda: journal.held_back(office.settings, since, product=product, device=device))
+    found = await office.records.held_back(since, product=product, device=device)
     return [replace(each, reason=told(language, each.reason)) for each in found]
 
 
@@ -678,9 +679,7 @@ async def _device_page(
     device = await run_in_threadpool(office.registry.device, product_key, name)
     product = await run_in_threadpool(office.registry.product, product_key)
     classes = await run_in_threadpool(office.registry.topic_classes, product_key)
-    refusals = await run_in_threadpool(
-        journal.read, office.settings, journal.Wanted(product=product_key, device=name), _LOOKED_AT
-    )
+    refusals = (await office.records.read(journal.Wanted(product=product_key, device=name), _LOOKED_AT)).refusals
     messages, away = await _messages(office, Wanted(product_key=product_key, device_name=name), _LAST)
     published = [each.levels for each in classes if each.right.publishes] or ["user/update"]
     heard = [each.levels for each in classes if each.right.subscribes and not set(each.levels) & set("+#")]
@@ -896,7 +895,8 @@ async def logs_page(request: Request, office: In, who: Views, cursor: Text = "")
         since=_since(query["since"]),
         before=api.number_in(cursor),
     )
-    found = await run_in_threadpool(journal.read, office.settings, wanted, _PAGE + 1)
+    recorded = await office.records.read(wanted, _PAGE + 1)
+    found = recorded.refusals
     found.sort(key=lambda refusal: refusal.id, reverse=True)
     more = ""
     if len(found) > _PAGE:
@@ -908,6 +908,7 @@ async def logs_page(request: Request, office: In, who: Views, cursor: Text = "")
         refusals=_explained(request, found[:_PAGE]),
         more=more,
         after=cursor,
+        silent=recorded.silent,
         codes=[(int(code), MESSAGES[code]) for code in Code if code],
     )
 

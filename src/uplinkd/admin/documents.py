@@ -127,6 +127,16 @@ class Page(_Document, Generic[T]):
     next: str | None = None
 
 
+class GatewayDocument(_Document):
+    """A gateway that lives, as its workers tell each second."""
+
+    gateway: str
+    version: str
+    workers: int
+    connections: int = Field(description="of devices and applications, over HTTPS and MQTT")
+    since: int = Field(description="when its first worker started, ms since 1970")
+
+
 class ProductDocument(_Document):
     product_key: str
     name: str
@@ -327,6 +337,7 @@ class RefusalDocument(_Document):
     address: str
     topic: str
     times: int = Field(description="it stands for so many alike; what flow control holds back is recorded together")
+    gateway: str = Field(description="which gateway said so; empty where there is one alone")
     reason: str = Field(description="why, in the language of the request")
     means: str = Field(description="what the code means, in the language of the request")
     advice: str = Field(description="what to do about it")
@@ -349,6 +360,7 @@ class RefusalDocument(_Document):
             address=refusal.address,
             topic=refusal.topic,
             times=refusal.times,
+            gateway=refusal.gateway,
             reason=told(language, refusal.reason),
             means="" if code is Code.SUCCESS else means,
             advice="" if code is Code.SUCCESS else advice,

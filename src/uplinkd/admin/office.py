@@ -17,6 +17,8 @@ from uplinkd.core.groups import Group
 from uplinkd.core.model import Census, Device, State
 from uplinkd.engine import Bus, GroupDesk, Reader, StreamState
 from uplinkd.engine.standing import Standing, Standings
+from uplinkd.peers import Peers
+from uplinkd.records import Records
 from uplinkd.registry import Registry
 from uplinkd.settings import Settings
 
@@ -38,6 +40,8 @@ class Office:
     figures: Figures
     open_reader: Callable[[], Awaitable[Reader]]
     desk: GroupDesk
+    peers: Peers | None = None
+    """Who else lives; None where that is not known."""
     https: tuple[str, int]
     """Host and port of the HTTPS door; `mqtt` those of the MQTT door, None where there is none."""
     mqtt: tuple[str, int] | None
@@ -52,6 +56,12 @@ class Office:
     _noted: dict[str, float] = field(default_factory=dict)
     _noting: set[asyncio.Task[None]] = field(default_factory=set)
     _censuses: dict[str | None, tuple[Census, float]] = field(default_factory=dict)
+
+    @property
+    def records(self) -> Records:
+        """Of refusals, of all gateways."""
+        peers = self.peers
+        return Records(self.settings, self.bus, (lambda: peers.gateways) if peers else None)
 
     @property
     def timeout(self) -> int:

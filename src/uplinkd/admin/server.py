@@ -35,6 +35,7 @@ from uplinkd.engine.bus import NatsBus
 from uplinkd.engine.embedded import Access
 from uplinkd.engine.groups import JetStreamDesk
 from uplinkd.metrics import Meter, Metrics
+from uplinkd.peers import Peers
 from uplinkd.registry import open_registry
 from uplinkd.settings import Settings
 from uplinkd.tasks import end_tasks
@@ -84,12 +85,14 @@ async def _serve(task: ConsoleTask) -> None:
     anyio.to_thread.current_default_thread_limiter().total_tokens = _THREADS
     registry = open_registry(task.settings)
     bus = NatsBus(task.access, "uplinkd console")
+    peers = Peers(bus, f"{task.settings.gateway}.console.0")
     figures = Figures(task.metrics.read)
     office = Office(
         settings=task.settings,
         registry=registry,
         bus=bus,
         figures=figures,
+        peers=peers,
         https=task.https,
         mqtt=task.mqtt,
         desk=JetStreamDesk(bus),
@@ -104,7 +107,7 @@ async def _serve(task: ConsoleTask) -> None:
 
     loop.add_signal_handler(signal.SIGTERM, stop)
     loop.add_reader(task.lifeline, stop)
-    duties = [asyncio.create_task(duty) for duty in (bus.run(), figures.run(), task.meter.beats())]
+    duties = [asyncio.create_task(duty) for duty in (bus.run(), figures.run(), task.meter.beats(), peers.watch())]
     if task.context:
         duties.append(asyncio.create_task(renew(task.context, task.certificates)))
     serving = asyncio.create_task(server.serve([task.socket]))

@@ -28,6 +28,7 @@ COMMANDS = {
     "restore": ("uplinkd.cli.keep", "restore"),
     "messages": ("uplinkd.cli.messages", "messages"),
     "send": ("uplinkd.cli.send", "send"),
+    "gateways": ("uplinkd.cli.gateways", "gateways"),
     "logs": ("uplinkd.cli.logs", "logs"),
     "publish": ("uplinkd.cli.simulate", "publish"),
     "sign": ("uplinkd.cli.simulate", "sign"),

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 import click
 
@@ -21,10 +22,16 @@ from uplinkd.cli.common import (
     settings_options,
 )
 from uplinkd.core.errors import MESSAGES, Code
+from uplinkd.engine.embedded import Access
 from uplinkd.journal import Refusal, Wanted
 from uplinkd.settings import Settings
 
+if TYPE_CHECKING:
+    from uplinkd.records import Records
+
 __all__ = ["logs"]
+
+_MOST_BEFORE = 1000
 
 
 @click.command()
@@ -77,6 +84,8 @@ def logs(
         from uplinkd.remote import RemoteJournal
 
         found = RemoteJournal(server).read(wanted, limit)
+    elif settings.nats_url:
+        found = asyncio.run(_of_all(settings, wanted, limit))
     else:
         found = journal.read(settings, wanted, limit)
     if as_json:
@@ -88,6 +97,39 @@ def logs(
         click.echo("no device signs in over a legacy TLS suite", err=True)
     elif not found:
         click.echo("nothing was refused" + (" that matches" if wanted != Wanted() else ""), err=True)
+
+
+@contextlib.asynccontextmanager
+async def _records(settings: Settings) -> AsyncIterator[Records]:
+    """Those of all gateways, asked over the owner's NATS servers; raise Unavailable when these do not answer."""
+    from uplinkd.engine.groups import open_desk
+    from uplinkd.records import Records
+
+    desk = await open_desk(Access.of(settings))
+    try:
+        yield Records(settings, desk.bus)
+    finally:
+        await desk.close()
+
+
+async def _of_all(settings: Settings, wanted: Wanted, limit: int) -> list[Refusal]:
+    async with _records(settings) as records:
+        found = await records.read(wanted, limit)
+    if found.silent:
+        click.echo(f"did not answer within a second, so its refusals are missing: {', '.join(found.silent)}", err=True)
+    return found.refusals
+
+
+async def _follow_all(settings: Settings, wanted: Wanted) -> AsyncIterator[Refusal]:
+    async with _records(settings) as records:
+        if wanted.since is not None:
+            for refusal in (await records.read(wanted, _MOST_BEFORE)).refusals:
+                yield refusal
+        cursors, _ = await records.after(wanted, None)
+        while True:
+            cursors, found = await records.after(wanted, cursors)
+            for refusal in found:
+                yield refusal
 
 
 def _follow(settings: Settings, wanted: Wanted, as_json: bool) -> None:
@@ -106,6 +148,8 @@ def _follow(settings: Settings, wanted: Wanted, as_json: bool) -> None:
             from uplinkd.remote import RemoteJournal
 
             asyncio.run(show_each(RemoteJournal(server).follow(wanted)))
+        elif settings.nats_url:
+            asyncio.run(show_each(_follow_all(settings, wanted)))
         else:
             for refusal in journal.follow(settings, wanted):
                 show(refusal)
@@ -125,6 +169,7 @@ def _document(refusal: Refusal) -> dict[str, object]:
         "topic": refusal.topic,
         "reason": refusal.reason,
         "times": refusal.times,
+        "gateway": refusal.gateway,
     }
 
 
@@ -140,6 +185,7 @@ def _show(refusal: Refusal) -> None:
     stranger = "a consumer" if refusal.endpoint == "amqp" else "unknown device"
     who = "/".join(filter(None, (refusal.product_key, refusal.device_name))) or stranger
     where = f"  from {refusal.address}" if refusal.address else ""
+    where += f"  at {refusal.gateway}" if refusal.gateway else ""
     what = f"{refusal.code} {_message(refusal)}{_status(refusal)}" if refusal.code else "note"
     if refusal.times > 1:
         what += f" × {refusal.times:,}"

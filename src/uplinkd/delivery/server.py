@@ -33,6 +33,7 @@ from uplinkd.engine.groups import ensure, sweep
 from uplinkd.journal import Journal
 from uplinkd.metrics import Meter
 from uplinkd.observe import Occasionally
+from uplinkd.records import RECORDS, answer
 from uplinkd.registry import Change, Registry, open_registry
 from uplinkd.registry.cache import DeviceCache
 from uplinkd.settings import Settings
@@ -123,6 +124,14 @@ async def _serve(task: DeliveryTask) -> None:
         spawn(hooks.answer_trial(told), trials)
 
     bus.listen(TRYING, try_hook, queue="delivery")
+
+    async def tell_records(told: Told) -> None:
+        bus.tell(told.reply, await asyncio.to_thread(answer, settings, told))
+
+    def asked_records(told: Told) -> None:
+        spawn(tell_records(told), trials)
+
+    bus.listen(RECORDS, asked_records)
     task.ready.send_bytes(b"ready")
 
     stopped = asyncio.create_task(stop.wait())

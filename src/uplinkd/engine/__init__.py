@@ -88,8 +88,8 @@ class Publisher(Protocol):
     @property
     def connected(self) -> bool: ...
 
-    def publish(self, subject: bytes, payload: bytes, done: Done, origin: Origin = Origin.HTTPS) -> None:
-        """Store `payload` under `subject` (see core.subjects)."""
+    def publish(self, subject: bytes, payload: bytes, done: Done, origin: Origin = Origin.HTTPS, key: str = "") -> None:
+        """Store `payload` under `subject` (see core.subjects). What has the same `key` within two minutes is stored once."""
 
 
 class Reader(Protocol):
@@ -290,6 +290,11 @@ class Downlink(Protocol):
 
     async def remove(self, sequence: int) -> None:
         """The message has reached its device. One that is gone already is passed over."""
+
+    async def claim(self, device_id: int) -> bool:
+        """Whether no other gateway is giving the device what waits for it; none will until `unclaim`, or for ten seconds."""
+
+    def unclaim(self, device_id: int) -> None: ...
 
     async def session(self, device_id: int) -> SessionRecord | None: ...
 

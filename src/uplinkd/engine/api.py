@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import logging
@@ -16,12 +17,13 @@ import nats
 import nats.errors
 
 from uplinkd.core.errors import Unavailable
+from uplinkd.engine import Told
 from uplinkd.engine.embedded import Access
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
 
-    from uplinkd.engine import Bus, Told
+    from uplinkd.engine import Bus
 
 __all__ = [
     "ApiError",
@@ -32,6 +34,7 @@ __all__ = [
     "consumers_with",
     "document_of",
     "first_at",
+    "get_of_leader",
     "get_stored",
     "in_words",
     "moment_of",
@@ -58,27 +61,51 @@ class NotThere(ApiError):  # noqa: N818 - names what is the matter
     """There is no such stream, consumer or message."""
 
 
-async def connect(access: Access, name: str, ended: asyncio.Event | None = None) -> Client:
+async def connect(
+    access: Access,
+    name: str,
+    ended: asyncio.Event | None = None,
+    told: Callable[[Exception], None] | None = None,
+) -> Client:
     """A connection to the first server that answers; raise Unavailable with what each has said.
 
     It is without the client's own reconnecting: an embedded server may come back on another port, with another password.
-    `ended` is set when it ends.
+    `ended` is set when it ends; `told` hears what the server says is wrong.
     """
     access = access.now()
     faults = []
-    for url in access.urls:
+    for url in access.order:
         try:
-            return await _connect(url, access, name, ended)
+            return await _connect(url, access, name, ended, told)
         except (nats.errors.Error, OSError, TimeoutError) as error:
+            access.failed(url)
             faults.append(f"{url}: {words(error)}")
     raise Unavailable(f"the engine does not answer: {'; '.join(faults)}")
 
 
-async def _connect(url: str, access: Access, name: str, ended: asyncio.Event | None) -> Client:
+async def _connect(
+    url: str,
+    access: Access,
+    name: str,
+    ended: asyncio.Event | None,
+    told: Callable[[Exception], None] | None,
+) -> Client:
     async def closed() -> None:
+        access.failed(url)
         if ended is not None:
             ended.set()
 
+    async def wrong(error: Exception) -> None:
+        """Each call reports its own failure; the client's stray ones would only repeat it."""
+        if told is not None:
+            told(error)
+
+    options: dict[str, Any] = {}
+    if credentials := access.credentials():
+        options["signature_cb"] = lambda nonce: credentials.sign(nonce).encode()
+        options["user_jwt_cb"] = lambda: credentials.jwt.encode()
+    if access.ca or access.pair:
+        options["tls"] = access.context()
     client = await nats.connect(
         url,
         name=name,
@@ -91,19 +118,16 @@ async def _connect(url: str, access: Access, name: str, ended: asyncio.Event | N
         allow_reconnect=False,
         max_reconnect_attempts=1,  # without an end it would try for ever to connect for the first time
         reconnect_time_wait=0,
-        error_cb=_ignore,
+        error_cb=wrong,
         closed_cb=closed,
         disconnected_cb=closed,
+        **options,
     )
     # The client (2.16) tells of no end whose connection is gone before its last bytes were written: its way there breaks off. What
     # ends for certain is its reading.
     if ended is not None and client._reading_task is not None:
         client._reading_task.add_done_callback(lambda _: ended.set())
     return client
-
-
-async def _ignore(_error: Exception) -> None:
-    """Each call reports its own failure; the client's stray ones would only repeat it."""
 
 
 async def call(client: Client, action: str, body: dict[str, Any] | None = None, *, patience: float) -> dict[str, Any]:
@@ -140,6 +164,22 @@ async def get_stored(bus: Bus, stream: str, wanted: Mapping[str, Any]) -> Told |
         return found
     _check_absent(found.headers)
     return None
+
+
+async def get_of_leader(bus: Bus, stream: str, wanted: Mapping[str, Any]) -> Told | None:
+    """The same by the replica that leads, which has all that was ever acknowledged."""
+    try:
+        found = (await ask_api(bus, f"STREAM.MSG.GET.{stream}", wanted))["message"]
+    except NotThere:
+        return None
+    lines = base64.b64decode(found.get("hdrs", "")).decode(errors="replace").split("\r\n")[1:]
+    headers = {name: value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
+    headers |= {
+        "Nats-Sequence": str(found["seq"]),
+        "Nats-Subject": found["subject"],
+        "Nats-Time-Stamp": found["time"],
+    }
+    return Told(found["subject"], base64.b64decode(found.get("data", "")), headers)
 
 
 def first_at(at: int) -> dict[str, str]:

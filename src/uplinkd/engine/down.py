@@ -16,14 +16,17 @@ from urllib.parse import quote, unquote
 
 from uplinkd.core.errors import Unavailable
 from uplinkd.engine import Bus, SessionRecord, Told, Waiting
-from uplinkd.engine.api import ApiError, NotThere, ask_api, document_of, get_stored
-from uplinkd.engine.stream import Base, base_of_metadata, new_base, with_base
+from uplinkd.engine.api import ApiError, NotThere, ask_api, document_of, get_of_leader, get_stored
+from uplinkd.engine.stream import Base, base_of_metadata, new_base, spread, with_base
 from uplinkd.settings import Settings
 
-__all__ = ["JetStreamDownlink"]
+__all__ = ["JetStreamDownlink", "shapes"]
 
-DOWN, SESSIONS = "UPLINKD_DOWN", "UPLINKD_SESSIONS"
-_DOWN_SUBJECT, _SESSION_SUBJECT = "uplinkd.down.", "uplinkd.session."
+DOWN, SESSIONS, CLAIMS = "UPLINKD_DOWN", "UPLINKD_SESSIONS", "UPLINKD_CLAIMS"
+_DOWN_SUBJECT, _SESSION_SUBJECT, _CLAIM_SUBJECT = "uplinkd.down.", "uplinkd.session.", "uplinkd.claim."
+# What a gateway claims is nobody else's for so long, should it die meanwhile.
+_CLAIM_SECONDS = 10
+_FIRST_OF_ITS_SUBJECT = {"Nats-Expected-Last-Subject-Sequence": "0"}
 _NOTE = "uplinkd.note."
 _TOPIC_HEADER = "Uplinkd-Topic"
 # Its ids lie in a range of their own: base + sequence of two streams could meet.
@@ -32,12 +35,48 @@ _LOOK_SECONDS = 30.0
 _PAGE = 100_000
 
 
-class JetStreamDownlink:
-    """`engine.Downlink` of one worker. `run` looks after it until cancelled."""
+def shapes(settings: Settings) -> list[dict[str, Any]]:
+    """How the streams of this module are made: of what waits, of sessions, and, where there may be other gateways, of claims."""
+    age = round(settings.down_age * 1e9)
 
-    def __init__(self, settings: Settings, bus: Bus, *, clock: Callable[[], float] = time.time) -> None:
+    def shape(name: str, subject: str, keep: int, age: int, storage: str = "file") -> dict[str, Any]:
+        return {
+            "name": name,
+            "subjects": [f"{subject}*"],
+            "retention": "limits",
+            "storage": storage,
+            "discard": "old",
+            "max_age": age,
+            "max_msgs_per_subject": keep,
+            **spread(settings),
+            "duplicate_window": min(age, 120 * 10**9),
+            "allow_direct": True,
+        }
+
+    claims = [shape(CLAIMS, _CLAIM_SUBJECT, 1, _CLAIM_SECONDS * 10**9, "memory")] if settings.nats_url else []
+    return [
+        shape(DOWN, _DOWN_SUBJECT, settings.down_limit, age),
+        shape(SESSIONS, _SESSION_SUBJECT, 1, age),
+        *claims,
+    ]
+
+
+class JetStreamDownlink:
+    """`engine.Downlink` of one worker; `shared` tells whether other gateways live. `run` looks after it until cancelled."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        bus: Bus,
+        *,
+        shared: Callable[[], bool] = bool,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._settings = settings
         self._bus = bus
+        self._shared = shared
+        self._replicated = False
+        self._claims: dict[int, int] = {}
         self._clock = clock
         self._base = Base()
         self._acts: list[Callable[[int], None]] = []
@@ -71,7 +110,7 @@ class JetStreamDownlink:
 
     async def next(self, device_id: int, after: int = 0) -> Waiting | None:
         base = self._known_base()
-        found = await get_stored(self._bus, DOWN, {"seq": after + 1, "next_by_subj": f"{_DOWN_SUBJECT}{device_id}"})
+        found = await self._stored(DOWN, {"seq": after + 1, "next_by_subj": f"{_DOWN_SUBJECT}{device_id}"})
         if found is None:
             if not after:
                 self.waiting.discard(device_id)
@@ -86,8 +125,27 @@ class JetStreamDownlink:
             if error.code not in (400, 404):
                 raise
 
+    async def claim(self, device_id: int) -> bool:
+        if not self._shared():
+            return True
+        try:
+            answer = document_of(
+                (await self._bus.ask(f"{_CLAIM_SUBJECT}{device_id}", b"", _FIRST_OF_ITS_SUBJECT)).payload
+            )
+        except ApiError as error:
+            if error.code != 400:
+                raise
+            return False
+        self._claims[device_id] = int(answer["seq"])
+        return True
+
+    def unclaim(self, device_id: int) -> None:
+        if sequence := self._claims.pop(device_id, 0):
+            body = json.dumps({"seq": sequence, "no_erase": True}).encode()
+            self._bus.tell(f"$JS.API.STREAM.MSG.DELETE.{CLAIMS}", body, reply=f"{_CLAIM_SUBJECT}none")
+
     async def session(self, device_id: int) -> SessionRecord | None:
-        found = await get_stored(self._bus, SESSIONS, {"last_by_subj": f"{_SESSION_SUBJECT}{device_id}"})
+        found = await self._stored(SESSIONS, {"last_by_subj": f"{_SESSION_SUBJECT}{device_id}"})
         if found is None:
             return None
         facts = json.loads(found.payload)
@@ -132,10 +190,9 @@ class JetStreamDownlink:
 
     async def _settle(self) -> None:
         """Once the connection stands: see that the streams are there and as set, then what waits in them."""
-        age = round(self._settings.down_age * 1e9)
-        down = await self._ensure(DOWN, f"{_DOWN_SUBJECT}*", age, self._settings.down_limit)
-        await self._ensure(SESSIONS, f"{_SESSION_SUBJECT}*", age, 1)
+        down, *_ = [await self._ensure(shape) for shape in shapes(self._settings)]
         self._base = base_of_metadata(down["config"])
+        self._replicated = down["config"]["num_replicas"] > 1
         await self._look()
 
     async def _look(self) -> None:
@@ -155,36 +212,32 @@ class JetStreamDownlink:
             if len(subjects) < _PAGE or len(found) == before:
                 return found
 
-    async def _ensure(self, stream: str, subject: str, age: int, keep: int) -> dict[str, Any]:
-        config = with_base(
-            {
-                "name": stream,
-                "subjects": [subject],
-                "retention": "limits",
-                "storage": "file",
-                "discard": "old",
-                "max_age": age,
-                "max_msgs_per_subject": keep,
-                "num_replicas": 1,
-                "duplicate_window": min(age, 120 * 10**9),
-                "allow_direct": True,
-            },
-            _DOWN_IDS + new_base(round(self._clock() * 1000)),
-        )
+    async def _ensure(self, shape: dict[str, Any]) -> dict[str, Any]:
+        stream = shape["name"]
         try:
             info = await self._call(f"STREAM.INFO.{stream}", {})
         except NotThere:
+            config = with_base(shape, _DOWN_IDS + new_base(round(self._clock() * 1000)))
             try:
                 info = await self._call(f"STREAM.CREATE.{stream}", config)
             except ApiError as error:
                 if error.code != 400:
                     raise
                 info = await self._call(f"STREAM.INFO.{stream}", {})  # another worker was quicker
+        if self._settings.nats_url:  # the owner's servers: see streams.check
+            return info
         settled = ("max_age", "max_msgs_per_subject", "duplicate_window")
-        if any(info["config"].get(name) != config[name] for name in settled):
-            changed = {**info["config"], **{name: config[name] for name in settled}}
+        if any(info["config"].get(name) != shape.get(name) for name in settled):
+            changed = {**info["config"], **{name: shape[name] for name in settled}}
             info = await self._call(f"STREAM.UPDATE.{stream}", changed)
         return info
+
+    async def _stored(self, stream: str, wanted: dict[str, Any]) -> Told | None:
+        """A stored message. Of several replicas that which leads is asked: another one may not have heard yet what was just removed, or
+        stored."""
+        if not self._replicated:
+            return await get_stored(self._bus, stream, wanted)
+        return await get_of_leader(self._bus, stream, wanted)
 
     async def _call(self, action: str, body: dict[str, Any]) -> dict[str, Any]:
         return await ask_api(self._bus, action, body)

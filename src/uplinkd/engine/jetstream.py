@@ -22,7 +22,8 @@ from uplinkd.core.model import Origin
 from uplinkd.engine import ORIGIN_HEADER, Done
 from uplinkd.engine.embedded import Access
 from uplinkd.engine.stream import DELETED, STREAM, base_of, changed, new_base, wanted
-from uplinkd.engine.wire import Reader, Received, ack_of
+from uplinkd.engine.streams import check_version, differences, told_why
+from uplinkd.engine.wire import DUPLICATE, Reader, Received, ack_of
 from uplinkd.metrics import Meter, spare
 from uplinkd.observe import Occasionally
 from uplinkd.settings import Settings
@@ -34,6 +35,7 @@ log = logging.getLogger("uplinkd.engine")
 
 _CONNECT_SECONDS = 2.0
 _REQUEST_SECONDS = 2.0
+_AGAIN_SECONDS = 0.4
 _SWEEP_SECONDS = 0.1
 _PING_SECONDS = 1.0
 _SILENCE_SECONDS = 4.0
@@ -95,6 +97,7 @@ class JetStreamPublisher:
         self._task: asyncio.Task[None] | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._warn = Occasionally(10)
+        self._warn_differs = Occasionally(3600)
         self._away = "it has not been reached yet"
 
     async def start(self) -> None:
@@ -120,10 +123,13 @@ class JetStreamPublisher:
     def connected(self) -> bool:
         return self._wire is not None
 
-    def publish(self, subject: bytes, payload: bytes, done: Done, origin: Origin = Origin.HTTPS) -> None:
+    def publish(self, subject: bytes, payload: bytes, done: Done, origin: Origin = Origin.HTTPS, key: str = "") -> None:
         wire = self._wire
         # Not the loop's clock: uvloop's counts whole milliseconds, and from the beginning of the turn.
-        item = (subject, payload, done, monotonic(), _HEADERS[origin])
+        header = _HEADERS[origin]
+        if key:
+            header = (header[:-2] or b"NATS/1.0\r\n") + f"Nats-Msg-Id: {key}\r\n\r\n".encode()
+        item = (subject, payload, done, monotonic(), header)
         if self._stopping:
             self._fail(done, "uplinkd is stopping")
         elif wire is None or wire.buffered > _HELD_BYTES:
@@ -222,6 +228,13 @@ class JetStreamPublisher:
         self._weighed(entry[2])
         _finish(entry[0], self._base + sequence, "")
 
+    def stored_before(self, number: int, sequence: int) -> None:
+        """Somebody has published it already, under the same key."""
+        entry = self._pending.pop(number, None)
+        if entry:
+            self._free.append(number)
+            _finish(entry[0], self._base + sequence, "")
+
     def refused(self, number: int, reason: str) -> None:
         entry = self._pending.pop(number, None)
         if entry:
@@ -243,6 +256,7 @@ class JetStreamPublisher:
 
     def lost(self, wire: _Wire, reason: str) -> None:
         """The connection has ended; what was sent and not acknowledged may be stored or not, and says so."""
+        self._access.failed(wire.url)
         if self._wire is wire:
             self._wire = None
             self._away = reason
@@ -275,24 +289,26 @@ class JetStreamPublisher:
     async def _connect(self) -> _Wire:
         access = self._access.now()
         faults = []
-        for url in access.urls:
+        for url in access.order:
             try:
                 return await self._open(url, access)
             except (OSError, ssl.SSLError, TimeoutError, Unavailable, ValueError) as error:
-                faults.append(f"{url}: {error or type(error).__name__}")
+                access.failed(url)
+                faults.append(f"{url}: {str(error) or 'it does not answer'}")
         raise Unavailable("; ".join(faults))
 
     async def _open(self, url: str, access: Access) -> _Wire:
         parts = urlsplit(url)
         host, port = parts.hostname or "127.0.0.1", parts.port or 4222
-        wire = _Wire(self)
+        wire = _Wire(self, url)
         async with asyncio.timeout(_CONNECT_SECONDS):
             transport, _ = await self._loop.create_connection(lambda: wire, host, port)
             try:
                 info = await wire.info
+                check_version(info)
                 if parts.scheme == "tls" or info.get("tls_required"):
-                    await wire.secure(host)
-                await wire.greet(access)
+                    await wire.secure(host, access)
+                await wire.greet(access, info)
                 self._adopt(await self._ensure_stream(wire))
             except BaseException:
                 transport.abort()
@@ -301,18 +317,21 @@ class JetStreamPublisher:
 
     async def _ensure_stream(self, wire: _Wire) -> int:
         """Make the stream when it is not there, follow the settings when they changed; return its base."""
-        info = await wire.request(f"$JS.API.STREAM.INFO.{STREAM}", {})
+        info = await _stream_info(wire)
         if (error := info.get("error")) and error.get("code") == 404:
             if self._base:
                 await asyncio.sleep(_CLEAN_UP_SECONDS)
             info = await wire.request(f"$JS.API.STREAM.CREATE.{STREAM}", wanted(self._settings, self._new_base()))
             if info.get("error", {}).get("code") == 400:  # another worker was quicker
-                info = await wire.request(f"$JS.API.STREAM.INFO.{STREAM}", {})
+                info = await _stream_info(wire)
         if error := info.get("error"):
-            raise Unavailable(f"JetStream does not give us the stream {STREAM}: {error.get('description', error)}")
+            raise Unavailable(f"JetStream does not give us the stream {STREAM}: {told_why(error, self._settings)}")
         found = info["config"]
         base = base_of(found)
-        if config := changed(found, self._settings):
+        if self._settings.nats_url:  # the owner's servers: what is otherwise there is said, and left
+            if (faults := differences(found, wanted(self._settings, base))) and self._warn_differs():
+                log.warning("%s", "; ".join(map(str, faults)))
+        elif config := changed(found, self._settings):
             update = await wire.request(f"$JS.API.STREAM.UPDATE.{STREAM}", config)
             if error := update.get("error"):
                 log.warning(
@@ -374,8 +393,9 @@ class JetStreamPublisher:
 class _Wire(asyncio.Protocol):
     """One connection to a NATS server."""
 
-    def __init__(self, owner: JetStreamPublisher) -> None:
+    def __init__(self, owner: JetStreamPublisher, url: str) -> None:
         self._owner = owner
+        self.url = url
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._reader = Reader()
@@ -466,6 +486,10 @@ class _Wire(asyncio.Protocol):
     def _take_message(self, received: Received) -> None:
         if received.sid == 1:
             sequence, reason = ack_of(received)
+            if reason == DUPLICATE:
+                self._answered += 1
+                self._owner.stored_before(received.number, sequence)
+                return
             if reason is None:  # somebody who hears the devices' messages replies to them; JetStream's answer comes too
                 return
             numbers = self._batches.pop(received.number, None) or [received.number]
@@ -491,12 +515,12 @@ class _Wire(asyncio.Protocol):
 
     # -- what the publisher asks for
 
-    async def secure(self, host: str) -> None:
+    async def secure(self, host: str, access: Access) -> None:
         assert self._transport
-        context = ssl.create_default_context()
+        context = access.context()
         self._transport = await self._loop.start_tls(self._transport, self, context, server_hostname=host)
 
-    async def greet(self, access: Access) -> None:
+    async def greet(self, access: Access, info: dict[str, Any]) -> None:
         """Return once the server has let us in. All in one write: what a server that says no had not read yet would make the
         kernel throw its words away."""
         options: dict[str, Any] = {
@@ -509,7 +533,9 @@ class _Wire(asyncio.Protocol):
             "name": "uplinkd publisher",
             "protocol": 1,
         }
-        if access.password:
+        if credentials := access.credentials():
+            options |= {"jwt": credentials.jwt, "sig": credentials.sign(str(info.get("nonce", "")))}
+        elif access.password:
             options |= {"user": access.user, "pass": access.password}
         elif access.user:
             options["auth_token"] = access.user
@@ -537,7 +563,7 @@ class _Wire(asyncio.Protocol):
         return await future
 
     def publish(self, subject: bytes, number: int, payload: bytes, header: bytes) -> None:
-        if self._together is not None:
+        if self._together is not None and b"Nats-Msg-Id" not in header:  # a duplicate would take its batch with it
             self._together.append((subject, number, payload, header))
         elif header:
             sizes = (len(header), len(header) + len(payload))
@@ -625,6 +651,15 @@ class _Wire(asyncio.Protocol):
     def _send(self, data: bytes) -> None:
         if self._transport and not self.ended:
             self._transport.write(data)
+
+
+async def _stream_info(wire: _Wire) -> dict[str, Any]:
+    """What JetStream says of the stream. While a cluster has no leader for it nobody answers, so it is asked again and again; the
+    caller has a bound."""
+    while True:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_AGAIN_SECONDS):
+                return await wire.request(f"$JS.API.STREAM.INFO.{STREAM}", {})
 
 
 def _batches(together: list[_Leaving]) -> Iterator[list[_Leaving]]:

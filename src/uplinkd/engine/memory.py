@@ -45,6 +45,7 @@ class MemoryEngine:
         self._messages: deque[Message] = deque(maxlen=keep)
         self._stored = asyncio.Event()
         self._connected = False
+        self._keys: dict[str, int] = {}
 
     async def start(self) -> None:
         self._connected = True
@@ -59,10 +60,13 @@ class MemoryEngine:
     def connected(self) -> bool:
         return self._connected
 
-    def publish(self, subject: bytes, payload: bytes, done: Done, origin: Origin = Origin.HTTPS) -> None:
+    def publish(self, subject: bytes, payload: bytes, done: Done, origin: Origin = Origin.HTTPS, key: str = "") -> None:
         loop = asyncio.get_running_loop()
         if not self._connected:
             loop.call_soon(done, 0, "the engine is away")
+            return
+        if key and key in self._keys:
+            loop.call_soon(done, self._keys[key], "")
             return
         topic = from_subject(subject.decode())
         product_key, device_name = owner(topic)
@@ -76,6 +80,8 @@ class MemoryEngine:
             origin,
         )
         self._next += 1
+        if key:
+            self._keys[key] = message.id
         self._messages.append(message)
         self._stored.set()
         self._stored = asyncio.Event()
@@ -369,6 +375,12 @@ class MemoryDownlink:
         self._check()
         for device_id, messages in self._messages.items():
             self._messages[device_id] = [each for each in messages if each.sequence != sequence]
+
+    async def claim(self, device_id: int) -> bool:
+        return True
+
+    def unclaim(self, device_id: int) -> None:
+        """Nobody else is there."""
 
     async def session(self, device_id: int) -> SessionRecord | None:
         self._check()

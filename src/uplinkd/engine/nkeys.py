@@ -10,6 +10,7 @@ import binascii
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from uplinkd.core.errors import Rejected
 
-__all__ = ["AccountKey", "claims_of"]
+__all__ = ["AccountKey", "Credentials", "claims_of"]
 
 _ACCOUNT = 0
+_USER = 20 << 3
 _SEED = 18 << 3
 _SEED_BYTES = 32
+_BLOCK = re.compile(r"-+BEGIN ([A-Z ]+)-+\s+(\S+)\s+-+END \1-+")
 
 
 class AccountKey:
@@ -45,7 +48,7 @@ class AccountKey:
                 fresh.write(text + "\n")
             return cls(seed)
         try:
-            return cls(_decode_seed(text))
+            return cls(_decode_seed(text, _ACCOUNT))
         except ValueError as error:
             raise Rejected(
                 f"{file} does not hold the seed of a NATS account; remove it and a new one is made"
@@ -57,6 +60,31 @@ class AccountKey:
         claims["jti"] = base64.b32encode(hashlib.sha256(_json(claims)).digest()).decode().rstrip("=")
         text = _base64(_json({"typ": "JWT", "alg": "ed25519-nkey"})) + "." + _base64(_json(claims))
         return text + "." + _base64(self._key.sign(text.encode()))
+
+
+class Credentials:
+    """What a credentials file holds: a user's JWT, and the key that proves it to be ours."""
+
+    def __init__(self, jwt: str, seed: bytes) -> None:
+        self.jwt = jwt
+        self._key = Ed25519PrivateKey.from_private_bytes(seed)
+
+    @classmethod
+    def of(cls, file: Path) -> Credentials:
+        """Raise Rejected where the file cannot be read or holds something else."""
+        try:
+            blocks = dict(_BLOCK.findall(file.read_text(errors="replace")))
+            return cls(blocks["NATS USER JWT"], _decode_seed(blocks["USER NKEY SEED"], _USER))
+        except OSError as error:
+            raise Rejected(f"the credentials file {file} cannot be read: {error.strerror}") from error
+        except (KeyError, ValueError):
+            raise Rejected(
+                f"{file} is no credentials file of NATS: it has a user's JWT and seed, as `nsc generate creds` writes them"
+            ) from None
+
+    def sign(self, nonce: str) -> str:
+        """What the server wants to see of its nonce."""
+        return base64.urlsafe_b64encode(self._key.sign(nonce.encode())).decode().rstrip("=")
 
 
 def claims_of(token: bytes) -> dict[str, Any]:
@@ -76,11 +104,11 @@ def _encode(prefix: bytes, raw: bytes) -> str:
     return base64.b32encode(body + binascii.crc_hqx(body, 0).to_bytes(2, "little")).decode().rstrip("=")
 
 
-def _decode_seed(text: str) -> bytes:
+def _decode_seed(text: str, kind: int) -> bytes:
     raw = base64.b32decode(text + "=" * (-len(text) % 8))
     body, checksum = raw[:-2], raw[-2:]
-    if len(body) != 2 + _SEED_BYTES or body[0] & 0xF8 != _SEED or (body[0] & 7) << 5 | body[1] >> 3 != _ACCOUNT:
-        raise ValueError("not an account's seed")
+    if len(body) != 2 + _SEED_BYTES or body[0] & 0xF8 != _SEED or (body[0] & 7) << 5 | body[1] >> 3 != kind:
+        raise ValueError("not a seed of this kind")
     if binascii.crc_hqx(body, 0).to_bytes(2, "little") != checksum:
         raise ValueError("the checksum does not fit")
     return body[2:]

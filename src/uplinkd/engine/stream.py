@@ -30,8 +30,10 @@ __all__ = [
     "base_of",
     "base_of_metadata",
     "changed",
+    "check_quorum",
     "new_base",
     "restored_metadata",
+    "spread",
     "wanted",
     "with_base",
 ]
@@ -46,8 +48,10 @@ BASE = "uplinkd.base"
 RESTORED = "uplinkd.restored"
 """Under this name stands, for a stream that was restored, which messages have another base: `last sequence:base`, several by spaces."""
 _BASE_SHIFT = 20
-# Only lifecycle messages have a Nats-Msg-Id. The window is named because it may not be longer than max_age, and is the server's own
-# default where there is no max_age: 0 would come back as something else and look like a change for ever.
+# A replica that lives tells so each second.
+_HEARD_NANOSECONDS = 4 * 10**9
+# Lifecycle and status messages have a Nats-Msg-Id. The window is named because it may not be longer than max_age, and is the server's
+# own default where there is no max_age: 0 would come back as something else and look like a change for ever.
 _DUPLICATE_WINDOW = 120 * 10**9
 
 
@@ -98,13 +102,19 @@ def wanted(settings: Settings, base: int) -> dict[str, Any]:
         "max_bytes": settings.keep_bytes,
         "max_msgs": -1,
         "max_consumers": -1,
-        "num_replicas": 1,
+        **spread(settings),
         "duplicate_window": min(_DUPLICATE_WINDOW, age) if age else _DUPLICATE_WINDOW,
         "allow_direct": True,
         # Where each acknowledgement waits for the disk, messages are stored in batches: see engine.jetstream.
         "allow_atomic": settings.sync_interval == "always",
     }
     return with_base(config, base)
+
+
+def spread(settings: Settings) -> dict[str, Any]:
+    """On how many servers, and on which, each of our streams is kept."""
+    placement = {"placement": {"tags": list(settings.placement)}} if settings.placement else {}
+    return {"num_replicas": settings.replicas, **placement}
 
 
 def with_base(config: dict[str, Any], base: int) -> dict[str, Any]:
@@ -147,6 +157,14 @@ def base_of(config: Mapping[str, Any]) -> Base:
             "rename or remove it, it is left as it is"
         )
     return base_of_metadata(config)
+
+
+def check_quorum(info: Mapping[str, Any]) -> None:
+    """Return if most of a stream's replicas are heard of by the one that has answered; raise Unavailable otherwise."""
+    others = (info.get("cluster") or {}).get("replicas") or []
+    heard = 1 + sum(not each.get("offline") and each.get("active", 0) < _HEARD_NANOSECONDS for each in others)
+    if 2 * heard <= 1 + len(others):
+        raise Unavailable(f"of {1 + len(others)} replicas of {STREAM} only {heard} are in touch")
 
 
 def changed(config: Mapping[str, Any], settings: Settings) -> dict[str, Any] | None:

@@ -7,10 +7,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["ACK", "Reader", "Received", "ack_of"]
+__all__ = ["ACK", "DUPLICATE", "Reader", "Received", "ack_of"]
 
 ACK = re.compile(rb'MSG _INBOX\.[0-9a-f]+\.a\.(\d+) 1 \d+\r\n\{"stream":"[^"\\]*", ?"seq":(\d+)\}\r\n')
 """A whole acknowledgement of a stored message, the one thing that comes a thousand times as often as all else."""
+
+DUPLICATE = "duplicate"
+"""In place of a reason: it was stored before, under this sequence."""
 
 _LONGEST_LINE = 64 * 1024
 
@@ -73,7 +76,8 @@ class Reader:
 
 
 def ack_of(received: Received) -> tuple[int, str | None]:
-    """(sequence, "") of an acknowledgement, (0, why not) of a refusal, (0, None) of what JetStream did not say."""
+    """(sequence, "") of an acknowledgement, (sequence, DUPLICATE) of one for what was stored before;
+    (0, why not) of a refusal, (0, None) of what JetStream did not say."""
     if received.header:
         status = received.header.split(b"\r\n", 1)[0].removeprefix(b"NATS/1.0").strip().decode(errors="replace")
         if status.startswith("503"):
@@ -83,6 +87,6 @@ def ack_of(received: Received) -> tuple[int, str | None]:
         answer = json.loads(received.payload)
         if error := answer.get("error"):
             return 0, f"the engine did not store it: {error.get('description', error)}"
-        return (int(answer["seq"]), "") if answer["stream"] else (0, None)
+        return (int(answer["seq"]), DUPLICATE if answer.get("duplicate") else "") if answer["stream"] else (0, None)
     except (ValueError, KeyError, TypeError, AttributeError):
         return 0, None

@@ -11,7 +11,6 @@ import functools
 import logging
 import random
 import secrets
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from time import monotonic
@@ -542,7 +541,7 @@ class Connection(asyncio.Protocol):
         door.places.prove(self)
         self._parser.limit = _PACKET_BYTES
         self.subscriptions = {**dict.fromkeys(self._auto, 1), **self.subscriptions}
-        self.stamp = time.monotonic_ns()
+        self.stamp = door.roster.stamp()
         door.products.setdefault(device.product_key, set()).add(self)
         door.roster.opened(device.id, self)
         self._heard_of(door.now)
@@ -910,6 +909,11 @@ class Connection(asyncio.Protocol):
         """The device has a younger session, `where` says whose; this one ends."""
         self._record(Code.SUCCESS, f"the device has opened another session {where}; this one is closed")
         self._close()
+
+    def stands_anew(self, stamp: int) -> None:
+        """Others may have taken this session for ended: it is told of again, with this stamp."""
+        self.stamp = stamp
+        self._heard_of(self._door.now)
 
     def renew(self, entry: Entry | None) -> None:
         """The registry has changed: go on with the device as it is now, or end."""

@@ -359,8 +359,14 @@ class Registry(Management, Protocol):
         """Devices, at most `limit`, that have gone offline because nothing was heard of them for `timeout` ms."""
 
     def abandoned(self, session: str | None, *, now: int, timeout: int) -> list[StatusChange]:
-        """End every MQTT session that the worker `session` held: it has died. None: every session there is, before the first
-        worker starts, and with them the order of sessions so far."""
+        """End every MQTT session that the worker `session` held: it has died; with a dot at its end, of all workers whose names begin
+        so. None: every session there is, before the first worker starts, and with them the order of sessions so far."""
+
+    def session_holders(self) -> set[str]:
+        """The workers that hold the MQTT sessions of devices that are online."""
+
+    def last_session(self) -> int:
+        """The highest stamp that a session has had, 0 without any."""
 
     def clock_jumped(self, by: int, *, now: int, lately: int) -> None:
         """The clock was set `by` ms ahead (or back): move the times of devices that are online with it, none beyond `now`. What

@@ -448,6 +448,8 @@ class SqlRegistry:
     def abandoned(self, session: str | None, *, now: int, timeout: int) -> list[StatusChange]:
         changed: list[StatusChange] = []
         held = devices.c.session.is_not(None) if session is None else devices.c.session == session
+        if session and session.endswith("."):
+            held = devices.c.session.startswith(session, autoescape=True)
         while True:
             with self._writing() as connection:
                 found = connection.execute(select(devices.c.id).where(_IS_ONLINE & held).limit(_PAGE)).scalars().all()
@@ -463,6 +465,15 @@ class SqlRegistry:
                 mine = devices.c.id.in_(found)
                 connection.execute(update(devices).where(mine).values(session=None))
                 changed += _change_status(connection, mine, now=now, timeout=timeout)
+
+    def session_holders(self) -> set[str]:
+        with self._reading() as connection:
+            held = select(devices.c.session).where(_IS_ONLINE & devices.c.session.is_not(None)).distinct()
+            return set(connection.execute(held).scalars())
+
+    def last_session(self) -> int:
+        with self._reading() as connection:
+            return connection.execute(select(func.max(devices.c.session_at))).scalar() or 0
 
     def clock_jumped(self, by: int, *, now: int, lately: int) -> None:
         def moved(column: ColumnElement[Any]) -> ColumnElement[Any]:

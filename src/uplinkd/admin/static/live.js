@@ -33,7 +33,7 @@ function messageRow(each, labels) {
 
 function refusalBox(each) {
   const box = node("article", { class: "refusal" });
-  const facts = node("span", { class: "muted" }, at(each.time), ` · ${each.endpoint}${each.address ? ` · ${each.address}` : ""}`);
+  const facts = node("span", { class: "muted" }, at(each.time), ` · ${each.endpoint}${each.address ? ` · ${each.address}` : ""}${each.gateway ? ` · ${each.gateway}` : ""}`);
   box.append(
     node("header", {}, node("span", { class: "code" }, String(each.code || feed.dataset.note)), node("strong", {}, each.message), each.times > 1 ? ` × ${each.times.toLocaleString(document.documentElement.lang)} ` : " ", facts),
     node("p", { class: "reason" }, ...ticks(each.reason)));

@@ -1,0 +1,235 @@
+"""Any gateway serves any device: what one knows or does holds at the other."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+
+import pytest
+from examples.cluster import _children
+
+from tests.clients.fleet import Thing
+from tests.clients.session import Session
+from tests.cluster.conftest import Plant
+from tests.house import Device, cli, cli_json
+from uplinkd import __version__
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("cluster"),
+    pytest.mark.timeout(120),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+_names = iter(range(1, 1000))
+
+
+def made(plant: Plant) -> tuple[Thing, Thing]:
+    """A device as it is known to each gateway's doors."""
+    number = next(_names)
+    product = cli_json("product", "create", f"product {number}", data=plant.data)["productKey"]
+    device = cli_json("device", "create", product, f"device-{number}", data=plant.data)
+    first, second = (
+        Thing(plant.gateway(gate), product, device["deviceName"], device["deviceSecret"]) for gate in (1, 2)
+    )
+    return first, second
+
+
+@pytest.fixture
+def things(plant: Plant) -> tuple[Thing, Thing]:
+    return made(plant)
+
+
+def device_at(thing: Thing) -> Device:
+    return Device(thing.server, thing.product, thing.name, thing.secret)
+
+
+def statuses(thing: Thing) -> list[str]:
+    return [json.loads(row["payload"])["status"] for row in thing.stored() if row["origin"] == "status"]
+
+
+async def test_a_token_of_one_gateway_is_good_at_the_other(things: tuple[Thing, Thing]) -> None:
+    """And no longer, at either, within a second of the device's being disabled."""
+    first, second = (device_at(thing) for thing in things)
+    assert await first.login() == 0
+    second.token = first.token
+    code, number = await second.publish(b"through the other")
+    assert code == 0
+    code, later = await first.publish(b"through the first")
+    assert (code, later > number) == (0, True)
+    cli("device", "disable", first.product, first.name, data=things[0].server.data)
+    await asyncio.sleep(1)
+    for device in (first, second):
+        code, _ = await device.publish(b"no more")
+        assert code != 0
+        await device.close()
+
+
+def test_a_session_at_the_other_gateway_takes_over(things: tuple[Thing, Thing]) -> None:
+    """One MQTT session a device; a persistent one keeps its subscriptions and what waits for it, wherever it goes on."""
+    first, second = things
+    older = Session(first.server, first.login(), clean=False).opened()
+    older.subscribe(first.topic("user/get"))
+    first.send("while it stands")
+    assert older.next().payload == b"while it stands"
+    younger = Session(second.server, second.login(), clean=False).opened()
+    assert younger.present
+    assert older.ended(within=3)
+    first.send("at its new place")
+    assert younger.next().payload == b"at its new place"
+    time.sleep(0.5)  # its acknowledgement is stored
+    younger.break_off()
+    time.sleep(0.5)
+    first.send("while it is away")
+    again = Session(first.server, first.login(), clean=False).opened()
+    assert again.next().payload == b"while it is away"
+    assert again.nothing(within=0.5)
+    again.disconnect()
+    assert second.shows(state="offline")
+    assert statuses(first)[-1] == "offline"
+
+
+def test_what_waits_rides_home_through_either_gateway_and_once(things: tuple[Thing, Thing]) -> None:
+    """Reports go through both in turn, and each message comes down once."""
+    first, second = things
+    wanted = [f"number {number}" for number in range(6)]
+    for text in wanted:
+        first.send(text)
+    time.sleep(0.2)
+    came = []
+    for _ in range(8):
+        for thing in things:
+            (info,) = thing.report(("user/update", b"x"))
+            if "data" in info:
+                came.append(info["data"])
+    assert came == wanted
+    assert second.stored()
+
+
+async def test_a_device_gets_its_rate_once_over_both_gateways(plant: Plant) -> None:
+    """Through both as fast as it is answered: within 15 % of the rate, not twice that. The rate is a setting of all gateways, which are
+    started again with it."""
+    cluster = plant.cluster
+    things = made(plant)
+    cluster._more["device_rate"] = "20"
+    try:
+        await restart_gateways(plant)
+        await asyncio.sleep(6)  # until they have heard of each other
+        devices = [device_at(thing) for thing in things]
+        passed = 0
+        counting = False
+
+        async def send(device: Device) -> None:
+            nonlocal passed
+            assert await device.login() == 0
+            while time.monotonic() < end:
+                code, _ = await device.publish(b"x")
+                passed += code == 0 and counting
+                await asyncio.sleep(0.005)
+            await device.close()
+
+        end = time.monotonic() + 11
+        running = [asyncio.create_task(send(device)) for device in devices]
+        await asyncio.sleep(3)
+        counting, begun = True, time.monotonic()
+        await asyncio.gather(*running)
+        seconds = end - begun
+        print(f"\n{passed / seconds:.1f} messages/s through two gateways at a rate of 20")
+        assert 0.85 * 20 <= passed / seconds <= 1.15 * 20
+    finally:
+        cluster._more["device_rate"] = "0"
+        await restart_gateways(plant)
+
+
+async def restart_gateways(plant: Plant) -> None:
+    for number in (1, 2):
+        await asyncio.to_thread(plant.cluster.end, f"gateway-{number}")
+        await asyncio.to_thread(plant.cluster.start_gateway, number)
+
+
+def test_sessions_of_a_gateway_that_died_end(plant: Plant) -> None:
+    """It has no successor: the other one says, within seconds, that its devices are offline. And what is then sent to them waits."""
+    first, second = made(plant)
+    time.sleep(6)  # until the gateways know each other, if one has just started
+    session = Session(second.server, second.login()).opened()
+    session.subscribe(second.topic("user/get"))
+    assert first.shows(state="online")
+    plant.cluster.end("gateway-2", signal.SIGKILL)
+    killed = time.monotonic()
+    try:
+        while first.shown()["state"] != "offline":
+            assert time.monotonic() - killed < 20
+            time.sleep(0.1)
+        print(f"\noffline {time.monotonic() - killed:.1f} s after its gateway was killed")
+        while statuses(first) != ["online", "offline"]:
+            assert time.monotonic() - killed < 25
+            time.sleep(0.2)
+        assert (
+            cli_json("send", first.product, first.name, first.topic("user/get"), "x", data=plant.data)["way"] == "waits"
+        )
+    finally:
+        plant.cluster.start_gateway(2)
+
+
+def test_a_gateway_that_stood_still_says_that_its_devices_are_there(plant: Plant) -> None:
+    """Stopped for so long that it counts as dead; going on, its sessions stand as before."""
+    first, second = made(plant)
+    time.sleep(6)
+    session = Session(second.server, second.login(), keepalive=300).opened()
+    assert first.shows(state="online")
+    stopped = _family(plant, 2)
+    for pid in stopped:
+        _signal(pid, signal.SIGSTOP)
+    try:
+        end = time.monotonic() + 20
+        while first.shown()["state"] != "offline":
+            assert time.monotonic() < end
+            time.sleep(0.1)
+    finally:
+        for pid in stopped:
+            _signal(pid, signal.SIGCONT)
+    end = time.monotonic() + 15
+    while first.shown()["state"] != "online":
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert session.open
+    session.disconnect()
+
+
+def _family(plant: Plant, number: int) -> list[int]:
+    pid = plant.cluster.processes[f"gateway-{number}"].pid
+    return [pid, *_children(pid)]
+
+
+def _signal(pid: int, number: int) -> None:
+    os.kill(pid, number)
+
+
+async def test_refusals_of_every_gateway_are_found_from_any(things: tuple[Thing, Thing]) -> None:
+    """By the command line of the first one's folder, with the gateway's name; pages go on where the one before ended."""
+    data = things[0].server.data
+    for thing, name in zip(things, ("gateway-1", "gateway-2"), strict=True):
+        device = device_at(thing)
+        assert await device.login() == 0
+        assert (await device.publish(name.encode(), f"user/{name}"))[0] != 0
+        await device.close()
+    await asyncio.sleep(0.5)
+    found = cli_json("logs", "--product", things[0].product, data=data)
+    assert [(each["gateway"], each["topic"].rpartition("/")[2]) for each in found] == [
+        ("gateway-1", "gateway-1"),
+        ("gateway-2", "gateway-2"),
+    ]
+    (one,) = cli_json("logs", found[1]["requestId"], data=data)
+    assert one["gateway"] == "gateway-2"
+
+
+def test_gateways_that_live_are_listed(plant: Plant) -> None:
+    time.sleep(1.5)
+    rows = cli_json("gateways", data=plant.data)
+    assert [(each["gateway"], each["workers"], each["version"]) for each in rows] == [
+        ("gateway-1", 1, __version__),
+        ("gateway-2", 1, __version__),
+    ]
