@@ -14,19 +14,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from bench import console, delivery, mqtt, pages, refusals, report, sync
+from bench import console, delivery, mqtt, pages, refusals, report, sync, visits
 from bench.load import Measured, auth_load, idle_memory, publish_load, raise_file_limit
-from bench.peers import Peer, fastapi, nginx, start_uplinkd, uplinkd
+from bench.peers import Peer, aiohttp, fastapi, granian, nginx, start_uplinkd, uplinkd
 from uplinkd.engine.embedded import access_for
 from uplinkd.engine.reader import JetStreamReader
 from uplinkd.settings import Settings
 
 NEEDED = {"wrk": "wrk", "nginx": "nginx-light", "taskset": "util-linux", "curl": "curl", "setpriv": "util-linux"}
-SERVERS = ("nginx", "fastapi", "uplinkd")
-PARTS = ("https", "mqtt", "console", "delivery", "refusals", "sync")
+SERVERS = ("nginx", "fastapi", "aiohttp", "granian", "uplinkd")
+PARTS = ("https", "idle", "mqtt", "console", "delivery", "refusals", "sync")
+OTHERS: dict[str, Callable[[Path, Path, int], AbstractContextManager[Peer]]] = {
+    "nginx": lambda folder, tls, _devices: nginx(folder, tls),
+    "fastapi": fastapi,
+    "aiohttp": aiohttp,
+    "granian": granian,
+}
 PAYLOAD = 200
 Load = Callable[[Peer, float], Measured]
 
@@ -39,6 +46,7 @@ def main() -> None:
     parser.add_argument("--only", choices=SERVERS, action="append", help="measure this server alone; repeatable")
     parser.add_argument("--part", choices=PARTS, action="append", help="measure this door alone; repeatable")
     parser.add_argument("--sessions", type=int, default=10_000, help="idle MQTT sessions [10,000]")
+    parser.add_argument("--idle", type=int, default=visits.IDLE, help=f"idle TLS connections [{visits.IDLE:,}]")
     parser.add_argument("--out", type=Path, help="file for the raw figures, JSON [bench/results/<date>.json]")
     options = parser.parse_args()
     options.part = options.part or PARTS
@@ -85,6 +93,9 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
     if "https" in options.part:
         measure_https(folder / "https", options, facts)
+    if "idle" in options.part:
+        (folder / "idle").mkdir()
+        facts |= visits.measure_idle(folder / "idle", options, say)
     if "mqtt" in options.part:
         with uplinkd(folder / "off", count) as without:
             facts |= mqtt.measure(folder / "mqtt", without, options, say)
@@ -115,12 +126,12 @@ def measure_https(folder: Path, options: argparse.Namespace, facts: dict[str, An
         tls = folder / "data" / "tls"
         peers: dict[str, Peer] = {}
         for name in chosen:
-            if name == "nginx":
-                peers[name] = stack.enter_context(nginx(folder, tls))
-            elif name == "fastapi":
-                peers[name] = stack.enter_context(fastapi(folder, tls, count))
-            else:
+            if name == "uplinkd":
                 peers[name] = ours
+            elif name == "granian" and importlib.util.find_spec("granian") is None:
+                say("granian is not installed: its rows are left out; `make bench` installs it")
+            else:
+                peers[name] = stack.enter_context(OTHERS[name](folder, tls, count))
 
         def put(load: str, act: Load, *names: str) -> None:
             on = {name: peer for name, peer in peers.items() if name in names}
@@ -137,14 +148,26 @@ def measure_https(folder: Path, options: argparse.Namespace, facts: dict[str, An
                 peer, folder, connections=count, seconds=seconds, keep_alive=keep_alive
             )
 
+        def visit(binary: Path) -> Load:
+            return lambda peer, seconds: visits.visit_load(binary, peer, folder, connections=count, seconds=seconds)
+
         put("publish", publish(count), *SERVERS)
         put("publish_one", publish(1), "uplinkd")
-        put("auth", auth(True), "fastapi", "uplinkd")
+        put("auth", auth(True), *SERVERS[1:])
         put("auth_new_connection", auth(False), *SERVERS)
+        binary, fault = visits.build(folder)
+        if binary:
+            put("visit", visit(binary), *SERVERS)
+        else:
+            say(f"short visits are left out: {fault}")
         if "uplinkd" in chosen:
             say("memory of 1,000 idle connections …")
             facts["idle_1000_bytes"] = asyncio.run(idle_memory(ours, 1000))
-            published = [facts["loads"][load]["uplinkd"] for load in ("publish", "publish_one")]
+            published = [
+                facts["loads"][load]["uplinkd"]
+                for load in ("publish", "publish_one", "visit")
+                if load in facts["loads"]
+            ]
             facts["acknowledged"] = sum(each["acknowledged"] for each in published)
             facts["stored"] = stored(folder / "data")
 
