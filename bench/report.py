@@ -245,10 +245,10 @@ def render(facts: Mapping[str, Any]) -> str:
     if figures := facts.get("mqtt"):
         lines += ["", table(("MQTT", "", "server CPU"), _mqtt_rows(figures, settings["sessions"]))]
     if at_rest := facts.get("idle"):
-        cells = [
+        resting = [
             (each["name"], f"{each['bytes'] / 1000:.1f} kB") for each in at_rest.values() if isinstance(each, dict)
         ]
-        lines += ["", table((f"{at_rest['connections']:,} TLS connections at rest", "each"), cells)]
+        lines += ["", table((f"{at_rest['connections']:,} TLS connections at rest", "each"), resting)]
     if beside := facts.get("console"):
         figures_of_console = [
             ("HTTPS publish, console closed / open and tailing", f"{beside['without']:,.0f} / {beside['with']:,.0f}"),
