@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from bench import console, delivery, mqtt, pages, refusals, report, sync, visits
+from bench import anatomy, console, delivery, mqtt, pages, refusals, report, sync, visits
 from bench.load import Measured, auth_load, idle_memory, publish_load, raise_file_limit
 from bench.peers import Peer, aiohttp, fastapi, granian, nginx, start_uplinkd, uplinkd
 from uplinkd.engine.embedded import access_for
@@ -28,6 +28,8 @@ from uplinkd.settings import Settings
 NEEDED = {"wrk": "wrk", "nginx": "nginx-light", "taskset": "util-linux", "curl": "curl", "setpriv": "util-linux"}
 SERVERS = ("nginx", "fastapi", "aiohttp", "granian", "uplinkd")
 PARTS = ("https", "idle", "mqtt", "console", "delivery", "refusals", "sync")
+ASIDE = ("profile",)
+"""Parts that are measured only when they are asked for."""
 OTHERS: dict[str, Callable[[Path, Path, int], AbstractContextManager[Peer]]] = {
     "nginx": lambda folder, tls, _devices: nginx(folder, tls),
     "fastapi": fastapi,
@@ -44,7 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each server, in turn; the median counts [7]")
     parser.add_argument("--connections", type=int, default=64, help="connections, each a device [64]")
     parser.add_argument("--only", choices=SERVERS, action="append", help="measure this server alone; repeatable")
-    parser.add_argument("--part", choices=PARTS, action="append", help="measure this door alone; repeatable")
+    parser.add_argument("--part", choices=PARTS + ASIDE, action="append", help="measure this door alone; repeatable")
     parser.add_argument("--sessions", type=int, default=10_000, help="idle MQTT sessions [10,000]")
     parser.add_argument("--idle", type=int, default=visits.IDLE, help=f"idle TLS connections [{visits.IDLE:,}]")
     parser.add_argument("--out", type=Path, help="file for the raw figures, JSON [bench/results/<date>.json]")
@@ -108,6 +110,8 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         facts |= refusals.measure(folder / "refusals", options, say)
     if "sync" in options.part:
         facts |= sync.measure(folder / "sync", options, say)
+    if "profile" in options.part:
+        facts |= anatomy.measure(folder / "profile", options, say)
     return facts
 
 

@@ -196,6 +196,15 @@ def _beside_rows(beside: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _profile_rows(profile: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    worker = profile["worker"]
+    costs = {f"worker: {part}": share * worker for part, share in profile["parts"].items()}
+    costs |= {"nats-server": profile["engine"], "other processes": profile["rest"]}
+    total = worker + profile["engine"] + profile["rest"]
+    rows = [(what, f"{micros:.1f}", f"{micros / total:.0%}") for what, micros in costs.items()]
+    return [*rows, ("in all", f"{total:.1f}", "100%")]
+
+
 def _sync_row(connections: str, each: Mapping[str, Any]) -> tuple[str, ...]:
     rates = (f"{each[name]:,.0f}" for name in ("shipped", "always"))
     return connections, *rates, f"{each['ratio']:.2f}", f"{each['p50']:.1f}", f"{each['p99']:.1f}"
@@ -267,6 +276,9 @@ def render(facts: Mapping[str, Any]) -> str:
     if synced := facts.get("sync"):
         parts = ("sync_interval, connections", "100ms, /s", "always, /s", "ratio", "p50 ms", "p99 ms")
         lines += ["", table(parts, [_sync_row(count, one) for count, one in synced.items()])]
+    if profile := facts.get("profile"):
+        heading = (f"where a publish spends its time ({profile['samples']:,} samples)", "µs of CPU", "share")
+        lines += ["", table(heading, _profile_rows(profile))]
     if visited := facts.get("pages"):
         rows = [(path, f"{each['median']:.0f} ms", f"{each['worst']:.0f} ms") for path, each in visited.items()]
         lines += ["", table(("pages beside a large fleet", "median", "worst"), rows)]

@@ -6,11 +6,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tests.room import DEVICE, PRODUCT, SECRET, Room, Transport, open_room
+
 from uplinkd.client import login_body
 from uplinkd.core import tokens, topics, wire
 from uplinkd.core.errors import Code
@@ -57,11 +58,15 @@ def parts() -> Iterator[Parts]:
         try:
             yield runner.run(anext(opened))
         finally:
-            with contextlib.suppress(StopAsyncIteration):
-                runner.run(anext(opened))
+            runner.run(_end(opened))
 
 
-async def _open(settings: Settings) -> AsyncIterator[Parts]:
+async def _end(opened: AsyncGenerator[Parts]) -> None:
+    with contextlib.suppress(StopAsyncIteration):
+        await anext(opened)
+
+
+async def _open(settings: Settings) -> AsyncGenerator[Parts]:
     async with open_room(settings, Room) as room:
         room.wall = _NOW
         room.engine = _Prompt()

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-
 from bench.micro import counts
+
 from uplinkd.core import wire
 
 
