@@ -10,7 +10,7 @@ import os
 import resource
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ __all__ = [
     "idle_memory",
     "in_turn",
     "parse",
+    "post_load",
     "publish_load",
     "raise_file_limit",
     "timed",
@@ -111,7 +112,7 @@ def in_turn(
 
 def _wrk(peer: Peer, script: str, connections: int, seconds: float, **variables: str) -> Measured:
     arguments = [*PIN, LOAD_CORE, "wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "5s"]
-    arguments += ["-s", str(_SCRIPTS / script), f"https://127.0.0.1:{peer.port}"]
+    arguments += ["-s", str(_SCRIPTS / script), f"http{'s' * peer.tls}://127.0.0.1:{peer.port}"]
     return timed(arguments, peer, within=seconds + 30, **variables, COUNT=str(_SCRIPTS / "count.lua"))
 
 
@@ -143,11 +144,19 @@ def _busy_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def publish_load(peer: Peer, folder: Path, *, connections: int, seconds: float, payload: int = 200) -> Measured:
-    """Reports over kept-alive connections, in turn as each of as many devices."""
+def publish_load(
+    peer: Peer,
+    folder: Path,
+    *,
+    connections: int,
+    seconds: float,
+    payload: int = 200,
+    names: Sequence[str] | None = None,
+) -> Measured:
+    """Reports over kept-alive connections, in turn as each of as many devices, or of `names`."""
     tokens = folder / f"{peer.port}.{connections}.tokens"
     if not tokens.exists():
-        names = [f"device{number:04}" for number in range(connections)]
+        names = names or _names(connections)
         got = ["x" * 52 if "nginx" in peer.name else login(peer, name) for name in names]
         tokens.write_text(
             "".join(f"/topic/{PRODUCT}/{name}/user/update\t{token}\n" for name, token in zip(names, got, strict=True))
@@ -156,14 +165,50 @@ def publish_load(peer: Peer, folder: Path, *, connections: int, seconds: float, 
 
 
 def auth_load(
-    peer: Peer, folder: Path, *, connections: int, seconds: float, keep_alive: bool, secret: str = SECRET
+    peer: Peer,
+    folder: Path,
+    *,
+    connections: int,
+    seconds: float,
+    keep_alive: bool,
+    secret: str = SECRET,
+    names: Sequence[str] | None = None,
 ) -> Measured:
     """Logins, over kept-alive connections or each over a new one."""
     bodies = folder / f"bodies.{secret}"
-    names = [f"device{number:04}" for number in range(connections)]
+    names = names or _names(connections)
     bodies.write_text("\n".join(login_body(PRODUCT, name, secret, method="hmacsha1") for name in names) + "\n")
     connection = "keep-alive" if keep_alive else "close"
     return _wrk(peer, "auth.lua", connections, seconds, BODIES=str(bodies), CONNECTION=connection)
+
+
+def post_load(
+    peer: Peer,
+    *,
+    connections: int,
+    seconds: float,
+    target: str,
+    body: str,
+    headers: Mapping[str, str],
+    wanted: str,
+    status: int,
+) -> Measured:
+    """One request over and over; an answer is right that has this status and holds `wanted`."""
+    return _wrk(
+        peer,
+        "post.lua",
+        connections,
+        seconds,
+        TARGET=target,
+        BODY=body,
+        HEADERS="".join(f"{name}: {value}\n" for name, value in headers.items()),
+        WANTED=wanted,
+        STATUS=str(status),
+    )
+
+
+def _names(count: int) -> list[str]:
+    return [f"device{number:04}" for number in range(count)]
 
 
 async def idle_memory(peer: Peer, connections: int) -> int:

@@ -34,9 +34,11 @@ __all__ = [
     "fastapi",
     "free_port",
     "granian",
+    "import_devices",
     "login",
     "nginx",
     "pss",
+    "running",
     "start_uplinkd",
     "tree",
     "uplinkd",
@@ -53,12 +55,13 @@ _FIXED = '{"code":0,"message":"success","info":{"messageId":1880000000000000001}
 
 @dataclass(frozen=True)
 class Peer:
-    """A running server: where it is, what certifies it, the roots of its processes (its engine's too)."""
+    """A running server: where it is, what certifies it, the roots of its processes (its engine's too), whether it speaks TLS."""
 
     name: str
     port: int
     ca: Path
     roots: tuple[int, ...]
+    tls: bool = True
 
 
 def free_port() -> int:
@@ -104,7 +107,7 @@ def login(peer: Peer, device: str) -> str:
 
 
 @contextlib.contextmanager
-def _running(arguments: list[str], log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+def running(arguments: list[str], log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process on the servers' core, ended with everything that it started."""
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -153,7 +156,7 @@ http {{
 }}
 """)
     log = folder / "nginx.log"
-    with _running([binary, "-p", str(folder), "-c", str(config)], log) as process:
+    with running([binary, "-p", str(folder), "-c", str(config)], log) as process:
         _await_answer(process, log, port, tls / "ca.pem")
         yield Peer("nginx, fixed answer", port, tls / "ca.pem", (process.pid,))
 
@@ -187,7 +190,7 @@ def _baseline(
             "BENCH_DEVICES": str(devices),
         }
         arguments = command(port, f"{tls}/server-ecdsa.pem", f"{tls}/server-ecdsa.key")
-        with _running([sys.executable, "-m", *arguments], log, **variables) as process:
+        with running([sys.executable, "-m", *arguments], log, **variables) as process:
             _await_answer(process, log, port, tls / "ca.pem")
             yield Peer(name, port, tls / "ca.pem", (process.pid, engine.pid))
 
@@ -219,7 +222,7 @@ def granian(folder: Path, tls: Path, devices: int) -> Iterator[Peer]:
     """granian, one worker with one thread, before the gateway of uplinkd, with a nats-server of its own."""
     port = free_port()
     data = folder / "granian"
-    _import(folder / "granian.csv", data, devices)
+    import_devices(folder / "granian.csv", data, devices)
     log = folder / "granian.log"
     arguments = [sys.executable, "-m", "granian", "--interface", "rsgi", "--host", "127.0.0.1", "--port", str(port)]
     arguments += ["--workers", "1", "--runtime-threads", "1", "--loop", "uvloop", "--http", "1", "--no-ws"]
@@ -227,13 +230,13 @@ def granian(folder: Path, tls: Path, devices: int) -> Iterator[Peer]:
     arguments += ["--ssl-certificate", f"{tls}/server-ecdsa.pem", "--ssl-keyfile", f"{tls}/server-ecdsa.key"]
     with (
         _engine(data) as engine,
-        _running([*arguments, "bench.on_granian:app"], log, BENCH_DATA=str(data)) as process,
+        running([*arguments, "bench.on_granian:app"], log, BENCH_DATA=str(data)) as process,
     ):
         _await_answer(process, log, port, tls / "ca.pem")
         yield Peer("granian + uplinkd's gateway", port, tls / "ca.pem", (process.pid, engine.pid))
 
 
-def _import(fleet: Path, data: Path, devices: int) -> None:
+def import_devices(fleet: Path, data: Path, devices: int) -> None:
     """`devices` devices for the registry of `data`."""
     rows = "".join(f"{PRODUCT},device{number:04},{SECRET}\n" for number in range(devices))
     fleet.write_text("ProductKey,DeviceName,DeviceSecret\n" + rows)
@@ -253,7 +256,7 @@ def uplinkd(folder: Path, devices: int, *options: str) -> Iterator[Peer]:
     """uplinkd with one worker and its embedded engine, and `devices` devices."""
     data = folder / "data"
     folder.mkdir(exist_ok=True)
-    _import(folder / "fleet.csv", data, devices)
+    import_devices(folder / "fleet.csv", data, devices)
     with start_uplinkd(folder, data, *options) as peer:
         yield peer
 
@@ -267,7 +270,7 @@ def start_uplinkd(folder: Path, data: Path, *options: str) -> Iterator[Peer]:
     arguments += ["--mqtt-listen", "", "--nats-listen", "", "--console-listen", "", *options]
     log = folder / "uplinkd.log"
     ca = data / "tls" / "ca.pem"
-    with _running(arguments, log) as process:
+    with running(arguments, log) as process:
         _await_answer(process, log, port, ca)
         yield Peer("uplinkd, stored and acknowledged", port, ca, (process.pid,))
 

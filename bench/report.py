@@ -15,7 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench.growth import FLAT, flat_faults
 from bench.load import Measured
+from bench.plot import number
 from uplinkd.engine.embedded import find_binary
 from uplinkd.settings import Settings
 
@@ -27,6 +29,8 @@ LOADS = {
     "auth": "/auth",
     "auth_new_connection": "TLS handshake, /auth, close",
     "visit": "TLS handshake, /auth, one publish, close",
+    "brokers_http": "a message over HTTP",
+    "brokers_mqtt": "a message over MQTT",
 }
 _AGAINST = (
     ("nginx", "nginx", 0.5),
@@ -135,6 +139,11 @@ def goals(facts: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
     if refused := facts.get("refusals"):
         ratio = max(each["ratio"] for each in refused.values())
         found.append(("CPU of a refused request against a served one", f"{ratio:.2f} ×", "< 1 ×", ratio < 1))
+    if grown := facts.get("growth"):
+        name, steepest = max(flat_faults(grown), key=lambda each: each[1])
+        found.append(
+            (f"steepest of what should be flat: {name}", f"x^{steepest:.2f}", f"≤ x^{FLAT:g}", steepest <= FLAT)
+        )
     if visited := facts.get("pages"):
         slowest = max(each["median"] for each in visited.values())
         found.append(("the slowest page beside a large fleet", f"{slowest:.0f} ms", "< 200 ms", slowest < 200))
@@ -193,6 +202,18 @@ def _beside_rows(beside: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("HTTPS publish without / with a group that is posted", f"{beside['without']:,.0f} / {beside['with']:,.0f}"),
         ("the median of the ratios", f"{beside['ratio']:.3f} ×"),
         ("server µs a publish, its delivery included", f"{beside['cpu_without']:.1f} / {beside['cpu_with']:.1f}"),
+    ]
+
+
+def _growth_rows(grown: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    return [
+        (
+            f"{axis}: {name}",
+            ", ".join(f"{number(size)}: {micros:.1f}" for size, micros in curve["points"]),
+            f"{curve['exponent']:.2f}",
+        )
+        for axis, curves in grown.items()
+        for name, curve in curves.items()
     ]
 
 
@@ -279,6 +300,8 @@ def render(facts: Mapping[str, Any]) -> str:
     if profile := facts.get("profile"):
         heading = (f"where a publish spends its time ({profile['samples']:,} samples)", "µs of CPU", "share")
         lines += ["", table(heading, _profile_rows(profile))]
+    if grown := facts.get("growth"):
+        lines += ["", table(("growth", "µs of CPU for one, by size", "exponent"), _growth_rows(grown))]
     if visited := facts.get("pages"):
         rows = [(path, f"{each['median']:.0f} ms", f"{each['worst']:.0f} ms") for path, each in visited.items()]
         lines += ["", table(("pages beside a large fleet", "median", "worst"), rows)]
