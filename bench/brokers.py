@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,17 @@ def measure(
     count, port = options.connections, free_port()
     with ExitStack() as stack:
         ours = stack.enter_context(uplinkd(folder / "uplinkd", count, "--mqtt-listen", f"127.0.0.1:{port}"))
+        synced = stack.enter_context(uplinkd(folder / "always", count, "--sync-interval", "always"))
         tls = folder / "uplinkd" / "data" / "tls"
-        found = {"uplinkd": _Broker(ours, None, port, "uplinkd, MQTT QoS 1 (stored: page cache)", guest=False)}
+        found = {
+            "uplinkd": _Broker(
+                replace(ours, name="uplinkd, HTTPS publish (stored: page cache, fsync each 100 ms)"),
+                mqtt_port=port,
+                mqtt_name="uplinkd, MQTT QoS 1 (stored: page cache, fsync each 100 ms)",
+                guest=False,
+            ),
+            "uplinkd always": _Broker(replace(synced, name="uplinkd, sync_interval always (fsync)")),
+        }
         for name, start in _STARTS.items():
             place = folder / name
             place.mkdir()
@@ -111,7 +120,7 @@ def measure(
         over_http = {
             name: (broker.peer.name, functools.partial(post, broker))
             for name, broker in found.items()
-            if broker.post or name == "uplinkd"
+            if broker.post or name.startswith("uplinkd")
         }
         over_mqtt = {
             name: (broker.mqtt_name, functools.partial(report, broker))

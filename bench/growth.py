@@ -24,7 +24,7 @@ from uplinkd.core.model import Right
 from uplinkd.registry import open_registry
 from uplinkd.settings import Settings
 
-__all__ = ["FLAT", "PICTURES", "flat_faults", "measure"]
+__all__ = ["FLAT", "PICTURES", "flat_faults", "measure", "never_asked"]
 
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 FLAT = 0.1
@@ -147,7 +147,7 @@ def _devices(folder: Path, options: argparse.Namespace, stack: ExitStack) -> Poi
         names = [f"device{number:04}" for number in range(0, count, count // _ACTIVE)][:_ACTIVE]
         points["publish"][count] = _publish(peer, place, options, names=names)
         points["/auth"][count] = _auth(peer, place, options, names=names)
-        fresh = (f"device{number:04}" for number in _never_asked(count, options.rounds * _some(count, options)))
+        fresh = (f"device{number:04}" for number in never_asked(count, options.rounds * _some(count, options)))
         points["first /auth"][count] = lambda peer=peer, fresh=fresh, count=count: _first_logins(  # type: ignore[misc]
             peer, [next(fresh) for _ in range(_some(count, options))]
         )
@@ -159,7 +159,7 @@ def _some(count: int, options: argparse.Namespace) -> int:
     return min(_FIRST, (count - 2 * _ACTIVE) // int(options.rounds))
 
 
-def _never_asked(count: int, most: int) -> Iterator[int]:
+def never_asked(count: int, most: int) -> Iterator[int]:
     """Numbers spread over the registry, but for those of the devices that report."""
     step = count // _ACTIVE
     return (number for number in range(0, count, max(1, count // (most + _ACTIVE))) if number % step)
