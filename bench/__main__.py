@@ -165,6 +165,10 @@ def measure_https(folder: Path, options: argparse.Namespace, facts: dict[str, An
         put("publish", publish(count), *SERVERS)
         put("publish_one", publish(1), "uplinkd")
         put("auth", auth(True), *SERVERS[1:])
+        if "uplinkd" in chosen:
+            both = {"publish": ("publish", publish(count)), "auth": ("/auth", auth(True))}
+            acts = {key: (name, functools.partial(act, ours)) for key, (name, act) in both.items()}
+            facts["loads"]["in_turn"] = rounds("in_turn", acts, options)
         put("auth_new_connection", auth(False), *SERVERS)
         binary, fault = visits.build(folder)
         if binary:
@@ -174,12 +178,9 @@ def measure_https(folder: Path, options: argparse.Namespace, facts: dict[str, An
         if "uplinkd" in chosen:
             say("memory of 1,000 idle connections …")
             facts["idle_1000_bytes"] = asyncio.run(idle_memory(ours, 1000))
-            published = [
-                facts["loads"][load]["uplinkd"]
-                for load in ("publish", "publish_one", "visit")
-                if load in facts["loads"]
-            ]
-            facts["acknowledged"] = sum(each["acknowledged"] for each in published)
+            loads = facts["loads"]
+            published = [loads[load]["uplinkd"] for load in ("publish", "publish_one", "visit") if load in loads]
+            facts["acknowledged"] = sum(each["acknowledged"] for each in [*published, loads["in_turn"]["publish"]])
             facts["stored"] = stored(folder / "data")
 
 

@@ -118,16 +118,25 @@ def measure(
                 return asyncio.run(_report(broker, count, seconds))
 
         over_http = {
-            name: (broker.peer.name, functools.partial(post, broker))
+            name: (broker.peer.name, functools.partial(_forgiving, functools.partial(post, broker)))
             for name, broker in found.items()
             if broker.post or name.startswith("uplinkd")
         }
         over_mqtt = {
-            name: (broker.mqtt_name, functools.partial(report, broker))
+            name: (broker.mqtt_name, functools.partial(_forgiving, functools.partial(report, broker)))
             for name, broker in found.items()
             if broker.mqtt_port
         }
         return {load: rounds(load, acts) for load, acts in (("brokers_http", over_http), ("brokers_mqtt", over_mqtt))}
+
+
+def _forgiving(act: Callable[[float], Measured], seconds: float) -> Measured:
+    """A load that could not be put on a server is a round in which everything went wrong, not the end of the benchmark."""
+    try:
+        return act(seconds)
+    except (SystemExit, OSError, TimeoutError, subprocess.TimeoutExpired) as fault:
+        words = str(fault).splitlines() or [type(fault).__name__]
+        return Measured(0, 0, seconds, 0.0, 0.0, 1, words[-1][:200])
 
 
 async def _report(broker: _Broker, count: int, seconds: float) -> Measured:

@@ -59,8 +59,8 @@ Points = dict[str, dict[int, Act]]
 
 
 def measure(folder: Path, options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
-    """`{"growth": {axis: {curve: {"points": [[size, µs], …], "exponent": …}}}}`; pictures go to docs/pictures, of a quick run into
-    bench/results."""
+    """`{"growth": {axis: {curve: {"points": [[size, µs], …], "exponent": … or None}}}}`; pictures go to docs/pictures,
+    of a quick run to bench/results."""
     folder.mkdir()
     found: dict[str, Any] = {}
     pictures = Path("bench/results") if options.quick else PICTURES
@@ -114,7 +114,7 @@ def flat_faults(growth: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """(axis and curve, exponent) of each curve that should be flat."""
     for axis, curves in growth.items():
         for name in _AXES[axis][2]:
-            if name in curves:
+            if name in curves and curves[name]["exponent"] is not None:
                 yield f"{name} with {axis}", curves[name]["exponent"]
 
 

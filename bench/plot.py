@@ -28,11 +28,11 @@ _STYLE = """
 """
 
 
-def exponent(curve: Curve) -> float:
-    """k of y ~ x^k, by least squares on the logarithms; points at 0 do not count. NaN where fewer than two are left."""
+def exponent(curve: Curve) -> float | None:
+    """k of y ~ x^k, by least squares on the logarithms; points at 0 do not count. None where fewer than two are left."""
     points = [(math.log(x), math.log(y)) for x, y in curve if x > 0 and y > 0]
     if len({x for x, _ in points}) < 2:
-        return math.nan
+        return None
     middle_x, middle_y = (sum(each) / len(points) for each in zip(*points, strict=True))
     slope: float = sum((x - middle_x) * (y - middle_y) for x, y in points)
     spread: float = sum((x - middle_x) * (x - middle_x) for x, _ in points)
@@ -53,7 +53,7 @@ def number(value: float) -> str:
     """`1 k`, `10 M`, `0.5`."""
     for size, sign in ((1e6, " M"), (1e3, " k")):
         if value >= size:
-            return f"{value / size:g}{sign}"
+            return f"{value / size:.3g}{sign}"
     return f"{value:g}"
 
 
@@ -110,7 +110,8 @@ def _curves(curves: Mapping[str, Curve], place_x: _Place, place_y: _Place) -> It
         yield f'<polyline class="line c{place}" points="{line}"/>'
         for x, y in found:
             yield f'<circle class="c{place}" cx="{place_x(x):.1f}" cy="{place_y(y):.1f}" r="3.5"/>'
-        words = f"{name} (x^{exponent(found):.2f})"
+        steepness = exponent(found)
+        words = name if steepness is None else f"{name} (x^{steepness:.2f})"
         yield f'<circle class="c{place}" cx="{start + 5:g}" cy="48" r="4"/>' + _text(start + 15, 52, words, "start")
         start += 34 + 7.2 * len(words)
 

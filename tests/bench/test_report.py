@@ -98,11 +98,24 @@ def test_goals_say_whether_they_are_reached() -> None:
 
 def test_logins_stand_against_publishes_of_the_same_rounds() -> None:
     """Both are the same server's, whose speed drifts with the machine's."""
-    loads = {
-        "publish": {"uplinkd": row("uplinkd", ROUND, replace(ROUND, good=4000))},
-        "auth": {"uplinkd": row("uplinkd", replace(ROUND, good=5600), replace(ROUND, good=2800))},
+    in_turn = {
+        "publish": row("publish", ROUND, replace(ROUND, good=4000)),
+        "auth": row("/auth", replace(ROUND, good=5600), replace(ROUND, good=2800)),
     }
-    assert report.goals(facts(**loads))[0] == ("/auth against publish", "0.70 ×", "≥ 0.7 ×", True)
+    assert report.goals(facts(in_turn=in_turn)) == [("/auth against publish", "0.70 ×", "≥ 0.7 ×", True)]
+
+
+def test_a_broker_beside_that_fails_spoils_nothing_but_its_row() -> None:
+    """It is said; what goes wrong with uplinkd in the same load is a fault still."""
+    broken = replace(ROUND, good=0, bad=0, errors=1, sample="connection refused")
+    loads = {"uplinkd": row("uplinkd", ROUND), "nchan": row("nchan", broken)}
+    found = facts(brokers_http=loads)
+    assert report.faults(found) == []
+    text = report.render(found)
+    assert "nchan: 1 answers were not right, so its row is worth nothing; one: connection refused" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("nchan  "))
+    assert line.split()[5:7] == ["–", "–"]
+    assert report.faults(facts(brokers_http={"uplinkd": row("uplinkd", broken)}))
 
 
 def test_a_load_that_held_nginx_back_does_not_flatter_what_stands_beside_it() -> None:
