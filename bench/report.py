@@ -83,10 +83,10 @@ def within_rounds(ours: Mapping[str, Any], base: Mapping[str, Any]) -> float:
 
 
 def short_visits(ours: Mapping[str, Any], base: Mapping[str, Any]) -> float:
-    """How many times as fast; by the servers' CPU time where the load's core was full and so held back the faster one."""
-    if base["load_core"] > _FULL and ours["server_us"]:
-        return min(within_rounds(ours, base), float(base["server_us"] / ours["server_us"]))
-    return within_rounds(ours, base)
+    """How many times as fast, by the rate or by the servers' CPU time, whichever is less: a handshake costs the load's core more than
+    the server, and a load that holds the faster one back flatters the other."""
+    by_rate = within_rounds(ours, base)
+    return min(by_rate, float(base["server_us"] / ours["server_us"])) if ours["server_us"] else by_rate
 
 
 def _rate(measured: Mapping[str, Any]) -> float:
