@@ -30,6 +30,7 @@ __all__ = ["measure", "percentile"]
 
 _PAYLOAD = "x" * 200
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "uplinkd-bench"
+_CROSSBAR = "crossbar==26.10.1"
 _INSTALL_SECONDS = 600
 _NCHAN = Path("/usr/lib/nginx/modules/ngx_nchan_module.so")
 _RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
@@ -397,7 +398,7 @@ def _crossbar_installed() -> Path:
     binary = place / "bin" / "crossbar"
     if not binary.exists():
         shutil.rmtree(place, ignore_errors=True)
-        for command in ([sys.executable, "-m", "venv"], [str(place / "bin" / "pip"), "install", "-q", "crossbar"]):
+        for command in ([sys.executable, "-m", "venv"], [str(place / "bin" / "pip"), "install", "-q", _CROSSBAR]):
             where = [str(place)] if "venv" in command else []
             try:
                 done = subprocess.run(
