@@ -303,8 +303,8 @@ def render(facts: Mapping[str, Any]) -> str:
     if synced := facts.get("sync"):
         parts = ("sync_interval, connections", "100ms, /s", "always, /s", "ratio", "p50 ms", "p99 ms")
         lines += ["", table(parts, [_sync_row(count, one) for count, one in synced.items()])]
-    if profile := facts.get("profile"):
-        heading = (f"where a publish spends its time ({profile['samples']:,} samples)", "µs of CPU", "share")
+    for what, profile in facts.get("profile", {}).items():
+        heading = (f"where {what} spends its time ({profile['samples']:,} samples)", "µs of CPU", "share")
         lines += ["", table(heading, _profile_rows(profile))]
     if grown := facts.get("growth"):
         lines += ["", table(("growth", "µs of CPU for one, by size", "exponent"), _growth_rows(grown))]

@@ -22,6 +22,11 @@ ANSWER = "_Wire.data_received (uplinkd/engine/jetstream.py:4);Connection._answer
         (f"{BEGIN};{HTTP};Gateway.publish (uplinkd/gateway.py:1);check (uplinkd/core/tokens.py:80)", "token"),
         (f"{BEGIN};{HTTP};Gateway.publish (uplinkd/gateway.py:1);Flow.message (uplinkd/flow.py:99)", "flow control"),
         (f"{BEGIN};SSLProtocol__do_read (loop.c);SSL_read_ex (libssl.so.3);0x7f (libcrypto.so.3)", "TLS"),
+        (
+            f"{BEGIN};{HTTP};sign (uplinkd/core/signature.py:20);digest (hmac.py:1);HMAC (libcrypto.so.3)",
+            "sign of a login",
+        ),
+        (f"{BEGIN};{HTTP};login (uplinkd/core/wire.py:68);JSONDecoder.decode (json/decoder.py)", "login's members"),
         (f"{BEGIN};_Wire.data_received (uplinkd/engine/jetstream.py:4)", "engine's client"),
         (f"{BEGIN};{ANSWER}", "answer"),
         (f"{BEGIN};{ANSWER};SSLProtocol__write_appdata (loop.c)", "TLS"),
