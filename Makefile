@@ -57,7 +57,7 @@ sys.exit(fault and f"{sys.argv[1]} is no valid CycloneDX: {fault}")
 endef
 export VALIDATE
 
-bench: $(VENV)/dev.stamp  ## measure against nginx and FastAPI in one run (needs nginx and wrk)
+bench: $(VENV)/bench.stamp  ## measure against nginx, FastAPI and others in one run (needs nginx and wrk)
 	$(BIN)/python -m bench
 
 COMPILE := $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
@@ -69,6 +69,7 @@ lock: $(VENV)/bin/python  ## resolve the dependencies anew into requirements/*.t
 	$(COMPILE) pyproject.toml -o requirements/run.txt
 	$(COMPILE) pyproject.toml --extra amqp -c requirements/run.txt -o requirements/amqp.txt
 	$(COMPILE) pyproject.toml --group dev -c requirements/run.txt -o requirements/dev.txt
+	$(COMPILE) --group bench -c requirements/dev.txt -o requirements/bench.txt
 	$(COMPILE) --group linkkit -o requirements/linkkit.txt
 	$(COMPILE) --group recipes -o requirements/recipes.txt
 	$(COMPILE) --group supply -o requirements/supply.txt
@@ -87,6 +88,10 @@ $(VENV)/run.stamp: requirements/run.txt requirements/build.txt pyproject.toml | 
 $(VENV)/dev.stamp: requirements/dev.txt requirements/amqp.txt $(VENV)/run.stamp
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	@$(AMQP) >$(VENV)/amqp.log 2>&1 || echo "tests of the AMQP door are skipped: $(NO_AMQP)"
+	@touch $@
+
+$(VENV)/bench.stamp: requirements/bench.txt $(VENV)/dev.stamp
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/bench.txt
 	@touch $@
 
 $(SUPPLY)/stamp: requirements/supply.txt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -13,20 +14,29 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from bench import console, delivery, mqtt, pages, refusals, registry, report, sync
+from bench import anatomy, brokers, console, delivery, growth, mqtt, pages, refusals, registry, report, sync, visits
 from bench.load import Measured, auth_load, idle_memory, publish_load, raise_file_limit
-from bench.peers import Peer, fastapi, nginx, start_uplinkd, uplinkd
+from bench.peers import Peer, aiohttp, fastapi, granian, nginx, start_uplinkd, uplinkd
 from uplinkd.engine.embedded import access_for
 from uplinkd.engine.reader import JetStreamReader
 from uplinkd.settings import Settings
 
 NEEDED = {"wrk": "wrk", "nginx": "nginx-light", "taskset": "util-linux", "curl": "curl", "setpriv": "util-linux"}
-SERVERS = ("nginx", "fastapi", "uplinkd")
-PARTS = ("https", "mqtt", "console", "delivery", "refusals", "sync", "registry")
+SERVERS = ("nginx", "fastapi", "aiohttp", "granian", "uplinkd")
+PARTS = ("https", "idle", "brokers", "mqtt", "console", "delivery", "refusals", "sync", "registry")
+ASIDE = ("profile", "growth")
+"""Parts that are measured only when they are asked for."""
+OTHERS: dict[str, Callable[[Path, Path, int], AbstractContextManager[Peer]]] = {
+    "nginx": lambda folder, tls, _devices: nginx(folder, tls),
+    "fastapi": fastapi,
+    "aiohttp": aiohttp,
+    "granian": granian,
+}
 PAYLOAD = 200
 Load = Callable[[Peer, float], Measured]
 
@@ -37,8 +47,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each server, in turn; the median counts [7]")
     parser.add_argument("--connections", type=int, default=64, help="connections, each a device [64]")
     parser.add_argument("--only", choices=SERVERS, action="append", help="measure this server alone; repeatable")
-    parser.add_argument("--part", choices=PARTS, action="append", help="measure this door alone; repeatable")
+    parser.add_argument("--part", choices=PARTS + ASIDE, action="append", help="measure this door alone; repeatable")
     parser.add_argument("--sessions", type=int, default=10_000, help="idle MQTT sessions [10,000]")
+    parser.add_argument("--idle", type=int, default=visits.IDLE, help=f"idle TLS connections [{visits.IDLE:,}]")
+    parser.add_argument("--quick", action="store_true", help="of the part growth, only what is set up in seconds")
     parser.add_argument("--out", type=Path, help="file for the raw figures, JSON [bench/results/<date>.json]")
     options = parser.parse_args()
     options.part = options.part or PARTS
@@ -85,6 +97,13 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
     if "https" in options.part:
         measure_https(folder / "https", options, facts)
+    if "idle" in options.part:
+        (folder / "idle").mkdir()
+        facts |= visits.measure_idle(folder / "idle", options, say)
+    if "brokers" in options.part:
+        facts["loads"] |= brokers.measure(
+            folder / "brokers", options, say, lambda load, acts: rounds(load, acts, options)
+        )
     if "mqtt" in options.part:
         with uplinkd(folder / "off", count) as without:
             facts |= mqtt.measure(folder / "mqtt", without, options, say)
@@ -99,6 +118,10 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         facts |= sync.measure(folder / "sync", options, say)
     if "registry" in options.part:
         facts |= registry.measure(folder / "registry", say)
+    if "profile" in options.part:
+        facts |= anatomy.measure(folder / "profile", options, say)
+    if "growth" in options.part:
+        facts |= growth.measure(folder / "growth", options, say)
     return facts
 
 
@@ -117,17 +140,16 @@ def measure_https(folder: Path, options: argparse.Namespace, facts: dict[str, An
         tls = folder / "data" / "tls"
         peers: dict[str, Peer] = {}
         for name in chosen:
-            if name == "nginx":
-                peers[name] = stack.enter_context(nginx(folder, tls))
-            elif name == "fastapi":
-                peers[name] = stack.enter_context(fastapi(folder, tls, count))
-            else:
+            if name == "uplinkd":
                 peers[name] = ours
+            elif name == "granian" and importlib.util.find_spec("granian") is None:
+                say("granian is not installed: its rows are left out; `make bench` installs it")
+            else:
+                peers[name] = stack.enter_context(OTHERS[name](folder, tls, count))
 
         def put(load: str, act: Load, *names: str) -> None:
-            on = {name: peer for name, peer in peers.items() if name in names}
-            if on:
-                facts["loads"][load] = rounds(load, act, on, options)
+            if acts := {key: (peer.name, functools.partial(act, peer)) for key, peer in peers.items() if key in names}:
+                facts["loads"][load] = rounds(load, acts, options)
 
         def publish(connections: int) -> Load:
             return lambda peer, seconds: publish_load(
@@ -139,28 +161,44 @@ def measure_https(folder: Path, options: argparse.Namespace, facts: dict[str, An
                 peer, folder, connections=count, seconds=seconds, keep_alive=keep_alive
             )
 
+        def visit(binary: Path) -> Load:
+            return lambda peer, seconds: visits.visit_load(binary, peer, folder, connections=count, seconds=seconds)
+
         put("publish", publish(count), *SERVERS)
         put("publish_one", publish(1), "uplinkd")
-        put("auth", auth(True), "fastapi", "uplinkd")
+        put("auth", auth(True), *SERVERS[1:])
+        if "uplinkd" in chosen:
+            both = {"publish": ("publish", publish(count)), "auth": ("/auth", auth(True))}
+            acts = {key: (name, functools.partial(act, ours)) for key, (name, act) in both.items()}
+            facts["loads"]["in_turn"] = rounds("in_turn", acts, options)
         put("auth_new_connection", auth(False), *SERVERS)
+        binary, fault = visits.build(folder)
+        if binary:
+            put("visit", visit(binary), *SERVERS)
+        else:
+            say(f"short visits are left out: {fault}")
         if "uplinkd" in chosen:
             say("memory of 1,000 idle connections …")
             facts["idle_1000_bytes"] = asyncio.run(idle_memory(ours, 1000))
-            published = [facts["loads"][load]["uplinkd"] for load in ("publish", "publish_one")]
-            facts["acknowledged"] = sum(each["acknowledged"] for each in published)
+            loads = facts["loads"]
+            published = [loads[load]["uplinkd"] for load in ("publish", "publish_one", "visit") if load in loads]
+            facts["acknowledged"] = sum(each["acknowledged"] for each in [*published, loads["in_turn"]["publish"]])
             facts["stored"] = stored(folder / "data")
 
 
-def rounds(load: str, act: Load, peers: dict[str, Peer], options: argparse.Namespace) -> dict[str, Any]:
-    """The servers in turn, so that whatever else the machine does meets them alike; a second each to warm up."""
+def rounds(
+    load: str, acts: Mapping[str, tuple[str, Callable[[float], Measured]]], options: argparse.Namespace
+) -> dict[str, Any]:
+    """The servers (a name for people, and what puts the load on it for so many seconds) in turn, so that whatever else the machine
+    does meets them alike; a second each to warm up."""
     say(f"{report.LOADS[load]}: warming up …")
-    warm = {name: act(peer, 1.0) for name, peer in peers.items()}
-    results: dict[str, list[Measured]] = {name: [] for name in peers}
+    warm = {key: act(1.0) for key, (_, act) in acts.items()}
+    results: dict[str, list[Measured]] = {key: [] for key in acts}
     for number in range(options.rounds):
-        for name, peer in peers.items():
-            say(f"{report.LOADS[load]}, round {number + 1} of {options.rounds}: {peer.name} …")
-            results[name].append(act(peer, options.seconds))
-    return {name: report.row(peer.name, results[name], warm[name]) for name, peer in peers.items()}
+        for key, (name, act) in acts.items():
+            say(f"{report.LOADS[load]}, round {number + 1} of {options.rounds}: {name} …")
+            results[key].append(act(options.seconds))
+    return {key: report.row(name, results[key], warm[key]) for key, (name, _) in acts.items()}
 
 
 def cold_start(folder: Path) -> float:

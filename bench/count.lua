@@ -1,5 +1,6 @@
 -- What both loads share: send `requests` in turn, look at each answer, print a RESULT line at the end.
 local threads, at = {}, 0
+local wanted, right = os.getenv("WANTED") or '"code":0', tonumber(os.getenv("STATUS") or "200")
 bad, good, sample = 0, 0, ""
 function setup(thread) threads[#threads + 1] = thread end
 function request()
@@ -7,7 +8,7 @@ function request()
   return requests[at]
 end
 function response(status, headers, answer)
-  if status == 200 and answer:find('"code":0', 1, true) then
+  if status == right and answer:find(wanted, 1, true) then
     good = good + 1
   else
     bad = bad + 1

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import resource
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,23 @@ from pathlib import Path
 from bench.peers import PIN, PRODUCT, SECRET, Peer, context, cpu_seconds, login, pss
 from uplinkd.client import login_body
 
-__all__ = ["LOAD_CORE", "Measured", "auth_load", "idle_memory", "in_turn", "parse", "publish_load", "raise_file_limit"]
+__all__ = [
+    "LOAD_CORE",
+    "Measured",
+    "auth_load",
+    "idle_memory",
+    "in_turn",
+    "parse",
+    "post_load",
+    "publish_load",
+    "raise_file_limit",
+    "timed",
+]
 
 LOAD_CORE = "1"
 _SCRIPTS = Path(__file__).parent
 _BATCH = 50
+_FILES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +62,7 @@ def parse(output: str, *, server_cpu: float = 0.0, load_cpu: float = 0.0, busy: 
     """The RESULT line that the scripts print; `busy` is what all processes used."""
     line = next((line for line in output.splitlines() if line.startswith("RESULT ")), None)
     if line is None:
-        raise SystemExit(f"wrk did not say what it measured; its words:\n{output.strip() or 'none'}")
+        raise SystemExit(f"the load did not say what it measured; its words:\n{output.strip() or 'none'}")
     good, bad, micros, p50, p99, errors, *sample = line.split(" ", 7)[1:]
     return Measured(
         good=int(good),
@@ -99,15 +112,15 @@ def in_turn(
 
 def _wrk(peer: Peer, script: str, connections: int, seconds: float, **variables: str) -> Measured:
     arguments = [*PIN, LOAD_CORE, "wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "5s"]
-    arguments += ["-s", str(_SCRIPTS / script), f"https://127.0.0.1:{peer.port}"]
+    arguments += ["-s", str(_SCRIPTS / script), f"http{'s' * peer.tls}://127.0.0.1:{peer.port}"]
+    return timed(arguments, peer, within=seconds + 30, **variables, COUNT=str(_SCRIPTS / "count.lua"))
+
+
+def timed(command: list[str], peer: Peer, *, within: float, **variables: str) -> Measured:
+    """What the load `command` says that it measured on `peer`, and the CPU time that both used meanwhile."""
     server, busy, load = cpu_seconds(*peer.roots), _busy_seconds(), _children_seconds()
     done = subprocess.run(
-        arguments,
-        capture_output=True,
-        text=True,
-        timeout=seconds + 30,
-        check=False,
-        env={**os.environ, **variables, "COUNT": str(_SCRIPTS / "count.lua")},
+        command, capture_output=True, text=True, timeout=within, check=False, env={**os.environ, **variables}
     )
     return parse(
         done.stdout + done.stderr,
@@ -131,11 +144,19 @@ def _busy_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def publish_load(peer: Peer, folder: Path, *, connections: int, seconds: float, payload: int = 200) -> Measured:
-    """Reports over kept-alive connections, in turn as each of as many devices."""
+def publish_load(
+    peer: Peer,
+    folder: Path,
+    *,
+    connections: int,
+    seconds: float,
+    payload: int = 200,
+    names: Sequence[str] | None = None,
+) -> Measured:
+    """Reports over kept-alive connections, in turn as each of as many devices, or of `names`."""
     tokens = folder / f"{peer.port}.{connections}.tokens"
     if not tokens.exists():
-        names = [f"device{number:04}" for number in range(connections)]
+        names = names or _names(connections)
         got = ["x" * 52 if "nginx" in peer.name else login(peer, name) for name in names]
         tokens.write_text(
             "".join(f"/topic/{PRODUCT}/{name}/user/update\t{token}\n" for name, token in zip(names, got, strict=True))
@@ -144,14 +165,50 @@ def publish_load(peer: Peer, folder: Path, *, connections: int, seconds: float, 
 
 
 def auth_load(
-    peer: Peer, folder: Path, *, connections: int, seconds: float, keep_alive: bool, secret: str = SECRET
+    peer: Peer,
+    folder: Path,
+    *,
+    connections: int,
+    seconds: float,
+    keep_alive: bool,
+    secret: str = SECRET,
+    names: Sequence[str] | None = None,
 ) -> Measured:
     """Logins, over kept-alive connections or each over a new one."""
     bodies = folder / f"bodies.{secret}"
-    names = [f"device{number:04}" for number in range(connections)]
+    names = names or _names(connections)
     bodies.write_text("\n".join(login_body(PRODUCT, name, secret, method="hmacsha1") for name in names) + "\n")
     connection = "keep-alive" if keep_alive else "close"
     return _wrk(peer, "auth.lua", connections, seconds, BODIES=str(bodies), CONNECTION=connection)
+
+
+def post_load(
+    peer: Peer,
+    *,
+    connections: int,
+    seconds: float,
+    target: str,
+    body: str,
+    headers: Mapping[str, str],
+    wanted: str,
+    status: int,
+) -> Measured:
+    """One request over and over; an answer is right that has this status and holds `wanted`."""
+    return _wrk(
+        peer,
+        "post.lua",
+        connections,
+        seconds,
+        TARGET=target,
+        BODY=body,
+        HEADERS="".join(f"{name}: {value}\n" for name, value in headers.items()),
+        WANTED=wanted,
+        STATUS=str(status),
+    )
+
+
+def _names(count: int) -> list[str]:
+    return [f"device{number:04}" for number in range(count)]
 
 
 async def idle_memory(peer: Peer, connections: int) -> int:
@@ -185,6 +242,10 @@ async def idle_memory(peer: Peer, connections: int) -> int:
 
 
 def raise_file_limit() -> None:
-    """As many open files as allowed: the servers inherit it, and 1,000 connections need more than the usual 1,024."""
+    """As many open files as it takes, or as allowed: the servers inherit it."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < _FILES:
+        with contextlib.suppress(ValueError, OSError):  # only root may have more
+            resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES, _FILES))
+            return
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -26,7 +26,7 @@ import uvloop
 from bench.load import LOAD_CORE, in_turn
 from bench.peers import PRODUCT, SECRET, Peer, context, cpu_seconds, free_port, login, pss, uplinkd
 
-__all__ = ["measure"]
+__all__ = ["Client", "connect", "device", "measure", "on_the_load_core"]
 
 T = TypeVar("T")
 
@@ -261,7 +261,7 @@ def measure(folder: Path, without: Peer, options: argparse.Namespace, say: Calla
     names = [f"device{number:04}" for number in range(options.sessions)]
     doors = ["--mqtt-listen", f"127.0.0.1:{tls_port}", "--mqtt-plain-listen", f"127.0.0.1:{plain_port}"]
     figures: dict[str, Any] = {}
-    with uplinkd(folder, options.sessions, *doors) as peer, _on_the_load_core():
+    with uplinkd(folder, options.sessions, *doors) as peer, on_the_load_core():
         tls = context(peer.ca)
 
         def act(what: str, doing: Callable[[], Coroutine[Any, Any, Any]]) -> None:
@@ -289,7 +289,7 @@ def measure(folder: Path, without: Peer, options: argparse.Namespace, say: Calla
             )
         act("heard", lambda: hear_load(peer, tls_port, tls, _app(folder), count=2000))
         figures["beside"] = _beside(folder, without, peer, tls_port, names[:1000], options, say)
-    with uplinkd(folder / "plain", options.sessions, *doors) as peer, _on_the_load_core():
+    with uplinkd(folder / "plain", options.sessions, *doors) as peer, on_the_load_core():
         act("idle, plain", lambda: idle_sessions(peer, plain_port, None, names))
     return {"mqtt": figures}
 
@@ -351,7 +351,7 @@ def _app(folder: Path) -> Login:
 
 
 @contextlib.contextmanager
-def _on_the_load_core() -> Iterator[None]:
+def on_the_load_core() -> Iterator[None]:
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {int(LOAD_CORE)})
     try:

@@ -12,11 +12,9 @@ from typing import Any
 
 import httpx
 
+from bench.filling import fill
 from bench.peers import free_port, start_uplinkd
 from uplinkd.core.operators import Role
-from uplinkd.core.subjects import to_subject
-from uplinkd.engine import open_publisher
-from uplinkd.engine.embedded import EmbeddedServer
 from uplinkd.journal import Journal, Refusal
 from uplinkd.registry import ImportRow, Sighting, open_registry
 from uplinkd.registry.passwords import hash_password
@@ -29,7 +27,6 @@ DEVICES, MESSAGES, REFUSALS = 100_000, 1_000_000, 100_000
 _PASSWORD = "correct horse battery"
 _TIMES = 9
 _BATCH = 5000
-_UNDER_WAY = 20_000
 
 
 def measure(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -39,7 +36,8 @@ def measure(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     settings = Settings(data=data, nats_listen="")
     say(f"console: {DEVICES:,} devices, {MESSAGES:,} messages, {REFUSALS:,} refusals …")
     _fleet(settings)
-    asyncio.run(_messages(settings))
+    # From every second device, in turn.
+    asyncio.run(fill(settings, MESSAGES, lambda number: f"/{PRODUCT}/{_name(2 * number % DEVICES)}/user/update"))
     asyncio.run(_refusals(settings))
     port = free_port()
     with start_uplinkd(folder, data, "--console-listen", f"127.0.0.1:{port}"):
@@ -64,35 +62,6 @@ def _fleet(settings: Settings) -> None:
         registry.operators.create_user("bench", Role.ADMIN, hash_password(_PASSWORD), one_time=False)
     finally:
         registry.close()
-
-
-async def _messages(settings: Settings) -> None:
-    """From every second device, in turn."""
-    engine = EmbeddedServer.start(settings)
-    try:
-        publisher = open_publisher(settings, engine.access)
-        await publisher.start()
-        while not publisher.connected:
-            await asyncio.sleep(0.05)
-        stored = 0
-
-        def done(message_id: int, fault: str) -> None:
-            nonlocal stored
-            if fault:
-                raise SystemExit(f"a message of the benchmark was not stored: {fault}")
-            stored += message_id > 0
-
-        for number in range(MESSAGES):
-            subject = to_subject(f"/{PRODUCT}/{_name(2 * number % DEVICES)}/user/update").encode()
-            publisher.publish(subject, b'{"temperature":21.5,"number":%d}' % number, done)
-            if number - stored > _UNDER_WAY:
-                while number - stored > _UNDER_WAY // 4:
-                    await asyncio.sleep(0.002)
-        while stored < MESSAGES:
-            await asyncio.sleep(0.01)
-        await publisher.stop()
-    finally:
-        engine.stop()
 
 
 async def _refusals(settings: Settings) -> None:

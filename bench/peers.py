@@ -14,7 +14,8 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +28,17 @@ __all__ = [
     "PRODUCT",
     "SECRET",
     "Peer",
+    "aiohttp",
     "context",
     "cpu_seconds",
     "fastapi",
+    "free_port",
+    "granian",
+    "import_devices",
     "login",
     "nginx",
     "pss",
+    "running",
     "start_uplinkd",
     "tree",
     "uplinkd",
@@ -49,12 +55,13 @@ _FIXED = '{"code":0,"message":"success","info":{"messageId":1880000000000000001}
 
 @dataclass(frozen=True)
 class Peer:
-    """A running server: where it is, what certifies it, the roots of its processes (its engine's too)."""
+    """A running server: where it is, what certifies it, the roots of its processes (its engine's too), whether it speaks TLS."""
 
     name: str
     port: int
     ca: Path
     roots: tuple[int, ...]
+    tls: bool = True
 
 
 def free_port() -> int:
@@ -100,7 +107,7 @@ def login(peer: Peer, device: str) -> str:
 
 
 @contextlib.contextmanager
-def _running(arguments: list[str], log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+def running(arguments: list[str], log: Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process on the servers' core, ended with everything that it started."""
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -136,11 +143,12 @@ def nginx(folder: Path, tls: Path) -> Iterator[Peer]:
     )
     config.write_text(f"""
 daemon off; master_process off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/nginx-error.log;
-events {{ worker_connections 4096; multi_accept on; }}
+events {{ worker_connections 65536; multi_accept on; }}
 http {{
-  access_log off; keepalive_requests 100000000; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
+  access_log off; keepalive_requests 100000000; keepalive_timeout 3600;
+  client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
   fastcgi_temp_path {folder}/fastcgi; uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
-  ssl_session_cache off;
+  ssl_session_cache off; ssl_protocols TLSv1.2 TLSv1.3;
   server {{
     listen 127.0.0.1:{port} ssl; {chains}
     location / {{ default_type application/json; return 200 '{_FIXED}'; }}
@@ -148,37 +156,99 @@ http {{
 }}
 """)
     log = folder / "nginx.log"
-    with _running([binary, "-p", str(folder), "-c", str(config)], log) as process:
+    with running([binary, "-p", str(folder), "-c", str(config)], log) as process:
         _await_answer(process, log, port, tls / "ca.pem")
         yield Peer("nginx, fixed answer", port, tls / "ca.pem", (process.pid,))
 
 
 @contextlib.contextmanager
-def fastapi(folder: Path, tls: Path, devices: int) -> Iterator[Peer]:
-    """FastAPI on uvicorn with uvloop and httptools, storing through nats-py in a nats-server of its own."""
-    port = free_port()
+def _engine(data: Path) -> Iterator[EmbeddedServer]:
+    """A nats-server for a peer alone, on the servers' core."""
     affinity = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {int(SERVER_CORE)})  # the engine's process inherits it
     try:
-        engine = EmbeddedServer.start(Settings(data=folder / "baseline", nats_listen=""))
+        engine = EmbeddedServer.start(Settings(data=data, nats_listen=""))
     finally:
         os.sched_setaffinity(0, affinity)
     try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+@contextlib.contextmanager
+def _baseline(
+    name: str, log: Path, tls: Path, devices: int, command: Callable[[int, str, str], list[str]]
+) -> Iterator[Peer]:
+    """What `bench.baseline` decides, in the shell that `command` runs: given a port, a certificate and its key."""
+    port = free_port()
+    with _engine(log.with_suffix("")) as engine:
         variables = {
             "BENCH_NATS": engine.access.urls[0],
             "BENCH_USER": engine.access.user,
             "BENCH_PASSWORD": engine.access.password,
             "BENCH_DEVICES": str(devices),
         }
-        arguments = [sys.executable, "-m", "uvicorn", "bench.baseline:app", "--host", "127.0.0.1", "--port", str(port)]
-        arguments += ["--loop", "uvloop", "--http", "httptools", "--no-access-log", "--log-level", "warning"]
-        arguments += ["--ssl-certfile", f"{tls}/server-ecdsa.pem", "--ssl-keyfile", f"{tls}/server-ecdsa.key"]
-        log = folder / "fastapi.log"
-        with _running(arguments, log, **variables) as process:
+        arguments = command(port, f"{tls}/server-ecdsa.pem", f"{tls}/server-ecdsa.key")
+        with running([sys.executable, "-m", *arguments], log, **variables) as process:
             _await_answer(process, log, port, tls / "ca.pem")
-            yield Peer("FastAPI + uvicorn + nats-py", port, tls / "ca.pem", (process.pid, engine.pid))
-    finally:
-        engine.stop()
+            yield Peer(name, port, tls / "ca.pem", (process.pid, engine.pid))
+
+
+def fastapi(folder: Path, tls: Path, devices: int) -> AbstractContextManager[Peer]:
+    """FastAPI on uvicorn with uvloop and httptools, storing through nats-py in a nats-server of its own."""
+
+    def command(port: int, certificate: str, key: str) -> list[str]:
+        return [
+            *("uvicorn", "bench.baseline.on_fastapi:app", "--host", "127.0.0.1", "--port", str(port)),
+            *("--loop", "uvloop", "--http", "httptools", "--no-access-log", "--log-level", "warning"),
+            *("--ssl-certfile", certificate, "--ssl-keyfile", key),
+        ]
+
+    return _baseline("FastAPI + uvicorn + nats-py", folder / "fastapi.log", tls, devices, command)
+
+
+def aiohttp(folder: Path, tls: Path, devices: int) -> AbstractContextManager[Peer]:
+    """aiohttp's own server on uvloop, storing as FastAPI does."""
+
+    def command(port: int, certificate: str, key: str) -> list[str]:
+        return ["bench.baseline.on_aiohttp", str(port), certificate, key]
+
+    return _baseline("aiohttp + nats-py", folder / "aiohttp.log", tls, devices, command)
+
+
+@contextlib.contextmanager
+def granian(folder: Path, tls: Path, devices: int) -> Iterator[Peer]:
+    """granian, one worker with one thread, before the gateway of uplinkd, with a nats-server of its own."""
+    port = free_port()
+    data = folder / "granian"
+    import_devices(folder / "granian.csv", data, devices)
+    log = folder / "granian.log"
+    arguments = [sys.executable, "-m", "granian", "--interface", "rsgi", "--host", "127.0.0.1", "--port", str(port)]
+    arguments += ["--workers", "1", "--runtime-threads", "1", "--loop", "uvloop", "--http", "1", "--no-ws"]
+    arguments += ["--log-level", "warning", "--backlog", "4096"]
+    arguments += ["--ssl-certificate", f"{tls}/server-ecdsa.pem", "--ssl-keyfile", f"{tls}/server-ecdsa.key"]
+    with (
+        _engine(data) as engine,
+        running([*arguments, "bench.on_granian:app"], log, BENCH_DATA=str(data)) as process,
+    ):
+        _await_answer(process, log, port, tls / "ca.pem")
+        yield Peer("granian + uplinkd's gateway", port, tls / "ca.pem", (process.pid, engine.pid))
+
+
+def import_devices(fleet: Path, data: Path, devices: int) -> None:
+    """`devices` devices for the registry of `data`."""
+    rows = "".join(f"{PRODUCT},device{number:04},{SECRET}\n" for number in range(devices))
+    fleet.write_text("ProductKey,DeviceName,DeviceSecret\n" + rows)
+    done = subprocess.run(
+        [sys.executable, "-m", "uplinkd", "device", "import", str(fleet), "--data", str(data)],
+        capture_output=True,
+        text=True,
+        timeout=60 + devices / 1000,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"uplinkd device import failed:\n{done.stderr}")
 
 
 @contextlib.contextmanager
@@ -186,18 +256,7 @@ def uplinkd(folder: Path, devices: int, *options: str) -> Iterator[Peer]:
     """uplinkd with one worker and its embedded engine, and `devices` devices."""
     data = folder / "data"
     folder.mkdir(exist_ok=True)
-    fleet = folder / "fleet.csv"
-    rows = "".join(f"{PRODUCT},device{number:04},{SECRET}\n" for number in range(devices))
-    fleet.write_text("ProductKey,DeviceName,DeviceSecret\n" + rows)
-    done = subprocess.run(
-        [sys.executable, "-m", "uplinkd", "device", "import", str(fleet), "--data", str(data)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"uplinkd device import failed:\n{done.stderr}")
+    import_devices(folder / "fleet.csv", data, devices)
     with start_uplinkd(folder, data, *options) as peer:
         yield peer
 
@@ -211,7 +270,7 @@ def start_uplinkd(folder: Path, data: Path, *options: str) -> Iterator[Peer]:
     arguments += ["--mqtt-listen", "", "--nats-listen", "", "--console-listen", "", *options]
     log = folder / "uplinkd.log"
     ca = data / "tls" / "ca.pem"
-    with _running(arguments, log) as process:
+    with running(arguments, log) as process:
         _await_answer(process, log, port, ca)
         yield Peer("uplinkd, stored and acknowledged", port, ca, (process.pid,))
 

@@ -74,21 +74,56 @@ def test_goals_say_whether_they_are_reached() -> None:
     publish = {
         "nginx": row("nginx", replace(ROUND, good=80_000)),
         "fastapi": row("fastapi", replace(ROUND, good=8_000)),
-        "uplinkd": row("uplinkd", replace(ROUND, good=27_999, p99=3.0)),
+        "granian": row("granian", replace(ROUND, good=30_000)),
+        "uplinkd": row("uplinkd", replace(ROUND, good=39_999, p99=3.0)),
     }
     found = facts(publish=publish)
     assert [(goal, reached) for goal, _, _, reached in report.goals(found)] == [
         ("publish against nginx", False),
         ("publish against FastAPI", True),
+        ("publish against granian", False),
         ("publish, p99 against p50", False),
     ]
-    publish["uplinkd"] = row("uplinkd", replace(ROUND, good=28_000, p99=2.99))
+    publish["granian"] = row("granian", replace(ROUND, good=20_000))
+    publish["uplinkd"] = row("uplinkd", replace(ROUND, good=40_000, p99=2.99))
     assert all(reached for *_, reached in report.goals(found))
     found |= {"cold_start_seconds": [1.0, 9.0, 2.0], "idle_1000_bytes": 50_000_000}
-    assert [(measured, reached) for _, measured, _, reached in report.goals(found)[3:]] == [
+    found |= {"idle": {"connections": 20_000, "uplinkd": {"name": "uplinkd", "bytes": 20_001}}}
+    assert [(measured, reached) for _, measured, _, reached in report.goals(found)[4:]] == [
+        ("20.0 kB", False),
         ("2.00 s", True),
         ("50.0 MB", False),
     ]
+
+
+def test_logins_stand_against_publishes_of_the_same_rounds() -> None:
+    """Both are the same server's, whose speed drifts with the machine's."""
+    in_turn = {
+        "publish": row("publish", ROUND, replace(ROUND, good=4000)),
+        "auth": row("/auth", replace(ROUND, good=5600), replace(ROUND, good=2800)),
+    }
+    assert report.goals(facts(in_turn=in_turn)) == [("/auth against publish", "0.70 ×", "≥ 0.7 ×", True)]
+
+
+def test_a_broker_beside_that_fails_spoils_nothing_but_its_row() -> None:
+    """It is said; what goes wrong with uplinkd in the same load is a fault still."""
+    broken = replace(ROUND, good=0, bad=0, errors=1, sample="connection refused")
+    loads = {"uplinkd": row("uplinkd", ROUND), "nchan": row("nchan", broken)}
+    found = facts(brokers_http=loads)
+    assert report.faults(found) == []
+    text = report.render(found)
+    assert "nchan: 1 answers were not right, so its row is worth nothing; one: connection refused" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("nchan  "))
+    assert line.split()[5:7] == ["–", "–"]
+    assert report.faults(facts(brokers_http={"uplinkd": row("uplinkd", broken)}))
+
+
+def test_a_load_that_held_nginx_back_does_not_flatter_what_stands_beside_it() -> None:
+    """Short visits cost the load's core more than nginx: then the servers' CPU decides."""
+    visit = {"nginx": row("nginx", ROUND), "uplinkd": row("uplinkd", replace(ROUND, good=6000, server_cpu=0.6))}
+    assert report.goals(facts(visit=visit)) == [("short visits against nginx", "0.50 ×", "≥ 0.6 ×", False)]
+    visit["uplinkd"] = row("uplinkd", replace(ROUND, good=6000, server_cpu=0.3))
+    assert report.goals(facts(visit=visit)) == [("short visits against nginx", "0.75 ×", "≥ 0.6 ×", True)]
 
 
 def test_deliveries_stand_with_their_lag_at_each_rate() -> None:
@@ -124,7 +159,7 @@ def test_a_server_that_was_left_out_gives_no_ratio() -> None:
     """`--only uplinkd` compares with nothing."""
     text = report.render(facts(publish={"uplinkd": row("uplinkd")}))
     (line,) = (line for line in text.splitlines() if line.startswith("uplinkd"))
-    assert line.split() == ["uplinkd", "1,000", "1.00", "2.50", "2.5", "–", "–", "50", "25%", "0"]
+    assert line.split() == ["uplinkd", "1,000", "1.00", "2.50", "2.5", "–", "1.00", "×", "50", "25%", "0"]
     assert "against nginx" not in text
 
 

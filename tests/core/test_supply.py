@@ -12,7 +12,7 @@ import pytest
 from docs import audit, licences, sbom
 from docs.licences import ROOT, is_allowed, locked
 
-LOCKS = ("amqp", "build", "dev", "linkkit", "recipes", "run", "supply")
+LOCKS = ("amqp", "bench", "build", "dev", "linkkit", "recipes", "run", "supply")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 GROUPS: dict[str, list[Any]] = {
     "run": PROJECT["project"]["dependencies"],
