@@ -20,8 +20,12 @@ amqp: $(VENV)/run.stamp  ## install what the AMQP door needs: compiles for half 
 test: $(VENV)/dev.stamp  ## run all tests but the slow ones
 	$(BIN)/python -m pytest -n 3 --dist loadgroup
 
+# What is harmed or measured under load has the machine for itself.
+ALONE := tests/faults tests/cluster tests/abuse/test_under_attack.py tests/bench
+
 slow: $(VENV)/dev.stamp  ## run the slow tests: faults under load, large imports
-	$(BIN)/python -m pytest -m slow -v --timeout 600
+	$(BIN)/python -m pytest -m slow -n 3 --dist loadgroup --timeout 600 --durations 15 $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest -m slow -v --timeout 600 --durations 25 $(ALONE)
 
 faults: $(VENV)/dev.stamp  ## do to a server all that can happen to it, and say what devices saw: some minutes, best as root
 	$(BIN)/python -m pytest -m faults -v --timeout 600

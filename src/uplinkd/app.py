@@ -34,7 +34,7 @@ from uplinkd.metrics import BEAT_SECONDS, Metrics
 from uplinkd.ports import patiently, probe
 from uplinkd.processes import call_me, keep_memory_private, vitals
 from uplinkd.registry import Operators, open_registry
-from uplinkd.serving import gateway_name, serving
+from uplinkd.serving import gateway_name, serving, still_serving
 from uplinkd.settings import Settings, address, reachable
 from uplinkd.tls import CertificateFiles, ensure_material, operator_context, reissue, server_context
 from uplinkd.worker import DRAIN_SECONDS, Task, run
@@ -254,13 +254,20 @@ class _Supervisor:
                 raise Unavailable(f"{worker.process.name} did not start; its reason stands above")
 
     def watch(self) -> None:
-        """Restart what dies until told to stop; then drain."""
+        """Restart what dies until told to stop; then drain. Raise Unavailable, all ended, when there is no folder any more to serve
+        from."""
         material_due = time.monotonic() + _MATERIAL_SECONDS
         while not self.stopping:
             sentinels = [worker.process.sentinel for worker in self.workers if worker]
             multiprocessing.connection.wait(sentinels, timeout=_WATCH_SECONDS)
             if self.stopping:
                 break
+            if not still_serving(self.settings.data):
+                self._end_at_once()
+                raise Unavailable(
+                    f"the data folder {self.settings.data} was removed or replaced while uplinkd served from it; it has ended at once, "
+                    "since what it took in now would be kept nowhere"
+                )
             if self.engine and not self.engine.poll():
                 self._restart_engine(self.engine)
             self._restart_workers()
@@ -285,6 +292,13 @@ class _Supervisor:
             if process.is_alive():
                 process.kill()
             process.join()
+
+    def _end_at_once(self) -> None:
+        """Nothing more is written, not even what belongs to an orderly end: another server may have the folder's place by now."""
+        if self.engine:
+            self.engine.kill()
+        self.stopping = 2
+        self.stop()
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:

@@ -25,12 +25,12 @@ from uplinkd.core.errors import Rejected
 from uplinkd.files import publish
 from uplinkd.settings import Settings
 
-__all__ = ["Server", "gateway_name", "last_server", "lock_file", "running_server", "serving"]
+__all__ = ["Server", "gateway_name", "last_server", "lock_file", "running_server", "serving", "still_serving"]
 
 # A lock of a server that was killed a moment ago is let go within this time.
 _PATIENCE_SECONDS = 2.0
 
-_held: dict[Path, int] = {}
+_held: dict[Path, tuple[int, tuple[int, int]]] = {}
 """Lock files that a process of this id holds."""
 
 
@@ -81,17 +81,26 @@ def serving(data: Path, *, token_ttl: int, now: int) -> Iterator[None]:
         file.truncate()
         file.flush()
         key = path.absolute()
-        _held[key] = os.getpid()
+        _held[key] = os.getpid(), _identity(os.fstat(file.fileno()))
         try:
             yield
         finally:
             del _held[key]
 
 
+def still_serving(data: Path) -> bool:
+    """Whether the folder is still the one whose lock this process holds, and was neither removed nor replaced."""
+    path = lock_file(data)
+    try:
+        return _held[path.absolute()][1] == _identity(path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def running_server(data: Path) -> Server | None:
     """The other process that serves from `data`, if one does."""
     path = lock_file(data)
-    if _held.get(path.absolute()) == os.getpid():
+    if _held.get(path.absolute(), (0, None))[0] == os.getpid():
         return None
     try:
         file = path.open()
@@ -111,6 +120,10 @@ def last_server(data: Path) -> Server:
         return _read(lock_file(data).read_text())
     except OSError:
         return Server()
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _read(text: str) -> Server:

@@ -36,6 +36,24 @@ _SYSCALLS = "fsync,fdatasync,pwrite64"
 _DELAY_MICROSECONDS = 200_000
 
 
+async def test_a_server_whose_folder_is_removed_or_replaced_ends_at_once(tmp_path: Path) -> None:
+    """It would acknowledge what is kept nowhere, and write into the files of a server that has taken its place."""
+    with serving(tmp_path / "data", *LIMITS) as former:
+        load = start_load(former)
+        tasks = asyncio.create_task(load.run(8, lambda: shutil.rmtree(former.data), after=1))
+        assert former.process
+        assert await asyncio.to_thread(former.process.wait, 5) == 1
+        last = load.last_success
+        with serving(tmp_path / "data", *LIMITS) as successor:
+            later = start_load(successor)
+            await later.run(2, lambda: None, after=1)
+            later.all_found(successor.data)
+        await tasks
+        assert load.last_success - last < 0.5
+        (line,) = [each for each in former.log.read_text().splitlines() if "was removed or replaced" in each]
+        assert "Traceback" not in line
+
+
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 @pytest.mark.parametrize("sync", ["100ms", "always"])
 async def test_a_slow_disk_is_slow_answers_or_30001(tmp_path: Path, tell: Tell, sync: str) -> None:

@@ -295,6 +295,12 @@ class EmbeddedServer:
             self._process = None
         self._release_lock()
 
+    def kill(self) -> None:
+        """End it before it can write anything more."""
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+
     def _launch(self) -> None:
         self._tls_state = self._certificates()
         config = self._folder / "nats.conf"
