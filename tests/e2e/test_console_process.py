@@ -84,7 +84,7 @@ async def test_metrics_and_readiness_tell_what_happens(server: Server) -> None:
         assert (await device.publish(b"12345"))[0] == 0
     assert (await device.publish(b"x", "user/nope"))[0] == 30001
     await asyncio.sleep(0.6)
-    text = httpx.get(url(server, "/metrics")).text
+    text = httpx.get(url(server, "/metrics"), timeout=30).text
     samples = {
         (sample.name, *sorted(sample.labels.values())): sample.value
         for family in text_string_to_metric_families(text)

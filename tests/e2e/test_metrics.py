@@ -21,8 +21,8 @@ from uplinkd.settings import Settings
 made = []
 
 class Seen(Metrics):
-    def __init__(self, workers):
-        super().__init__(workers)
+    def __init__(self, *counts, **more):
+        super().__init__(*counts, **more)
         made.append(self)
 
 app.Metrics = Seen
