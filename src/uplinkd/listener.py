@@ -19,6 +19,7 @@ from typing import Protocol
 from uplinkd.flow import network_of
 from uplinkd.observe import Occasionally
 from uplinkd.places import Known, Places
+from uplinkd.secured import Secured
 
 __all__ = ["Door", "Listener", "Peer", "Port"]
 
@@ -38,8 +39,6 @@ _SHARE = 16
 _PATIENCE = 1.0
 _OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _SAY_SECONDS = 60
-# The peer's close_notify is a courtesy that many devices omit.
-_SHUTDOWN_TIMEOUT = 2.0
 
 
 class Peer(Protocol):
@@ -282,16 +281,17 @@ class _Lobby:
     async def _shake_hands(self, guest: _Guest) -> None:
         sock, guest.sock = guest.sock, None
         assert sock
+        shaken: asyncio.Future[None] = self._loop.create_future()
+        transport, _ = await self._loop.connect_accepted_socket(
+            lambda: Secured(self._context, self._make, shaken), sock
+        )
         try:
-            await self._loop.connect_accepted_socket(
-                self._make,
-                sock,
-                ssl=self._context,
-                ssl_handshake_timeout=_HANDSHAKE_TIMEOUT,
-                ssl_shutdown_timeout=_SHUTDOWN_TIMEOUT,
-            )
+            await shaken
         except OSError as error:  # ssl.SSLError is one; the context counts them
             log.debug("a handshake failed: %s", error)
+        except asyncio.CancelledError:
+            transport.abort()
+            raise
 
     def _shaken(self, guest: _Guest, task: asyncio.Task[None]) -> None:
         self.end(guest)

@@ -1,0 +1,374 @@
+"""TLS between socket and protocol, against OpenSSL's own clients over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import random
+import shutil
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import uvloop
+
+from tests.house import until
+from uplinkd.secured import Secured
+from uplinkd.settings import Settings
+from uplinkd.tls import ensure_material, server_context
+
+VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
+
+
+@dataclass
+class Echo(asyncio.Protocol):
+    """Sends back what comes; `paces` it where it is to be slow."""
+
+    lost: list[Exception | None] = field(default_factory=list)
+    heard: int = 0
+    ended: bool = False
+    blocked: int = 0
+    transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        assert len(data) <= 16 * 1024
+        self.heard += len(data)
+        assert self.transport
+        self.transport.write(data)
+
+    def pause_writing(self) -> None:
+        self.blocked += 1
+
+    def resume_writing(self) -> None:
+        self.blocked += 1
+
+    def eof_received(self) -> bool:
+        self.ended = True
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost.append(exc)
+
+
+@dataclass
+class Door:
+    """A listening socket whose connections are `Secured`; `made` and `shaken` in the order in which they came."""
+
+    port: int
+    context: ssl.SSLContext
+    ca: Path
+    made: list[Echo] = field(default_factory=list)
+    shaken: list[asyncio.Future[None]] = field(default_factory=list)
+    inside: list[Secured] = field(default_factory=list)
+
+    def client(self, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=str(self.ca))
+        context.minimum_version = context.maximum_version = version
+        return context
+
+    async def connect(
+        self, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection(
+            "127.0.0.1", self.port, ssl=self.client(version), server_hostname="localhost"
+        )
+
+
+def reading(writer: asyncio.StreamWriter) -> asyncio.Transport:
+    """The client's transport, which can be made not to read."""
+    return cast(asyncio.Transport, writer.transport)
+
+
+def on_uvloop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Give `test` its door, on the loop of a worker."""
+
+    def run(tmp_path: Path, **arguments: object) -> None:
+        async def act() -> None:
+            async with opened(tmp_path) as door:
+                await test(door, **arguments)
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(act())
+
+    _, *others = inspect.signature(test).parameters.values()
+    place = inspect.Parameter("tmp_path", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    functools.update_wrapper(run, test)
+    run.__signature__ = inspect.Signature([place, *others])  # type: ignore[attr-defined]
+    return run
+
+
+@contextlib.asynccontextmanager
+async def opened(tmp_path: Path) -> AsyncIterator[Door]:
+    context = server_context(ensure_material(Settings(data=tmp_path)), legacy=True)
+    loop = asyncio.get_running_loop()
+    door = Door(0, context, tmp_path / "tls" / "ca.pem")
+
+    def make() -> asyncio.Protocol:
+        door.made.append(Echo())
+        return door.made[-1]
+
+    def accept() -> asyncio.Protocol:
+        door.shaken.append(loop.create_future())
+        door.inside.append(Secured(context, make, door.shaken[-1]))
+        return door.inside[-1]
+
+    server = await loop.create_server(accept, "127.0.0.1", 0)
+    door.port = server.sockets[0].getsockname()[1]
+    try:
+        yield door
+    finally:
+        server.close()
+        for each in door.inside:
+            each.abort()
+        await asyncio.sleep(0.01)
+        for future in door.shaken:
+            future.exception() if future.done() else future.cancel()
+
+
+async def closed(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(OSError, ssl.SSLError):
+        await writer.wait_closed()
+
+
+@pytest.mark.parametrize("version", VERSIONS, ids=["1.2", "1.3"])
+@pytest.mark.parametrize("size", [1, 200, 16_384, 16_385, 1_000_000])
+@on_uvloop
+async def test_what_is_sent_comes_back(door: Door, version: ssl.TLSVersion, size: int) -> None:
+    """Whatever its size, whole and in order; at both ends the connection ends in peace."""
+    data = random.Random(size).randbytes(size)
+    reader, writer = await door.connect(version)
+    writer.write(data)
+    assert await asyncio.wait_for(reader.readexactly(size), 20) == data
+    await closed(writer)
+    await until(lambda: door.made[0].lost)
+    assert door.made[0].lost == [None]
+    assert door.made[0].ended
+
+
+@on_uvloop
+async def test_bytes_that_come_one_by_one_are_a_handshake_too(door: Door) -> None:
+    """A slow peer, through buffers of its own."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = door.client().wrap_bio(incoming, outgoing, server_hostname="localhost")
+    reader, writer = await asyncio.open_connection("127.0.0.1", door.port)
+    writer.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    async def through(act: Callable[[], bytes | None]) -> bytes | None:
+        while True:
+            try:
+                result = act()
+            except ssl.SSLWantReadError:
+                result = None
+                waits = True
+            else:
+                waits = False
+            for byte in outgoing.read():
+                writer.write(bytes([byte]))
+                await asyncio.sleep(0)
+            if not waits:
+                return result
+            incoming.write(await asyncio.wait_for(reader.read(1), 5))
+
+    await through(lambda: tls.do_handshake())
+    tls.write(b"hello")
+    assert await through(lambda: tls.read(100)) == b"hello"
+    await closed(writer)
+
+
+@on_uvloop
+async def test_a_close_lets_the_answer_arrive(door: Door) -> None:
+    """Though the peer has sent what nobody has read: a reset would destroy it. The peer sees close_notify, and no cut."""
+    reader, writer = await door.connect()
+    writer.write(b"first")
+    assert await reader.readexactly(5) == b"first"
+    echo = door.made[0]
+    assert echo.transport
+    echo.transport.write(b"x" * 300_000)
+    writer.write(b"nobody reads this" * 1000)
+    echo.transport.close()
+    assert echo.transport.is_closing()
+    echo.transport.write(b"never")
+    assert (await asyncio.wait_for(reader.read(-1), 5)).count(b"x") == 300_000
+    await closed(writer)
+    await until(lambda: echo.lost)
+    assert echo.lost == [None]
+
+
+@on_uvloop
+async def test_a_peer_that_does_not_go_is_cut_off(door: Door) -> None:
+    """It has had close_notify, and two seconds."""
+    reader, writer = await door.connect()
+    writer.write(b"x")
+    await reader.readexactly(1)
+    reading(writer).pause_reading()
+    assert door.made[0].transport
+    door.made[0].transport.close()
+    await until(lambda: door.made[0].lost, 5)
+    reading(writer).resume_reading()
+    await closed(writer)
+
+
+@pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00" + b"x" * 512, b"\x00" * 4000])
+@on_uvloop
+async def test_what_is_no_tls_fails_the_handshake(door: Door, garbage: bytes) -> None:
+    """It is told so by an alert or by the end of the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", door.port)
+    writer.write(garbage)
+    with contextlib.suppress(ConnectionError):
+        await asyncio.wait_for(reader.read(-1), 5)
+    await until(lambda: door.shaken and door.shaken[0].done())
+    assert isinstance(door.shaken[0].exception(), ssl.SSLError)
+    assert not door.made
+    await closed(writer)
+
+
+@on_uvloop
+async def test_a_peer_that_goes_in_the_handshake_is_told_of(door: Door) -> None:
+    _, writer = await asyncio.open_connection("127.0.0.1", door.port)
+    writer.write(b"\x16\x03\x01")
+    await writer.drain()
+    await closed(writer)
+    await until(lambda: door.shaken and door.shaken[0].done())
+    assert isinstance(door.shaken[0].exception(), OSError)
+
+
+@on_uvloop
+async def test_a_record_that_was_altered_ends_the_connection(door: Door) -> None:
+    """What came before it was heard; nothing behind it is."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = door.client().wrap_bio(incoming, outgoing, server_hostname="localhost")
+    reader, writer = await asyncio.open_connection("127.0.0.1", door.port)
+    while True:
+        try:
+            tls.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            writer.write(outgoing.read())
+            incoming.write(await asyncio.wait_for(reader.read(10_000), 5))
+    tls.write(b"good")
+    good = outgoing.read()
+    tls.write(b"evil")
+    evil = bytearray(outgoing.read())
+    evil[-1] ^= 1
+    tls.write(b"late")
+    writer.write(good + bytes(evil) + outgoing.read())
+    await until(lambda: door.made and door.made[0].lost)
+    assert door.made[0].heard == 4
+    assert isinstance(door.made[0].lost[0], ssl.SSLError)
+    await closed(writer)
+
+
+@on_uvloop
+async def test_reading_can_be_paused(door: Door) -> None:
+    """What has come meanwhile is neither lost nor handed over, and the peer is held back."""
+    reader, writer = await door.connect()
+    writer.write(b"x")
+    await reader.readexactly(1)
+    echo = door.made[0]
+    assert echo.transport
+    echo.transport.pause_reading()
+    assert not echo.transport.is_reading()
+    writer.write(b"y" * 8_000_000)
+    await asyncio.sleep(0.2)
+    assert echo.heard == 1
+    assert len(door.inside[0]._held) < 1024 * 1024
+    echo.transport.resume_reading()
+    assert await asyncio.wait_for(reader.readexactly(8_000_000), 20) == b"y" * 8_000_000
+    await closed(writer)
+
+
+@on_uvloop
+async def test_a_protocol_that_pauses_within_a_read_gets_the_rest_later(door: Door) -> None:
+    reader, writer = await door.connect()
+    writer.write(b"x")
+    await reader.readexactly(1)
+    echo, taken = door.made[0], 0
+    hear = echo.data_received
+
+    def once(data: bytes) -> None:
+        nonlocal taken
+        taken += 1
+        hear(data)
+        assert echo.transport
+        echo.transport.pause_reading()
+        asyncio.get_running_loop().call_later(0.001, echo.transport.resume_reading)
+
+    echo.data_received = once  # type: ignore[method-assign]
+    writer.write(b"z" * 200_000)
+    assert await asyncio.wait_for(reader.readexactly(200_000), 20) == b"z" * 200_000
+    assert taken > 10
+    await closed(writer)
+
+
+@on_uvloop
+async def test_a_peer_that_does_not_read_is_told_of(door: Door) -> None:
+    """By pause_writing, and resume_writing once it does."""
+    reader, writer = await door.connect()
+    writer.write(b"x")
+    await reader.readexactly(1)
+    echo = door.made[0]
+    assert echo.transport
+    reading(writer).pause_reading()
+    for _ in range(200):
+        echo.transport.write(b"x" * 100_000)
+    assert echo.blocked == 1
+    assert echo.transport.get_write_buffer_size() > 0
+    reading(writer).resume_reading()
+    assert len(await asyncio.wait_for(reader.readexactly(20_000_000), 30)) == 20_000_000
+    assert echo.blocked == 2
+    await closed(writer)
+
+
+@on_uvloop
+async def test_another_protocol_may_take_over(door: Door) -> None:
+    """As a WebSocket does."""
+    reader, writer = await door.connect()
+    writer.write(b"x")
+    await reader.readexactly(1)
+    transport = door.made[0].transport
+    assert transport
+    successor = Echo()
+    transport.set_protocol(successor)
+    successor.connection_made(transport)
+    assert transport.get_protocol() is successor
+    writer.write(b"for the successor")
+    assert await reader.readexactly(17) == b"for the successor"
+    assert (door.made[0].heard, successor.heard) == (1, 17)
+    assert transport.get_extra_info("peername")[0] == "127.0.0.1"
+    assert transport.get_extra_info("cipher")[1] == "TLSv1.3"
+    await closed(writer)
+    await until(lambda: successor.lost)
+    assert not door.made[0].lost
+    transport.write(b"too late")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+@on_uvloop
+async def test_keys_are_renewed_when_the_peer_asks(door: Door) -> None:
+    """TLS 1.3's KeyUpdate, by openssl's command K."""
+    process = await asyncio.create_subprocess_exec(
+        *("openssl", "s_client", "-connect", f"127.0.0.1:{door.port}", "-CAfile", str(door.ca), "-tls1_3"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    assert process.stdin
+    for line in (b"one\n", b"K\n", b"two\n", b"k\n", b"three\n"):
+        await asyncio.sleep(0.1)
+        process.stdin.write(line)
+    await until(lambda: door.made and door.made[0].heard == len("one\ntwo\nthree\n"))
+    process.stdin.write(b"Q\n")
+    output, _ = await asyncio.wait_for(process.communicate(), 10)
+    assert b"KEYUPDATE" in output
+    assert output.count(b"three") == 1
