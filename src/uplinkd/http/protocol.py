@@ -11,7 +11,6 @@ import contextlib
 import logging
 import re
 import secrets
-from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -166,6 +165,55 @@ class Connection(asyncio.Protocol):
     """One device's connection, or a proxy's (`proxied`) for many of them. Requests are answered in order, one at a time; further
     ones wait, bounded."""
 
+    __slots__ = (
+        "_address",
+        "_answer_old",
+        "_answering",
+        "_bare",
+        "_barred",
+        "_barred_token",
+        "_barred_until",
+        "_becomes_websocket",
+        "_began",
+        "_blocked",
+        "_body",
+        "_broken",
+        "_client",
+        "_content_type",
+        "_counting",
+        "_door",
+        "_endpoint",
+        "_fault",
+        "_forwarded",
+        "_head_bytes",
+        "_headers",
+        "_held",
+        "_keep_alive",
+        "_known",
+        "_length",
+        "_limits",
+        "_messages",
+        "_old",
+        "_over",
+        "_parser",
+        "_password",
+        "_path",
+        "_paused",
+        "_proved",
+        "_proxied",
+        "_pumping",
+        "_queue",
+        "_raw",
+        "_request",
+        "_seen",
+        "_stage",
+        "_transport",
+        "_unread",
+        "_url",
+        "_yields",
+        "deadline",
+    )
+
     def __init__(self, door: Door, *, proxied: bool = False) -> None:
         self._door = door
         self._limits = door.limits
@@ -176,8 +224,8 @@ class Connection(asyncio.Protocol):
         self._client = "", ""  # the address that a request comes from, and whom limits by address hold for
         self.deadline = _NEVER
 
-        self._held: deque[bytes] = deque()  # bytes not parsed yet
-        self._queue: deque[tuple[_Head, bytes]] = deque()  # requests not answered yet
+        self._held = b""  # not parsed yet
+        self._queue: list[tuple[_Head, bytes]] = []  # requests not answered yet
         self._known: tuple[_Known, ...] = ()  # heads that need no parser, the one that came last at the end
         self._fault: tuple[int, str] | None = None  # why parsing ended, answered after the queue
         self._answering = False
@@ -233,7 +281,6 @@ class Connection(asyncio.Protocol):
             return
         door.connections.add(self)
         door.meter.accepted("https")
-        self._parser = httptools.HttpRequestParser(self)
         self.deadline = door.now + self._limits.idle_timeout
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -243,7 +290,7 @@ class Connection(asyncio.Protocol):
         self._broken = exc is not None
         self._transport = self._parser = None
         self._queue.clear()
-        self._held.clear()
+        self._held = b""
 
     def eof_received(self) -> bool:
         """Over plain TCP a peer may close its side first and still read its answer; TLS has no half-open state."""
@@ -273,8 +320,8 @@ class Connection(asyncio.Protocol):
             self._feed(data)
             self._pump()
             return
-        self._held.append(data)
-        if not self._paused and sum(map(len, self._held)) > self._limits.held_bytes:
+        self._held += data
+        if not self._paused and len(self._held) > self._limits.held_bytes:
             self._paused = True
             assert self._transport
             self._transport.pause_reading()
@@ -297,13 +344,14 @@ class Connection(asyncio.Protocol):
                     if share < _SHARE and self._has_gone():
                         break
                     share -= 1
-                    self._handle(*self._queue.popleft())
+                    self._handle(*self._queue.pop(0))
                 elif self._fault:
                     self._keep_alive = self._bare = False
                     self._path = self._url
                     self._refuse(*self._fault, ends=True)
                 elif self._held:
-                    self._feed(self._held.popleft())
+                    held, self._held = self._held, b""
+                    self._feed(held)
                 else:
                     break
         finally:
@@ -322,14 +370,14 @@ class Connection(asyncio.Protocol):
             return False
         self._over = True
         self._queue.clear()
-        self._held.clear()
+        self._held = b""
         return True
 
     def _feed(self, data: bytes) -> None:
         stage, messages, known, lines = self._stage, self._messages, len(self._body), self._headers
         size = _BODY_SLICE if stage == _BODY else _SLICE
         if len(data) > size:
-            self._held.appendleft(data[size:])
+            self._held = data[size:]
             data = data[:size]
         if stage == _IDLE:
             self.deadline = self._door.now + self._limits.head_timeout
@@ -339,6 +387,8 @@ class Connection(asyncio.Protocol):
             self._raw += data
         # A head that comes whole in less than the limit need not be counted.
         self._counting = stage == _HEAD or len(data) > self._limits.head_bytes or b"\r\n\r\n" not in data
+        if self._parser is None:
+            self._parser = httptools.HttpRequestParser(self)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -368,12 +418,13 @@ class Connection(asyncio.Protocol):
 
     def _learn(self, data: bytes) -> None:
         """Remember the head of the one request in `data`: a device sends the same again and again, and what the parser has made of
-        these bytes once it makes of them always."""
+        these bytes once it makes of them always. The parser, which takes a kilobyte, goes until it is needed again."""
         head, body = self._queue[-1]
         raw = data[: len(data) - len(body)]
         plain = self._seen & (_EXPECTS | _CHUNKED) == 0 and head.keep_alive and not head.old
         if plain and head.endpoint and head.method == b"POST" and raw.endswith(b"\r\n\r\n"):
             self._known = (*self._known[1 - _KNOWN :], _Known(raw, len(data), head))
+            self._parser = None
 
     def _unfinished(self, size: int) -> None:
         """Count what arrived of a line that is not complete, a header or what surrounds a chunk: the parser keeps it and tells us
@@ -501,6 +552,7 @@ class Connection(asyncio.Protocol):
             self._forwarded_client() if self._forwarded else self._client,
         )
         self._queue.append((head, self._body if isinstance(self._body, bytes) else bytes(self._body)))
+        self._url = self._body = b""
 
     def _forwarded_client(self) -> tuple[str, str]:
         """The client by a proxy's word, which counts for its own connections alone. Where it says nothing, its address is nobody's
@@ -519,11 +571,11 @@ class Connection(asyncio.Protocol):
         """From here on the connection is another protocol's, beginning with the request that asked for it."""
         assert self._door.websocket
         assert self._transport
-        transport, raw = self._transport, self._raw + b"".join(self._held)
+        transport, raw = self._transport, self._raw + self._held
         self._door.connections.discard(self)
         self._door.places.leave(self)
         self._over = True
-        self._held.clear()
+        self._held = b""
         self._transport = self._parser = None
         if self._paused:
             transport.resume_reading()
@@ -744,7 +796,7 @@ class Connection(asyncio.Protocol):
         self._transport.write(head if self._bare else head + body)
         if ends:
             self._over = True
-            self._held.clear()
+            self._held = b""
             self.deadline = self._door.now + self._limits.linger
         else:
             self._answered()
@@ -782,7 +834,7 @@ class Connection(asyncio.Protocol):
 
     def _close(self) -> None:
         self._over = True
-        self._held.clear()
+        self._held = b""
         self._queue.clear()
         self.deadline = self._door.now + self._limits.write_timeout
         if self._transport:
