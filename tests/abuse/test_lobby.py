@@ -120,7 +120,7 @@ async def lobby(context: ssl.SSLContext, *, handshakes: int = 4, waiting: int = 
     port = int(sock.getsockname()[1])
     listener = Listener(
         hall,  # type: ignore[arg-type]
-        lambda _tls: Echo(),
+        lambda _tls, _client: Echo(),
         [(sock, context)],
         handshakes=handshakes,
         waiting=waiting,
