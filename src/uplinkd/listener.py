@@ -167,6 +167,12 @@ class _Guest:
         return self.task is None or self._lobby.clock() - self.began > _PATIENCE
 
     @property
+    def looks(self) -> bool:
+        """Whether it is a proxy that only looks if the port is open: it speaks for nobody, or (HAProxy in version 1) for itself."""
+        header = self.header
+        return header is not None and (not header.source or self.network == network_of(self.address))
+
+    @property
     def client(self) -> Client | None:
         """Whose connection it is, where a proxy has told that."""
         return (self.header.source, self.network) if self.header and self.header.source else None
@@ -241,10 +247,10 @@ class _Lobby:
             self._loop.add_reader(self._sock.fileno(), self._accept)
 
     def end(self, guest: _Guest) -> None:
-        """It goes without a handshake. A proxy that speaks for nobody only looks whether the port is open."""
+        """It goes without a handshake."""
         sock, guest.sock = guest.sock, None
         if sock is not None:
-            if guest.header is None or guest.header.source:
+            if not guest.looks:
                 self._missed("timeout_or_closed")
             self._silent.pop(sock.fileno(), None)
             sock.close()
