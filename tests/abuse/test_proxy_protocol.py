@@ -100,30 +100,29 @@ async def test_tls_begins_with_the_byte_behind_it(context: ssl.SSLContext) -> No
 
 
 def _hello_in_two_pieces(port: int, header: bytes, cut: int) -> bytes:
+    """What is echoed of an x, where header and hello together come in two pieces."""
     into, out = ssl.MemoryBIO(), ssl.MemoryBIO()
     tls = TLS.wrap_bio(into, out, server_hostname="localhost")
     with socket.create_connection(("127.0.0.1", port), 10, source_address=("127.0.0.9", 0)) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        steps = iter([tls.do_handshake, lambda: tls.write(b"x"), lambda: tls.read(1)])
-        step, first = next(steps), True
-        while True:
-            try:
-                done = step()
-                waits = False
-            except ssl.SSLWantReadError:
-                waits = True
-            if said := out.read():
-                if first:
-                    said = header + said
-                    sock.sendall(said[:cut])
-                    time.sleep(0.02)
-                    said = said[cut:]
-                    first = False
-                sock.sendall(said)
-            if waits:
-                into.write(sock.recv(4096))
-            elif (step := next(steps, None)) is None:  # type: ignore[arg-type,assignment]
-                return bytes(done)  # type: ignore[arg-type]
+        with contextlib.suppress(ssl.SSLWantReadError):
+            tls.do_handshake()
+        first = header + out.read()
+        sock.sendall(first[:cut])
+        time.sleep(0.02)
+        sock.sendall(first[cut:])
+        _go_on(tls.do_handshake, sock, into, out)
+        tls.write(b"x")
+        return bytes(_go_on(lambda: tls.read(1), sock, into, out))
+
+
+def _go_on(step: Callable[[], Any], sock: socket.socket, into: ssl.MemoryBIO, out: ssl.MemoryBIO) -> Any:
+    while True:
+        try:
+            return step()
+        except ssl.SSLWantReadError:
+            sock.sendall(out.read())
+            into.write(sock.recv(4096))
 
 
 @ports
