@@ -31,6 +31,8 @@ from uplinkd.settings import Settings
 
 FILES = Path(__file__).resolve().parent.parent / "deploy" / "cluster"
 NODES, GATEWAYS = (1, 2, 3), (1, 2)
+# From here HAProxy connects, so that the gateways know it from commands and devices that reach them themselves.
+_HAPROXY = "127.0.0.2"
 _READY_SECONDS, _STOP_SECONDS = 30.0, 15.0
 
 
@@ -86,6 +88,7 @@ class Cluster:
             },
             "HAPROXY_HTTPS": f"127.0.0.1:{self.ports['https']}",
             "HAPROXY_MQTT": f"127.0.0.1:{self.ports['mqtt']}",
+            "HAPROXY_SOURCE": _HAPROXY,
             **{f"UPLINKD_{name.upper()}": value for name, value in shared.items()},
             "UPLINKD_WORKERS": "1",
         }
@@ -129,6 +132,7 @@ class Cluster:
             "listen": f"127.0.0.1:{self.ports[f'https-{number}']}",
             "mqtt_listen": f"127.0.0.1:{self.ports[f'mqtt-{number}']}",
             "console_listen": f"127.0.0.1:{self.ports[f'console-{number}']}",
+            "proxy_protocol": _HAPROXY,
             **self._more,
         }
         if number > 1:  # the first one has made the certificates

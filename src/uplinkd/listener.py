@@ -1,12 +1,14 @@
 """The sockets of one worker: accepts connections, keeps their clock, drains them.
 
 A connection to a TLS port begins in the lobby: until its first byte has come it is a file and half a kilobyte, and not the tens
-of kilobytes of a TLS connection. Then it waits for one of a bounded number of handshakes.
+of kilobytes of a TLS connection. Then it waits for one of a bounded number of handshakes. Where proxies say for whom they connect,
+the lobby hears them out first, and connections to a plain-text port begin there too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import logging
@@ -16,17 +18,21 @@ import ssl
 from collections.abc import Callable, Collection
 from typing import Protocol
 
+from uplinkd.core.proxy_protocol import Header, begins_like_one
 from uplinkd.flow import network_of
 from uplinkd.observe import Occasionally
 from uplinkd.places import Known, Places
 from uplinkd.secured import Secured
 
-__all__ = ["Door", "Listener", "Peer", "Port"]
+__all__ = ["Client", "Door", "Listener", "Peer", "Port"]
 
 log = logging.getLogger("uplinkd.listener")
 
 Port = tuple[socket.socket, ssl.SSLContext | None]
 """A listening socket with its TLS context, or None for plain text."""
+
+Client = tuple[str, str]
+"""The address of a device and its network (see flow.network_of), as a proxy has told them."""
 
 _TICK = 0.25
 _DRAIN_TICK = 0.05
@@ -39,6 +45,9 @@ _SHARE = 16
 _PATIENCE = 1.0
 _OUT_OF_FILES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _SAY_SECONDS = 60
+_PEEK_BYTES = 1024
+# A header of the PROXY protocol begins with one of these, and TLS with neither.
+_LIKE_A_HEADER = frozenset({b"P", b"\r"})
 
 
 class Peer(Protocol):
@@ -68,18 +77,20 @@ class Door(Protocol):
 
 
 class Listener:
-    """Serves `ports` with connections that `make` makes for `door`; it is told whether they are TLS. At most `handshakes` go on at a
-    time, and `waiting` connections wait for one or for their first byte; `missed` is told of those that end so, and why."""
+    """Serves `ports` with connections that `make` makes for `door`; it is told whether they are TLS, and whose they are where that is
+    not the peer. At most `handshakes` go on at a time, and `waiting` connections wait for one or for their first byte; `missed` is
+    told of those that end so, and why. Connections from addresses that are `proxies` begin with a header of the PROXY protocol."""
 
     def __init__(
         self,
         door: Door,
-        make: Callable[[bool], asyncio.Protocol],
+        make: Callable[[bool, Client | None], asyncio.Protocol],
         ports: list[Port],
         *,
         handshakes: int,
         waiting: int,
         missed: Callable[[str], None],
+        proxies: Callable[[str], bool] | None = None,
     ) -> None:
         self._door = door
         self._make = make
@@ -87,16 +98,19 @@ class Listener:
         self._handshakes = handshakes
         self._waiting = waiting
         self._missed = missed
+        self._proxies = proxies
         self._servers: list[asyncio.Server | _Lobby] = []
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
         for sock, context in self._ports:
             make = functools.partial(self._make, context is not None)
-            if context is None:
-                self._servers.append(await loop.create_server(make, sock=sock, backlog=_BACKLOG))
+            if context is None and self._proxies is None:
+                alone = functools.partial(make, None)
+                self._servers.append(await loop.create_server(alone, sock=sock, backlog=_BACKLOG))
             else:
-                lobby = _Lobby(sock, context, make, self._door, self._handshakes, self._waiting, self._missed)
+                missed = self._missed if context else _ignore
+                lobby = _Lobby(sock, context, make, self._door, self._handshakes, self._waiting, missed, self._proxies)
                 lobby.open()
                 self._servers.append(lobby)
 
@@ -126,15 +140,24 @@ class Listener:
         return len(left)
 
 
+def _ignore(_: str) -> None:
+    """Of what ends before a plain-text connection begins nobody need know."""
+
+
 class _Guest:
-    """A connection in the lobby. It holds its socket until the handshake begins, then a task."""
+    """A connection in the lobby. It holds its socket until the handshake begins, then a task. That of a proxy has a header, and is
+    nobody's until that is whole."""
 
-    __slots__ = ("_lobby", "began", "deadline", "network", "sock", "task")
+    __slots__ = ("_lobby", "address", "began", "deadline", "header", "network", "sock", "task")
 
-    def __init__(self, lobby: _Lobby, sock: socket.socket, network: str, deadline: float) -> None:
+    def __init__(
+        self, lobby: _Lobby, sock: socket.socket, address: str, deadline: float, header: Header | None
+    ) -> None:
         self._lobby = lobby
         self.sock: socket.socket | None = sock
-        self.network = network
+        self.address = address
+        self.header = header
+        self.network = "" if header else network_of(address)
         self.deadline = deadline
         self.task: asyncio.Task[None] | None = None
         self.began = 0.0
@@ -142,6 +165,17 @@ class _Guest:
     @property
     def spare(self) -> bool:
         return self.task is None or self._lobby.clock() - self.began > _PATIENCE
+
+    @property
+    def looks(self) -> bool:
+        """Whether it is a proxy that only looks if the port is open: it speaks for nobody, or (HAProxy in version 1) for itself."""
+        header = self.header
+        return header is not None and (not header.source or self.network == network_of(self.address))
+
+    @property
+    def client(self) -> Client | None:
+        """Whose connection it is, where a proxy has told that."""
+        return (self.header.source, self.network) if self.header and self.header.source else None
 
     def abort(self) -> None:
         if self.task is None:
@@ -151,17 +185,18 @@ class _Guest:
 
 
 class _Lobby:
-    """Where the connections of one TLS port are until their handshake is done."""
+    """Where the connections of one port are until their handshake is done; of a plain-text port, until their first byte has come."""
 
     def __init__(
         self,
         sock: socket.socket,
-        context: ssl.SSLContext,
-        make: Callable[[], asyncio.Protocol],
+        context: ssl.SSLContext | None,
+        make: Callable[[Client | None], asyncio.Protocol],
         door: Door,
         handshakes: int,
         waiting: int,
         missed: Callable[[str], None],
+        proxies: Callable[[str], bool] | None,
     ) -> None:
         self._sock = sock
         self._context = context
@@ -170,6 +205,7 @@ class _Lobby:
         self._handshakes = handshakes
         self._most = waiting
         self._missed = missed
+        self._proxies = proxies
         self._known = door.known
         self._places = Places(door.known, "connections before their handshake", trusting=True)
         self._shaking = Places(door.known, "TLS handshakes", trusting=True)
@@ -180,6 +216,7 @@ class _Lobby:
         self._calls = False
         self._rests = False
         self._say = Occasionally(_SAY_SECONDS)
+        self._say_missing, self._say_unasked = Occasionally(_SAY_SECONDS), Occasionally(_SAY_SECONDS)
 
     def open(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -213,7 +250,8 @@ class _Lobby:
         """It goes without a handshake."""
         sock, guest.sock = guest.sock, None
         if sock is not None:
-            self._missed("timeout_or_closed")
+            if not guest.looks:
+                self._missed("timeout_or_closed")
             self._silent.pop(sock.fileno(), None)
             sock.close()
         self._forget(guest)
@@ -228,7 +266,8 @@ class _Lobby:
                     continue
                 return
             sock.setblocking(False)
-            guest = _Guest(self, sock, network_of(address[0]), deadline)
+            header = Header() if self._proxies is not None and self._proxies(address[0]) else None
+            guest = _Guest(self, sock, address[0], deadline, header)
             if not self._places.enter(guest, guest.network, self._most):
                 self._missed("timeout_or_closed")
                 sock.close()
@@ -249,7 +288,11 @@ class _Lobby:
     def _look(self, guest: _Guest, sock: socket.socket) -> None:
         """Begin with who has spoken, wait for who is silent, end who has gone."""
         try:
+            if guest.header and not guest.header.whole and not self._introduced(guest, sock, guest.header):
+                return
             begun = sock.recv(1, socket.MSG_PEEK)
+            if begun in _LIKE_A_HEADER and guest.header is None:
+                self._hint(guest, sock)
         except (BlockingIOError, InterruptedError):
             self._silent[sock.fileno()] = guest
             self._epoll.register(sock, select.EPOLLIN)
@@ -260,6 +303,42 @@ class _Lobby:
             self.end(guest)
         elif not self._begin(guest):
             self._ready[guest.network not in self._known].setdefault(guest.network, {})[guest] = None
+
+    def _introduced(self, guest: _Guest, sock: socket.socket, header: Header) -> bool:
+        """Read the header and not a byte beyond it: from then on the guest is who it tells. False where it has ended instead."""
+        while not header.whole:
+            said = sock.recv(_PEEK_BYTES, socket.MSG_PEEK)
+            try:
+                size = header.feed(said)
+            except ValueError as fault:
+                self._missed("proxy_header")
+                if self._say_missing():
+                    log.warning(
+                        "a connection from %s was closed: by the setting proxy_protocol it has to begin with a PROXY header, and %s; "
+                        "have that proxy send one (HAProxy: send-proxy-v2, nginx: proxy_protocol on), or take its address out of "
+                        "the setting",
+                        guest.address,
+                        fault,
+                    )
+                size = 0
+            if not size:
+                self.end(guest)
+                return False
+            sock.recv(size)
+        self._places.leave(guest)
+        guest.network = network_of(header.source or guest.address)
+        if not self._places.enter(guest, guest.network, self._most):
+            self.end(guest)
+            return False
+        return True
+
+    def _hint(self, guest: _Guest, sock: socket.socket) -> None:
+        if begins_like_one(sock.recv(_PEEK_BYTES, socket.MSG_PEEK)) and self._say_unasked():
+            log.warning(
+                "a connection from %s began with a PROXY header, which is not believed: if that is a proxy of yours, name it in "
+                "the setting proxy_protocol",
+                guest.address,
+            )
 
     def _begin(self, guest: _Guest) -> bool:
         """Whether there is a place for its handshake; a quarter of them is for known networks alone."""
@@ -281,10 +360,13 @@ class _Lobby:
     async def _shake_hands(self, guest: _Guest) -> None:
         sock, guest.sock = guest.sock, None
         assert sock
-        shaken: asyncio.Future[None] = self._loop.create_future()
-        transport, _ = await self._loop.connect_accepted_socket(
-            lambda: Secured(self._context, self._make, shaken), sock
-        )
+        make = functools.partial(self._make, guest.client)
+        if self._context is None:
+            with contextlib.suppress(OSError):
+                await self._loop.connect_accepted_socket(make, sock)
+            return
+        context, shaken = self._context, self._loop.create_future()
+        transport, _ = await self._loop.connect_accepted_socket(lambda: Secured(context, make, shaken), sock)
         try:
             await shaken
         except OSError as error:  # ssl.SSLError is one; the context counts them

@@ -62,6 +62,7 @@ HANDSHAKE_FAILURES = (
     "alert",
     "http_request",
     "not_tls",
+    "proxy_header",
     "timeout_or_closed",
     "other",
 )

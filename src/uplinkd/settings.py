@@ -182,6 +182,12 @@ def _networks(texts: tuple[str, ...]) -> tuple[str, ...]:
     return texts
 
 
+def _proxies(texts: tuple[str, ...]) -> tuple[str, ...]:
+    if any(not ipaddress.ip_network(text).prefixlen for text in texts):
+        raise ValueError("whoever is named here may say that it is anybody: name the proxies, such as 10.0.0.10")
+    return texts
+
+
 def _database_url(text: str) -> str:
     if text.startswith(SCHEMES):
         place_of(text)
@@ -233,6 +239,13 @@ class Settings(BaseModel):
     )
     mqtt_plain_listen: Annotated[str, AfterValidator(_optional_address)] = Field(
         "", description="address of MQTT without TLS, for devices that cannot do better, usually port 1884; empty: none"
+    )
+    proxy_protocol: Annotated[
+        tuple[str, ...], BeforeValidator(_list), AfterValidator(_networks), AfterValidator(_proxies)
+    ] = Field(
+        (),
+        description="proxies whose connections over HTTPS and MQTT begin with a PROXY protocol header (v1 or v2) with the device's "
+        "address, such as 10.0.0.10 or 10.0.1.0/24; a header of anybody else is not believed; empty: none",
     )
     console_listen: Annotated[str, AfterValidator(_optional_address)] = Field(
         "127.0.0.1:8080", description="address of the console, the management API and /metrics; empty: none"

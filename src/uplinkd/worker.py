@@ -19,6 +19,7 @@ import uvloop
 from uplinkd.core.apps import check_app_secret
 from uplinkd.core.errors import Code, Unavailable
 from uplinkd.core.model import App, DeviceName, ProductKey
+from uplinkd.core.proxy_protocol import trusting
 from uplinkd.core.topics import owner
 from uplinkd.engine import open_publisher
 from uplinkd.engine.bus import NatsBus
@@ -138,11 +139,12 @@ async def _serve(task: Task) -> None:
         handshakes=settings.max_handshakes,
         waiting=settings.max_connections,
         missed=task.meter.handshake_failed,
+        proxies=trusting(settings.proxy_protocol) if settings.proxy_protocol else None,
     )
     doors = [
-        # Without TLS this door is a proxy's; a device may come so to the other.
-        listener(https, lambda tls: HttpConnection(https, proxied=not tls), task.https),
-        listener(mqtt, lambda _tls: MqttConnection(mqtt), task.mqtt),
+        # Without TLS this door is a proxy's, unless that has told whose the connection is; a device may come so to the other.
+        listener(https, lambda tls, of: HttpConnection(https, of, proxied=not tls and of is None), task.https),
+        listener(mqtt, lambda _tls, of: MqttConnection(mqtt, of), task.mqtt),
     ]
 
     await engine.start()

@@ -47,6 +47,11 @@ class Hall:
     known: Known = field(default_factory=Known)
     more: float = 0.0
     missed: list[str] = field(default_factory=list)
+    clients: list[object] = field(default_factory=list)  # as a proxy told of them, None of the others
+
+    def make(self, _tls: bool, client: tuple[str, str] | None) -> Echo:
+        self.clients.append(client)
+        return Echo()
 
     def clock(self) -> float:
         return time.monotonic() + self.more
@@ -62,6 +67,7 @@ class Lobby:
     listener: Listener
     port: int
     sockets: list[socket.socket] = field(default_factory=list)
+    tls: bool = True
 
     def enter(self, host: str, first: bytes = b"") -> socket.socket:
         """A connection from 127.0.0.`host` that says no more than this."""
@@ -79,7 +85,8 @@ class Lobby:
         """Whether this one does."""
         try:
             async with asyncio.timeout(within):
-                reader, writer = await asyncio.open_connection(sock=sock, ssl=TLS, server_hostname="localhost")
+                tls: dict[str, Any] = {"ssl": TLS, "server_hostname": "localhost"} if self.tls else {}
+                reader, writer = await asyncio.open_connection(sock=sock, **tls)
                 writer.write(b"x")
                 answer = await reader.readexactly(1)
                 writer.transport.abort()
@@ -114,21 +121,28 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> ssl.SSLContext:
 
 
 @contextlib.asynccontextmanager
-async def lobby(context: ssl.SSLContext, *, handshakes: int = 4, waiting: int = 100) -> AsyncIterator[Lobby]:
+async def lobby(
+    context: ssl.SSLContext | None,
+    *,
+    handshakes: int = 4,
+    waiting: int = 100,
+    proxies: Callable[[str], bool] | None = None,
+) -> AsyncIterator[Lobby]:
     hall = Hall()
     sock = socket.create_server(("127.0.0.1", 0))
     port = int(sock.getsockname()[1])
     listener = Listener(
         hall,  # type: ignore[arg-type]
-        lambda _tls: Echo(),
+        hall.make,
         [(sock, context)],
         handshakes=handshakes,
         waiting=waiting,
         missed=hall.missed.append,
+        proxies=proxies,
     )
     await listener.start()
     running = asyncio.create_task(listener.run())
-    found = Lobby(hall, listener, port)
+    found = Lobby(hall, listener, port, tls=context is not None)
     try:
         yield found
     finally:

@@ -134,7 +134,7 @@ def plain(tmp_path: Path) -> Iterator[tuple[Server, Device, int]]:
     """A server with a plain-text door, a device of it, and the port of that door."""
     port = free_port()
     options = ["--workers", "1", "--plain-listen", f"127.0.0.1:{port}", "--device-rate", "0", "--auth-rate", "0"]
-    with serving(tmp_path / "data", *options) as server:
+    with serving(tmp_path / "data", *options, "--proxy-protocol", "127.0.0.2") as server:
         yield server, make_devices(server, 1)[0], port
 
 

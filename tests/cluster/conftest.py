@@ -123,7 +123,7 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
     assert networks
     if not networks.open():
         networks = None
-    limits = {"device_bytes": "0", "auth_rate": "0", "device_rate": "0", "address_auth_rate": "0"}
+    limits = {"device_bytes": "0", "auth_rate": "0", "device_rate": "0"}
     try:
         cluster = Cluster(
             tmp_path_factory.mktemp("plant"),

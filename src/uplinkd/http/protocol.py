@@ -162,8 +162,8 @@ class _Known(NamedTuple):
 
 
 class Connection(asyncio.Protocol):
-    """One device's connection, or a proxy's (`proxied`) for many of them. Requests are answered in order, one at a time; further
-    ones wait, bounded."""
+    """One device's connection, or a proxy's (`proxied`) for many of them. `client` is the device's address and network (see Request)
+    where the transport does not know. Requests are answered in order, one at a time; further ones wait, bounded."""
 
     __slots__ = (
         "_address",
@@ -214,14 +214,14 @@ class Connection(asyncio.Protocol):
         "deadline",
     )
 
-    def __init__(self, door: Door, *, proxied: bool = False) -> None:
+    def __init__(self, door: Door, client: tuple[str, str] | None = None, *, proxied: bool = False) -> None:
         self._door = door
         self._limits = door.limits
         self._transport: asyncio.Transport | None = None
         self._parser: Any = None
         self._proxied = proxied
-        self._address = ""
-        self._client = "", ""  # the address that a request comes from, and whom limits by address hold for
+        # The address that a request comes from, and whom limits by address hold for.
+        self._address, _ = self._client = client or ("", "")
         self.deadline = _NEVER
 
         self._held = b""  # not parsed yet
@@ -273,8 +273,9 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         door = self._door
         peer = transport.get_extra_info("peername")
-        self._address = peer[0] if peer else ""
-        self._client = self._address, "" if self._proxied else network_of(self._address)
+        if not self._address and peer:
+            self._address = peer[0]
+            self._client = self._address, "" if self._proxied else network_of(self._address)
         if door.draining or not door.places.enter(self, self._client[1], self._limits.connections):
             self._over = True
             self._transport.abort()
