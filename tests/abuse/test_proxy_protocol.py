@@ -122,7 +122,9 @@ def _go_on(step: Callable[[], Any], sock: socket.socket, into: ssl.MemoryBIO, ou
             return step()
         except ssl.SSLWantReadError:
             sock.sendall(out.read())
-            into.write(sock.recv(4096))
+            said = sock.recv(4096)
+            assert said, "the door has closed"
+            into.write(said)
 
 
 @ports
