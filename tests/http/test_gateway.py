@@ -351,8 +351,15 @@ async def test_the_engines_no_is_30001(house: House) -> None:
     assert last_reason(house) == "the engine is away"
 
 
+def within_a_moment(house: House) -> None:
+    """Let no time pass for flow control, however busy the machine is."""
+    now = house.flow._clock()
+    house.flow._clock = lambda: now
+
+
 async def test_the_31st_message_in_a_second_is_40000(house: House) -> None:
     """Whichever connection it comes by."""
+    within_a_moment(house)
     token = await house.token()
     codes = [(await house.connect().ask(publish_request(token))).code for _ in range(31)]
     assert codes == [0] * 30 + [40000]
@@ -361,6 +368,7 @@ async def test_the_31st_message_in_a_second_is_40000(house: House) -> None:
 
 async def test_the_checks_come_in_the_documented_order(house: House) -> None:
     """Token present → token valid → flow control → topic well-formed → right to publish."""
+    within_a_moment(house)
     token = await house.token()
     peer = house.connect()
     wrong_everything = f"/topic/{PRODUCT}//x?y"
