@@ -11,7 +11,7 @@ import time
 import pytest
 from examples.cluster import _children
 
-from tests.clients.fleet import Thing
+from tests.clients.fleet import Thing, until
 from tests.clients.session import Session
 from tests.cluster.conftest import Plant
 from tests.house import Device, cli, cli_json
@@ -89,7 +89,7 @@ def test_a_session_at_the_other_gateway_takes_over(things: tuple[Thing, Thing]) 
     assert again.nothing(within=0.5)
     again.disconnect()
     assert second.shows(state="offline")
-    assert statuses(first)[-1] == "offline"
+    assert until(lambda: statuses(first)[-1] == "offline")
 
 
 def test_what_waits_rides_home_through_either_gateway_and_once(things: tuple[Thing, Thing]) -> None:

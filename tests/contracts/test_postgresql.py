@@ -513,6 +513,9 @@ def test_20_000_devices_are_looked_up_by_indexes(registry: SqlRegistry, postgres
     assert registry.page(PRODUCT, after="lamp-18999", limit=30, timeout=TIMEOUT)[0].name == "lamp-19000"
     registry.expired(now=now, timeout=TIMEOUT, limit=100)
     registry.changes(registry.changes_cursor())
+    registry.sighted([Sighting(first, now, "::1", "gate-1.0", 7)], now=now, timeout=TIMEOUT)
+    assert registry.session_holders() == {"gate-1.0"}
+    assert registry.last_session() == 7
     event.remove(registry.database.engine, "before_cursor_execute", note)
     with registry.database.engine.connect() as connection:
         for statement, parameters in statements:
