@@ -473,7 +473,9 @@ class SqlRegistry:
         last = ""
         with self._reading() as connection:
             # One step in the index for each of them: they are few, and those whom they hold are many.
-            while last := connection.execute(select(func.min(devices.c.session)).where(devices.c.session > last)).scalar():
+            while last := connection.execute(
+                select(func.min(devices.c.session)).where(devices.c.session > last)
+            ).scalar():
                 found.add(last)
         return found
 
