@@ -160,7 +160,8 @@ class Cluster:
         server = str(self._database_program("postgres"))
         command = [server, "-D", str(data), "-h", "127.0.0.1", "-p", str(self.ports[name])]
         self._run(name, command, owner=self._owner)
-        self._await_port(name, "127.0.0.1", self.ports[name])
+        asked = [str(self._database_program("pg_isready")), "-q", "-h", "127.0.0.1", "-p", str(self.ports[name])]
+        self._await(name, lambda: not subprocess.run(asked, check=False).returncode)  # noqa: S603 - the same
         if is_new and number != self.primary:
             # From now on what is acknowledged is on both, so that a fail-over loses nothing.
             self._ask_primary("ALTER SYSTEM SET synchronous_standby_names = '*'; SELECT pg_reload_conf();")

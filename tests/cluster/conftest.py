@@ -117,6 +117,11 @@ class Plant:
     def console(self, number: int) -> str:
         return f"http://127.0.0.1:{self.cluster.ports[f'console-{number}']}"
 
+    def database(self, number: int) -> str:
+        """The URL of one of the two databases alone."""
+        password, port = self.cluster.secrets["database"], self.cluster.ports[f"database-{number}"]
+        return f"postgresql://uplinkd:{password}@127.0.0.1:{port}/uplinkd"
+
 
 @pytest.fixture(scope="session")
 def plant() -> Iterator[Plant]:

@@ -104,7 +104,7 @@ async def _connect(
     wants_tls = urlsplit(url).scheme == "tls"
 
     def private(given: T) -> T:
-        """`given`, once it may be told. The client (2.16) goes on in clear where a server, or who has taken its place, offers no TLS."""
+        """`given`, once it may be told: the client (2.16) goes on in clear where a server, or who took its place, offers no TLS."""
         if wants_tls and not client._server_info.get("tls_required"):
             raise nats.errors.Error("the server offers no TLS, and nats_url asks for it by tls://")
         return given

@@ -447,7 +447,7 @@ class SqlRegistry:
 
     def abandoned(self, session: str | None, *, now: int, timeout: int) -> list[StatusChange]:
         changed: list[StatusChange] = []
-        held = devices.c.session.is_not(None)
+        held: ColumnElement[bool] = devices.c.session.is_not(None)
         if session and session.endswith("."):
             held &= (devices.c.session >= session) & (devices.c.session < session + "\U0010ffff")
         elif session:
@@ -470,12 +470,10 @@ class SqlRegistry:
 
     def session_holders(self) -> set[str]:
         found: set[str] = set()
-        last = ""
+        following = select(func.min(devices.c.session)).where(devices.c.session > bindparam("last"))
         with self._reading() as connection:
             # One step in the index for each of them: they are few, and those whom they hold are many.
-            while last := connection.execute(
-                select(func.min(devices.c.session)).where(devices.c.session > last)
-            ).scalar():
+            while last := connection.execute(following, {"last": max(found, default="")}).scalar():
                 found.add(last)
         return found
 
