@@ -60,14 +60,12 @@ async def _ignore(_error: Exception) -> None:
 async def under_load(plant: Plant, what: str, act: Callable[[Load], Awaitable[None]], *, settle: float = 4.0) -> Load:
     """Devices publish through HAProxy while `act` is done; all that they were told is stored is there afterwards."""
     load = Load(make_devices(plant.front, DEVICES, what))
-    tasks = [asyncio.create_task(load._publish(device, number)) for number, device in enumerate(load.devices)]
-    await asyncio.sleep(2)
-    assert load.acknowledged, "nothing is acknowledged before anything happens"
-    before, load.longest_gap = len(load.acknowledged), 0.0
-    await act(load)
-    await asyncio.sleep(settle)
-    load.running = False
-    await asyncio.gather(*tasks)
+    async with load.under_way():
+        await asyncio.sleep(2)
+        assert load.acknowledged, "nothing is acknowledged before anything happens"
+        before, load.longest_gap = len(load.acknowledged), 0.0
+        await act(load)
+        await asyncio.sleep(settle)
     print(
         f"\n{what}: {len(load.acknowledged)} messages acknowledged, {len(load.refused)} refused, {load.broken} connections broken; "
         f"nothing acknowledged for {load.longest_gap:.1f} s at most, slowest answer {load.slowest:.1f} s"
@@ -226,6 +224,41 @@ async def test_the_primary_is_killed_and_its_replica_promoted(plant: Plant) -> N
     assert await asyncio.to_thread(execute, plant.database(old), "SHOW transaction_read_only") == [["on"]]
 
 
+@needs_haproxy
+async def test_a_replica_is_promoted_beside_a_primary_that_lives(plant: Plant) -> None:
+    """A mistake, or a network that was cut between them: the old one, without its replica, can acknowledge nothing any more, and
+    gateways go over to the new one within seconds."""
+    cluster = plant.cluster
+    old, name = cluster.primary, f"database-{cluster.primary}"
+    newcomers = make_devices(plant.front, 2, "newcomers of two primaries")
+    told: list[str] = []
+
+    async def promote(_: Load) -> None:
+        await asyncio.to_thread(cluster.fail_over)
+        promoted = time.monotonic()
+        waited = await served(newcomers[0], 30)
+        told.append(f"first logins are answered {waited:.1f} s after the promotion")
+        while await asyncio.to_thread(
+            execute, plant.database(cluster.primary), ACTIVATED.format(newcomers[0].name)
+        ) != [[True]]:
+            assert time.monotonic() < promoted + 30
+            await asyncio.sleep(0.2)
+
+    try:
+        load = await under_load(plant, "PostgreSQL has two primaries", promote, settle=1)
+        print(*told)
+        assert not load.refused
+    finally:
+        for device in newcomers:
+            await device.close()
+        await asyncio.to_thread(cluster.end, name)
+        if cluster.primary != old:
+            await asyncio.to_thread(cluster.remake_replica)
+
+
+ACTIVATED = (
+    "SELECT activated IS NOT NULL FROM devices WHERE name = '{}' AND product_id = (SELECT max(id) FROM products)"
+)
 COUNTS = (
     "SELECT (SELECT count(*) FROM devices), (SELECT count(*) FROM devices WHERE activated IS NOT NULL), "
     "(SELECT max(seq) FROM changes), (SELECT sum(last_seen) FROM devices)"

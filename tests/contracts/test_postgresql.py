@@ -183,7 +183,7 @@ def test_a_server_that_was_replaced_is_not_gone_back_to(settings: Settings, post
             registry.database._timeline += 1
             for _ in range(2):
                 with pytest.raises(
-                    Unavailable, match="the server was replaced by another .* must come back as a standby"
+                    Unavailable, match=r"the server was replaced by another .* must come back as a standby"
                 ):
                     registry.products()
         registry.close()

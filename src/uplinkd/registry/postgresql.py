@@ -79,6 +79,7 @@ class Postgresql:
         self.where = str(self._place)
         self._away: tuple[float, str] | None = None
         self._timeline = 0
+        self._settled = False
         self.engine = self._made_engine()
         self.writer = _writer(self.engine)
 
@@ -174,9 +175,9 @@ class Postgresql:
         """A connection to the first host that is there and takes writes. In an outage one call asks twice a second, and the others are
         told at once what it found: they are many, and threads are few.
 
-        Of two that take writes one was replaced by the other, and has come back unaware of that: what it would be told, nobody else
-        would know. Each promotion begins a new timeline, so the first connection looks at all hosts, and from then on none with an
-        older timeline is good enough.
+        Of two that take writes one was replaced by the other, and does not know of that: what it is told, nobody else knows. Each
+        promotion begins a new timeline. So the first connection, and the first one after an outage, looks at all hosts, and from then
+        on none with an older timeline is good enough.
         """
         if self._away:
             until, words = self._away
@@ -184,7 +185,6 @@ class Postgresql:
                 raise Unavailable(words)
             self._away = time.monotonic() + _STATEMENT_SECONDS, words
         faults, best = [], None
-        looks_at_all = not self._timeline
         for host, port in self._place.hosts:
             try:
                 connection = self._connect_to(host, port)
@@ -194,14 +194,15 @@ class Postgresql:
             if best:
                 best.close()
             best = connection
-            if not looks_at_all:
+            if self._settled:
                 break
         if best is None:
             raise self._out("; ".join(dict.fromkeys(faults)))
-        self._away = None
+        self._away, self._settled = None, True
         return best
 
     def _out(self, reason: str) -> Unavailable:
+        self._settled = False
         words = f"the registry {self.where} is away: {reason}"
         self._away = time.monotonic() + _PAUSE_SECONDS, words
         return Unavailable(words)
