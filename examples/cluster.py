@@ -55,7 +55,12 @@ class Cluster:
         self.postgresql = find_postgresql()
         self._owner: dict[str, Any] = {}  # of PostgreSQL's processes and files, where it is not who starts all this
         if self.postgresql and not os.geteuid():
-            postgres = pwd.getpwnam("postgres")
+            try:
+                postgres = pwd.getpwnam("postgres")
+            except KeyError:
+                raise Rejected(
+                    "PostgreSQL does not run as root, and there is no user postgres: start this as another user"
+                ) from None
             self._owner = {"user": postgres.pw_uid, "group": postgres.pw_gid, "extra_groups": []}
             self.folder.chmod(0o711)
         self.nats_server = find_binary(Settings())
@@ -331,9 +336,9 @@ class Cluster:
 
 def find_postgresql() -> Path | None:
     """The folder of PostgreSQL's programs, where Debian has them or on PATH; of several the newest."""
-    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda each: int(each.parent.name))
-    found = shutil.which("initdb")
-    return folders[-1] if folders else Path(found).parent if found else None
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda each: float(each.parts[-3]))
+    elsewhere = shutil.which("initdb")
+    return found[-1].parent if found else Path(elsewhere).resolve().parent if elsewhere else None
 
 
 def _stop_signal(name: str) -> int:
@@ -363,8 +368,12 @@ def main() -> None:
     parser.add_argument(
         "folder", nargs="?", type=Path, default=Path("cluster"), help="where all state lies [default: cluster]"
     )
-    cluster = Cluster(parser.parse_args().folder)
+    folder = parser.parse_args().folder
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        cluster = Cluster(folder)
+    except Rejected as fault:
+        sys.exit(str(fault))
     try:
         cluster.start()
         _tell(cluster)

@@ -129,6 +129,24 @@ def test_a_device_that_moves_to_and_fro_stays_online(things: tuple[Thing, Thing]
     assert second.shown()["state"] == first.shown()["state"] == "online"
 
 
+def test_a_gateway_that_starts_leaves_what_is_not_its_own(plant: Plant) -> None:
+    """The sessions at the others, and the first user's one-time password, which the first gateway alone has made and shown."""
+    first, second = made(plant)
+    session = Session(second.server, second.login()).opened()
+    session.subscribe(second.topic("user/get"))
+    assert first.shows(state="online")
+    plant.cluster.end("gateway-1")
+    plant.cluster.start_gateway(1)
+    assert not session.ended(within=1)
+    assert second.shown()["state"] == "online"
+    assert statuses(second) == ["online"]
+    first.send("it is reached")
+    assert session.next().payload == b"it is reached"
+    session.disconnect()
+    shown = [plant.cluster.log(f"gateway-{number}").read_text().count("one-time password") for number in GATEWAYS]
+    assert shown == [1, 0]
+
+
 async def test_a_revocation_at_one_gateways_console_holds_at_the_other(plant: Plant) -> None:
     """Within a second: a token, a login, an MQTT session; by disabling it and by a new secret."""
     key = cli_json("apikey", "create", "ci", "--scope", "operate", data=plant.data)["key"]
