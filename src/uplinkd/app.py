@@ -34,6 +34,7 @@ from uplinkd.metrics import BEAT_SECONDS, Metrics
 from uplinkd.ports import patiently, probe
 from uplinkd.processes import call_me, keep_memory_private, vitals
 from uplinkd.registry import Operators, open_registry
+from uplinkd.registry.database import is_shared
 from uplinkd.serving import gateway_name, serving, still_serving
 from uplinkd.settings import Settings, address, reachable
 from uplinkd.tls import CertificateFiles, ensure_material, operator_context, reissue, server_context
@@ -98,11 +99,12 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
         settings = settings.model_copy(update={"gateway": gateway_name(settings)})
         registry = open_registry(settings)
         registry.check()
-        # Nobody serves here yet: whatever session a registry tells of has died with its worker. On servers of the owner's there may be
-        # other gateways, whose sessions stand.
-        mine = f"{settings.gateway}." if settings.nats_url else None
+        # Nobody serves here yet: whatever session a registry tells of has died with its worker. On servers of the owner's, NATS or
+        # PostgreSQL, there may be other gateways, whose sessions stand; those of gateways that are gone are found later.
+        shared = is_shared(settings)
+        mine = f"{settings.gateway}." if shared or settings.nats_url else None
         registry.abandoned(mine, now=round(time.time() * 1000), timeout=round(settings.online_timeout * 1000))
-        password = _first_password(registry.operators) if settings.console_listen else None
+        password = _first_password(registry.operators, shared) if settings.console_listen else None
         registry.close()
         prepare(settings)
         certificates = ensure_material(settings)
@@ -167,10 +169,10 @@ def _where(sockets: list[socket.socket]) -> tuple[str, int] | None:
     return sockets[0].getsockname()[:2] if sockets else None
 
 
-def _first_password(operators: Operators) -> str | None:
+def _first_password(operators: Operators, shared: bool) -> str | None:
     from uplinkd.admin.access import first_password  # what checks passwords is not for the processes of gateways
 
-    return first_password(operators)
+    return first_password(operators, shared=shared)
 
 
 def _console_url(settings: Settings, console: socket.socket | None) -> str:

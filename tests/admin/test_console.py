@@ -10,7 +10,7 @@ import pytest
 from argon2 import PasswordHasher
 
 from tests.admin.conftest import PASSWORD, House
-from uplinkd.admin.access import first_password, hash_password
+from uplinkd.admin.access import check_password, first_password, hash_password
 from uplinkd.core.groups import Plan, Webhook
 from uplinkd.core.operators import Role
 from uplinkd.metrics import HANDSHAKE_FAILURES
@@ -185,6 +185,20 @@ async def test_the_first_password_is_good_for_one_sign_in(house: House) -> None:
         assert (await client.post("/password", data=chosen)).headers["Location"] == "/sign-in?done=password"
         assert (await client.get("/products")).headers["Location"].startswith("/sign-in")
     assert first_password(operators) is None
+
+
+def test_in_a_shared_registry_one_gateway_alone_makes_the_first_password(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever starts later leaves it as it is; of two that start at once one makes it."""
+    operators = house.registry.operators
+    password = first_password(operators, shared=True)
+    assert password
+    assert first_password(operators, shared=True) is None
+    assert check_password(operators.find_user("admin"), password)
+    monkeypatch.setattr(operators, "users", list)  # it had looked before the other one was done
+    assert first_password(operators, shared=True) is None
+    assert check_password(operators.find_user("admin"), password)
 
 
 async def test_guessing_passwords_is_slowed_down(house: House) -> None:

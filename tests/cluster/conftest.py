@@ -1,7 +1,7 @@
-"""A whole cluster: three nats-servers, each in a network of its own where that may be made, two gateways and HAProxy.
+"""A whole cluster: three nats-servers, each in a network of its own where that may be made, PostgreSQL with a replica, two gateways
+and HAProxy.
 
-It is the one that examples/cluster.py starts, from the files in deploy/cluster. The registry is one SQLite file, which two gateways
-of one machine may share.
+It is the one that examples/cluster.py starts, from the files in deploy/cluster.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import os
 import shutil
 import ssl
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from examples.cluster import GATEWAYS, NODES, Cluster
+from examples.cluster import GATEWAYS, NODES, Cluster, find_postgresql
 
 from tests.house import Server
 
@@ -116,17 +117,26 @@ class Plant:
     def console(self, number: int) -> str:
         return f"http://127.0.0.1:{self.cluster.ports[f'console-{number}']}"
 
+    def database(self, number: int) -> str:
+        """The URL of one of the two databases alone."""
+        password, port = self.cluster.secrets["database"], self.cluster.ports[f"database-{number}"]
+        return f"postgresql://uplinkd:{password}@127.0.0.1:{port}/uplinkd"
+
 
 @pytest.fixture(scope="session")
-def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
+def plant() -> Iterator[Plant]:
+    if not find_postgresql():
+        pytest.skip("PostgreSQL's server programs are not installed")
     networks: Networks | None = Networks()
     assert networks
     if not networks.open():
         networks = None
     limits = {"device_bytes": "0", "auth_rate": "0", "device_rate": "0"}
+    folder = tempfile.TemporaryDirectory(prefix="uplinkd-plant-")
+    Path(folder.name).chmod(0o711)  # root's PostgreSQL runs as another user
     try:
         cluster = Cluster(
-            tmp_path_factory.mktemp("plant"),
+            Path(folder.name) / "plant",
             hosts=networks.hosts if networks else ["127.0.0.1"] * 3,
             within=networks.within if networks else lambda _: [],
             settings=limits,
@@ -137,6 +147,7 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
         finally:
             cluster.stop()
     finally:
+        folder.cleanup()
         if networks:
             networks.close()
 

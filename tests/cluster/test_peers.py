@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-
-import pytest
 
 from tests.room import settled
 from uplinkd.engine.memory import MemoryBus
 from uplinkd.peers import Peers
-from uplinkd.registry import Registry, Sighting, open_registry
 from uplinkd.roster import Roster
-from uplinkd.settings import Settings
 
 DEVICE = 7
 
@@ -182,29 +176,6 @@ async def test_sessions_of_a_worker_that_is_gone_are_forgotten() -> None:
     assert second.subscribed(DEVICE, "/pk/dn/user/get")
     second.forget(first.instance)
     assert not second.subscribed(DEVICE, "/pk/dn/user/get")
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    registry = open_registry(Settings(data=tmp_path))
-    yield registry
-    registry.close()
-
-
-def test_a_gateway_ends_its_own_sessions_alone(registry: Registry) -> None:
-    """Another one, whose name begins alike, keeps its."""
-    product = registry.create_product("lamps")
-    devices = [registry.create_device(product.key, name) for name in ("lamp1", "lamp2", "lamp3")]
-    holders = ("gate-1.0", "gate-1.1", "gate-10.0")
-    sightings = [
-        Sighting(device.id, 1000, "192.0.2.1", holder, stamp)
-        for stamp, (device, holder) in enumerate(zip(devices, holders, strict=True), 1)
-    ]
-    registry.sighted(sightings, now=1000, timeout=60_000)
-    assert registry.session_holders() == set(holders)
-    assert registry.last_session() == 3
-    registry.abandoned("gate-1.", now=2000, timeout=60_000)
-    assert registry.session_holders() == {"gate-10.0"}
 
 
 async def settled_news() -> None:

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import gc
 import ipaddress
+import json
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -24,8 +25,9 @@ from nats.js import JetStreamContext
 from nats.js.api import StreamConfig
 
 from tests.house import until
-from uplinkd.core.errors import Rejected
+from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.engine import open_publisher
+from uplinkd.engine.api import connect
 from uplinkd.engine.bus import NatsBus
 from uplinkd.engine.down import CLAIMS, DOWN, JetStreamDownlink
 from uplinkd.engine.embedded import Access, find_binary
@@ -272,6 +274,45 @@ async def test_tls_with_a_client_certificate(tmp_path: Path) -> None:
         await served(settings)
         stranger = settings.model_copy(update={"nats_ca": ""})
         assert "certificate" in (await rejected(stranger)).lower()
+
+
+@pytest.mark.parametrize("secret", ["u:hidden@", "hidden@", "", "creds"])
+@pytest.mark.parametrize("asks", [True, False])
+async def test_nothing_is_told_to_a_server_without_tls_where_tls_is_asked_for(
+    tmp_path: Path, secret: str, asks: bool
+) -> None:
+    """Somebody in the middle may say so of a server that has it. Neither connection goes on, and no password was sent."""
+    heard = bytearray()
+    doc = {"server_id": "x", "version": "2.12.0", "max_payload": 1 << 20, "headers": True, "jetstream": True}
+    info = json.dumps({**doc, "proto": 1, "nonce": "abc", "auth_required": asks})
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(f"INFO {info}\r\n".encode())
+        while line := await reader.readline():
+            heard.extend(line)
+            if line == b"PING\r\n":
+                writer.write(b"PONG\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    where = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    settings = Settings(data=tmp_path, nats_url=f"tls://{'' if secret == 'creds' else secret}{where}")
+    if secret == "creds":
+        _, _, file = _credentials(tmp_path, AccountKey)
+        settings = settings.model_copy(update={"nats_creds": str(file)})
+    access = Access.of(settings)
+    with pytest.raises(Unavailable, match="offers no TLS, and nats_url asks for it"):
+        await connect(access, "test")
+    publisher = open_publisher(settings, access)
+    await publisher.start()
+    await asyncio.sleep(0.1)
+    assert not publisher.connected
+    await publisher.stop()
+    server.close()
+    assert b"hidden" not in heard
+    assert b"jwt" not in heard
+    assert b"sig" not in heard
+    assert b"SUB" not in heard
 
 
 def _credentials(folder: Path, operator_of: Callable[[bytes], AccountKey]) -> tuple[str, str, Path]:

@@ -169,6 +169,26 @@ def test_another_host_is_tried_where_the_first_is_away(settings: Settings, postg
 # -- TLS and passwords, on a server of the test's own
 
 
+def test_a_server_that_was_replaced_is_not_gone_back_to(settings: Settings, postgresql: str) -> None:
+    """It has an older timeline than one that was seen: its connections in the pool are given up, and new ones refused, with the
+    reason. With one host there is nothing to compare."""
+    place = place_of(postgresql).hosts[0]
+    two = postgresql.replace("@", f"@{place[0]}:{place[1]},")
+    for url, replaced in ((two, True), (postgresql, False)):
+        registry = SqlRegistry.open(settings.model_copy(update={"database_url": url}))
+        assert isinstance(registry.database, postgresql_module.Postgresql)
+        assert registry.products() == []
+        assert bool(registry.database._timeline) == replaced
+        if replaced:
+            registry.database._timeline += 1
+            for _ in range(2):
+                with pytest.raises(
+                    Unavailable, match=r"the server was replaced by another .* must come back as a standby"
+                ):
+                    registry.products()
+        registry.close()
+
+
 @pytest.fixture(scope="module")
 def private() -> Iterator[tuple[int, Path]]:
     """The port of a PostgreSQL of the tests' own that takes TLS and passwords alone, and the CA of its certificate."""
@@ -500,6 +520,7 @@ def test_20_000_devices_are_looked_up_by_indexes(registry: SqlRegistry, postgres
     now = round(time.time() * 1000)
     first = registry.device(PRODUCT, "lamp-00000").id
     registry.sighted([Sighting(first + number, now, "::1") for number in range(100)], now=now, timeout=TIMEOUT)
+    registry.sighted([Sighting(first, now, "::1", "gate-1.0", 7)], now=now, timeout=TIMEOUT)
     execute(postgresql, "ANALYZE")
     statements: list[tuple[str, Any]] = []
 
@@ -513,6 +534,8 @@ def test_20_000_devices_are_looked_up_by_indexes(registry: SqlRegistry, postgres
     assert registry.page(PRODUCT, after="lamp-18999", limit=30, timeout=TIMEOUT)[0].name == "lamp-19000"
     registry.expired(now=now, timeout=TIMEOUT, limit=100)
     registry.changes(registry.changes_cursor())
+    assert registry.session_holders() == {"gate-1.0"}
+    assert registry.last_session() == 7
     event.remove(registry.database.engine, "before_cursor_execute", note)
     with registry.database.engine.connect() as connection:
         for statement, parameters in statements:

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, event
 
+from tests.databases import KINDS
 from tests.house import freeze, until
 from tests.room import Crew
 from uplinkd.core.errors import Unavailable
@@ -40,9 +41,18 @@ NOW = 1_800_000_000_000
 TIMEOUT = 600_000
 
 
+in_each_database = pytest.mark.parametrize("database_url", KINDS, indirect=True)
+
+
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(data=tmp_path, nats_listen="")
+def database_url(request: pytest.FixtureRequest) -> str:
+    """SQLite's, where a test does not ask for each."""
+    return request.getfixturevalue("postgresql") if getattr(request, "param", "") == "postgresql" else ""
+
+
+@pytest.fixture
+def settings(tmp_path: Path, database_url: str) -> Settings:
+    return Settings(data=tmp_path, nats_listen="", database_url=database_url)
 
 
 @pytest.fixture
@@ -91,6 +101,7 @@ def asked(device: Device, at: int) -> Sighting:
 # -- the registry decides what a change is
 
 
+@in_each_database
 def test_the_first_sign_of_life_is_a_change_and_the_second_is_none(registry: Registry) -> None:
     """The change has all that is told of it, and is kept until it was told."""
     device = registry.create_device(PRODUCT, "lamp-1")
@@ -102,6 +113,7 @@ def test_the_first_sign_of_life_is_a_change_and_the_second_is_none(registry: Reg
     assert registry.untold(10) == []
 
 
+@in_each_database
 def test_whoever_writes_first_makes_the_change(settings: Settings, registry: Registry) -> None:
     """Eight workers see the same fifty devices come and go at once: each change is made by one of them."""
     devices = [registry.create_device(PRODUCT) for _ in range(50)]
@@ -135,6 +147,7 @@ def test_whoever_writes_first_makes_the_change(settings: Settings, registry: Reg
     assert words(told) == ["online"] * 50 + ["offline"] * 50
 
 
+@in_each_database
 def test_each_of_several_changes_is_seen_and_they_are_told_in_order(registry: Registry) -> None:
     """A device that comes, goes and comes again within one write: three changes. The next is handed out once the one before
     was told, or whoever hears of them could be left with the wrong one."""
@@ -154,6 +167,7 @@ def test_each_of_several_changes_is_seen_and_they_are_told_in_order(registry: Re
     assert registry.told([fourth.id]) == registry.untold(10) == []
 
 
+@in_each_database
 def test_sessions_are_ordered_by_their_stamp(registry: Registry) -> None:
     """What workers write late of an older session is passed over: its begin, and its end."""
     device = registry.create_device(PRODUCT)
@@ -169,6 +183,7 @@ def test_sessions_are_ordered_by_their_stamp(registry: Registry) -> None:
     assert state(registry, device, NOW + 5) is State.OFFLINE
 
 
+@in_each_database
 def test_https_and_mqtt_are_one_presence(registry: Registry) -> None:
     """A session beside a request is no change; the end of one leaves the other; the address is that of the last sign."""
     device = registry.create_device(PRODUCT)
@@ -186,6 +201,7 @@ def test_https_and_mqtt_are_one_presence(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize("act", ["disable", "delete", "delete the product"])
+@in_each_database
 def test_what_takes_a_device_away_makes_an_offline_change(registry: Registry, act: str) -> None:
     """Of those that are online, in the same transaction; of others nothing is told."""
     online, silent = registry.create_device(PRODUCT), registry.create_device(PRODUCT)
@@ -205,6 +221,7 @@ def test_what_takes_a_device_away_makes_an_offline_change(registry: Registry, ac
     assert registry.untold(10) == []
 
 
+@in_each_database
 def test_a_disabled_device_is_online_again_only_once_it_is_heard_of(registry: Registry) -> None:
     """Disabling kills its tokens: enabled again, it has to come back before it counts as online, by message and by look-up."""
     device = registry.create_device(PRODUCT)
@@ -217,6 +234,7 @@ def test_a_disabled_device_is_online_again_only_once_it_is_heard_of(registry: Re
     assert state(registry, device, NOW + 2000) is State.ONLINE
 
 
+@in_each_database
 def test_who_is_silent_expires_and_nobody_else(registry: Registry) -> None:
     """At the timeout and not before, once, at most as many as asked for."""
     devices = [registry.create_device(PRODUCT) for _ in range(5)]
@@ -229,6 +247,7 @@ def test_who_is_silent_expires_and_nobody_else(registry: Registry) -> None:
     assert registry.expired(now=NOW + TIMEOUT + 2500, timeout=TIMEOUT, limit=2) == []
 
 
+@in_each_database
 def test_a_dead_workers_sessions_end_and_no_others(registry: Registry) -> None:
     """Not what began anew elsewhere, not who has reported over HTTPS lately; also the session of a device that is disabled, or
     it would count as online for ever once it is enabled."""
@@ -245,6 +264,7 @@ def test_a_dead_workers_sessions_end_and_no_others(registry: Registry) -> None:
     assert states == [State.OFFLINE, State.ONLINE, State.ONLINE, State.ONLINE, State.OFFLINE]
 
 
+@in_each_database
 def test_before_the_first_worker_all_sessions_end_and_their_order_begins_anew(registry: Registry) -> None:
     """After a reboot the monotonic clock begins at 0 again: its small stamps must count."""
     devices = [registry.create_device(PRODUCT) for _ in range(3)]
@@ -256,6 +276,7 @@ def test_before_the_first_worker_all_sessions_end_and_their_order_begins_anew(re
 
 
 @pytest.mark.parametrize("by", [-86_400_000, -300_000, 300_000, 86_400_000])
+@in_each_database
 def test_the_times_of_who_is_online_follow_the_clock(registry: Registry, by: int) -> None:
     """Whoever was online stays so for as long as it would have; whoever is silent goes when it would have gone. What was
     recorded in the last moments may be by the new clock already, and stays as it is."""
@@ -276,6 +297,7 @@ def test_the_times_of_who_is_online_follow_the_clock(registry: Registry, by: int
     assert len(registry.expired(now=now + 610_000, timeout=TIMEOUT, limit=10)) == 2
 
 
+@in_each_database
 def test_a_time_from_the_future_does_not_keep_a_device_online(registry: Registry) -> None:
     """The server's clock was a year ahead when a device was heard; set right, the device counts by its next request."""
     device = registry.create_device(PRODUCT)
@@ -289,12 +311,72 @@ def test_a_time_from_the_future_does_not_keep_a_device_online(registry: Registry
     assert words(history(registry)) == ["online", "offline", "online", "offline"]
 
 
+@in_each_database
 def test_a_time_beyond_now_counts_as_now(registry: Registry) -> None:
     """What a worker heard before the clock was set back and writes after it."""
     device = registry.create_device(PRODUCT)
     (change,) = seen(registry, asked(device, NOW + 3_600_000), now=NOW)
     assert (change.at, change.last_seen) == (NOW, NOW)
     assert registry.device(PRODUCT, device.name).last_seen == NOW
+
+
+@in_each_database
+def test_a_gateway_ends_its_own_sessions_alone(registry: Registry) -> None:
+    """All of its workers', and of no other gateway, though its name begins alike or differs by a letter's case."""
+    holders = ("gate-1.0", "gate-1.1", "gate-10.0", "Gate-1.0", "gate_1.0")
+    devices = [registry.create_device(PRODUCT) for _ in holders]
+    for stamp, (device, holder) in enumerate(zip(devices, holders, strict=True), 1):
+        seen(registry, begun(device, NOW, stamp, holder))
+    registry.set_enabled(PRODUCT, devices[1].name, False)
+    history(registry)
+    assert registry.session_holders() == set(holders)
+    assert registry.last_session() == len(holders)
+    (change,) = registry.abandoned("gate-1.", now=NOW, timeout=TIMEOUT)
+    assert change.device_name == devices[0].name
+    assert registry.session_holders() == set(holders[2:])
+    assert registry.last_session() == len(holders)
+
+
+@in_each_database
+def test_a_registry_without_sessions_says_so(registry: Registry) -> None:
+    registry.create_device(PRODUCT)
+    assert (registry.session_holders(), registry.last_session()) == (set(), 0)
+    assert registry.abandoned("gate-1.", now=NOW, timeout=TIMEOUT) == []
+
+
+@in_each_database
+def test_whatever_gateways_write_at_once_is_written(settings: Settings, registry: Registry) -> None:
+    """Sessions that begin and end, silence, a gateway that starts, changes that were told, by four at once: nobody is refused, nobody
+    waits for ever, and each device is what it was told to be last."""
+    devices = [registry.create_device(PRODUCT) for _ in range(40)]
+    gate = threading.Barrier(4)
+
+    def work(number: int) -> None:
+        mine = open_registry(settings)
+        order = devices if number % 2 else devices[::-1]
+        try:
+            gate.wait(10)
+            for turn in range(1, 11):
+                stamp = turn * 10 + number
+                at = NOW + stamp
+                told = seen(mine, *(begun(device, at, stamp, f"gate-{number}.0") for device in order))
+                told += seen(mine, *(ended(device, at, stamp, f"gate-{number}.0") for device in order[::2]))
+                told += mine.expired(now=at, timeout=TIMEOUT, limit=100)
+                told += mine.abandoned(f"gate-{number}.", now=at, timeout=TIMEOUT) if turn == 5 else []
+                mine.told([change.id for change in told])
+        finally:
+            mine.close()
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(work, range(4))) == [None] * 4
+    assert registry.last_session() == 103
+    assert registry.session_holders() <= {f"gate-{number}.0" for number in range(4)}
+    for device in devices:
+        seen(registry, begun(device, NOW + 200, 200, "last.0"))
+    assert registry.session_holders() == {"last.0"}
+    last = {change.device_name: change.online for change in history(registry)}
+    assert not [name for name, online in last.items() if not online]
+    assert all(state(registry, device, NOW + 201) is State.ONLINE for device in devices)
 
 
 # -- a large fleet
@@ -351,6 +433,10 @@ def test_no_question_about_presence_reads_the_whole_fleet(settings: Settings, re
         lambda: registry.expired(now=NOW + TIMEOUT + 1, timeout=TIMEOUT, limit=100),
         lambda: seen(registry, begun(device, NOW, 1), ended(device, NOW, 1)),
         lambda: registry.told(waiting),
+        lambda: registry.abandoned("gate-1.0", now=NOW, timeout=TIMEOUT),
+        lambda: registry.abandoned("gate-1.", now=NOW, timeout=TIMEOUT),
+        registry.session_holders,
+        registry.last_session,
     ):
         looked = plans(registry, act)
         assert looked

@@ -583,7 +583,7 @@ def test_a_database_of_a_newer_uplinkd_is_refused(settings: Settings) -> None:
     """The line says so and names both schemas; the database is left as it is."""
     open_registry(settings).close()
     alter(settings, "UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(Rejected, match=r"newer uplinkd.*9999.*0004"):
+    with pytest.raises(Rejected, match=r"newer uplinkd.*9999.*0005"):
         open_registry(settings)
 
 

@@ -299,7 +299,7 @@ def test_what_is_no_whole_backup_is_refused_and_nothing_is_made(tmp_path: Path) 
     refused(b"not at all" * 1000, "no backup")
     place = whole.index(b"registry.sqlite.gz") + 600
     refused(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :], "its part registry.sqlite.gz is not what")
-    refused(whole.replace(b'"schema": "0004"', b'"schema": "9999"'), "install that version")
+    refused(whole.replace(b'"schema": "0005"', b'"schema": "9999"'), "install that version")
     refused(whole.replace(b'"format": 1,', b'"format": 2,'), "in a form that this version")
     assert "cannot be read" in failing("restore", str(tmp_path / "nothing.tar"), data=data)
     assert "is not empty" in failing("restore", str(file), data=homes.data)

@@ -119,7 +119,7 @@ def test_a_schema_is_not_brought_forward_under_a_server_that_runs(tmp_path: Path
     with held(data), pytest.raises(Rejected, match=r"an older uplinkd serves from .*: stop that server first"):
         SqlRegistry.open(settings)
     told = json.dumps({"version": "0.0.9", "pid": 1, "token_ttl": 1, "tokens_until": 1})
-    with held(data, told), pytest.raises(Rejected, match=r"uplinkd 0\.0\.9 serves from .* with the schema '0003'"):
+    with held(data, told), pytest.raises(Rejected, match=r"uplinkd 0\.0\.9 serves from .* with the schema '0004'"):
         SqlRegistry.open(settings)
     registry = SqlRegistry.open(settings)
     assert registry.device(facts["product"], "lamp-1").secret == facts["devices"]["lamp-1"]

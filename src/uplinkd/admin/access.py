@@ -17,7 +17,7 @@ from limits import RateLimitItem, RateLimitItemPerHour, RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
-from uplinkd.core.errors import Rejected
+from uplinkd.core.errors import Conflict, Rejected
 from uplinkd.core.names import make_password
 from uplinkd.core.operators import Actor, Role, Scope, User, acting
 from uplinkd.flow import network_of
@@ -165,14 +165,17 @@ def check_new_password(password: str, name: str) -> None:
         raise Rejected("this password is too easily guessed; take one with more different characters")
 
 
-def first_password(operators: Operators) -> str | None:
-    """A new one-time password of the first user, as long as nobody has signed in with one and chosen their own."""
+def first_password(operators: Operators, *, shared: bool = False) -> str | None:
+    """A new one-time password of the first user, as long as nobody has signed in with one and chosen their own. In a registry that
+    gateways share, the first of them alone makes one: whoever has read it would find it replaced by the next that starts."""
     users = operators.users()
     if not users:
         password = make_password()
-        operators.create_user(FIRST_USER, Role.ADMIN, hash_password(password), one_time=True)
-        return password
-    if [user.name for user in users] == [FIRST_USER] and users[0].one_time:
+        with contextlib.suppress(Conflict):  # another one that starts now was quicker
+            operators.create_user(FIRST_USER, Role.ADMIN, hash_password(password), one_time=True)
+            return password
+        return None
+    if not shared and [user.name for user in users] == [FIRST_USER] and users[0].one_time:
         password = make_password()
         operators.set_password(FIRST_USER, hash_password(password), one_time=True)
         return password

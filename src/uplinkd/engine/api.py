@@ -10,19 +10,17 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-import nats
 import nats.errors
+from nats.aio.client import Client
 
 from uplinkd.core.errors import Unavailable
 from uplinkd.engine import Told
 from uplinkd.engine.embedded import Access
 
 if TYPE_CHECKING:
-    from nats.aio.client import Client
-
     from uplinkd.engine import Bus
 
 __all__ = [
@@ -41,6 +39,8 @@ __all__ = [
     "sequence_in",
     "words",
 ]
+
+T = TypeVar("T")
 
 _CONNECT_SECONDS = 2
 _PING_SECONDS = 2
@@ -100,18 +100,27 @@ async def _connect(
         if told is not None:
             told(error)
 
+    client = Client()
+    wants_tls = urlsplit(url).scheme == "tls"
+
+    def private(given: T) -> T:
+        """`given`, once it may be told: the client (2.16) goes on in clear where a server, or who took its place, offers no TLS."""
+        if wants_tls and not client._server_info.get("tls_required"):
+            raise nats.errors.Error("the server offers no TLS, and nats_url asks for it by tls://")
+        return given
+
     options: dict[str, Any] = {}
     if credentials := access.credentials():
-        options["signature_cb"] = lambda nonce: credentials.sign(nonce).encode()
-        options["user_jwt_cb"] = lambda: credentials.jwt.encode()
+        options["signature_cb"] = lambda nonce: private(credentials).sign(nonce).encode()
+        options["user_jwt_cb"] = lambda: private(credentials).jwt.encode()
     if access.ca or access.pair:
         options["tls"] = access.context()
-    client = await nats.connect(
+    await client.connect(
         url,
         name=name,
-        user=access.user if access.password else None,
-        password=access.password or None,
-        token=access.user if access.user and not access.password else None,
+        user=(lambda: private(access.user)) if access.password else None,
+        password=(lambda: private(access.password)) if access.password else None,
+        token=(lambda: private(access.user)) if access.user and not access.password else None,
         tls_hostname=urlsplit(url).hostname,
         connect_timeout=_CONNECT_SECONDS,
         ping_interval=_PING_SECONDS,
@@ -123,6 +132,11 @@ async def _connect(
         disconnected_cb=closed,
         **options,
     )
+    try:
+        private(client)  # without a password nobody has asked
+    except nats.errors.Error:
+        await client.close()
+        raise
     # The client (2.16) tells of no end whose connection is gone before its last bytes were written: its way there breaks off. What
     # ends for certain is its reading.
     if ended is not None and client._reading_task is not None:

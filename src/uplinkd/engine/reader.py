@@ -49,7 +49,9 @@ _NEVER = float("inf")
 # A consumer is deleted after use; the server forgets those that could not be.
 _FORGET = 30 * 10**9
 _NAME = re.compile(r"[A-Za-z0-9_@.:-]{1,64}")
-_NO_MESSAGES, _NO_MORE = "404", "408"
+_NO_MESSAGES, _NO_MORE, _NOBODY = "404", "408", "503"
+# In a cluster a consumer may be there before the server that is asked has heard of it: nobody answers then.
+_NEWS_SECONDS = 1.0
 
 
 def check(query: Query) -> None:
@@ -350,13 +352,19 @@ class JetStreamReader:
         try:
             subject = f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.{consumer}"
             await client.publish(subject, json.dumps(body).encode(), reply=inbox)
-            for _ in range(batch):
+            left, end = batch, time.monotonic() + _NEWS_SECONDS
+            while left:
                 message = await subscription.next_msg(timeout=_PULL_SECONDS + _PATIENCE_SECONDS)
                 status = (message.headers or {}).get("Status") if not message.data else None
                 if status in (_NO_MESSAGES, _NO_MORE):
                     return
+                if status == _NOBODY and left == batch and time.monotonic() < end:
+                    await asyncio.sleep(_NEWS_SECONDS / 20)
+                    await client.publish(subject, json.dumps(body).encode(), reply=inbox)
+                    continue
                 if status:
                     raise Unavailable(f"JetStream ended the look at the messages ({status})")
+                left -= 1
                 told = Told(message.subject, message.data, message.headers or {}, message.reply)
                 yield delivered(told, base)[0]
         finally:

@@ -363,7 +363,7 @@ class Registry(Management, Protocol):
         so. None: every session there is, before the first worker starts, and with them the order of sessions so far."""
 
     def session_holders(self) -> set[str]:
-        """The workers that hold the MQTT sessions of devices that are online."""
+        """The workers that hold MQTT sessions."""
 
     def last_session(self) -> int:
         """The highest stamp that a session has had, 0 without any."""

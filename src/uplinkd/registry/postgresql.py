@@ -78,6 +78,8 @@ class Postgresql:
         self._place = place_of(url)
         self.where = str(self._place)
         self._away: tuple[float, str] | None = None
+        self._timeline = 0
+        self._settled = False
         self.engine = self._made_engine()
         self.writer = _writer(self.engine)
 
@@ -164,31 +166,43 @@ class Postgresql:
             pool_use_lifo=True,
         )
         engine.dialect.use_insertmanyvalues_wo_returning = True
-        event.listen(engine, "checkout", _check)
+        event.listen(engine, "checkout", self._check)
         event.listen(engine, "checkin", _calm)
         event.listen(engine, "handle_error", self._judge)
         return engine
 
     def _connect(self) -> Any:
         """A connection to the first host that is there and takes writes. In an outage one call asks twice a second, and the others are
-        told at once what it found: they are many, and threads are few."""
+        told at once what it found: they are many, and threads are few.
+
+        Of two that take writes one was replaced by the other, and does not know of that: what it is told, nobody else knows. Each
+        promotion begins a new timeline. So the first connection, and the first one after an outage, looks at all hosts, and from then
+        on none with an older timeline is good enough.
+        """
         if self._away:
             until, words = self._away
             if time.monotonic() < until:
                 raise Unavailable(words)
             self._away = time.monotonic() + _STATEMENT_SECONDS, words
-        faults = []
+        faults, best = [], None
         for host, port in self._place.hosts:
             try:
                 connection = self._connect_to(host, port)
             except (OSError, ValueError, pg8000.dbapi.Error, _UnfitError) as fault:
                 faults.append(_reason(fault))
-            else:
-                self._away = None
-                return connection
-        raise self._out("; ".join(dict.fromkeys(faults)))
+                continue
+            if best:
+                best.close()
+            best = connection
+            if self._settled:
+                break
+        if best is None:
+            raise self._out("; ".join(dict.fromkeys(faults)))
+        self._away, self._settled = None, True
+        return best
 
     def _out(self, reason: str) -> Unavailable:
+        self._settled = False
         words = f"the registry {self.where} is away: {reason}"
         self._away = time.monotonic() + _PAUSE_SECONDS, words
         return Unavailable(words)
@@ -218,11 +232,41 @@ class Postgresql:
         connection.register_out_adapter(str, _storable)
         try:
             _check_server(connection, place)
+            connection.timeline = self._checked_timeline(connection)
         except BaseException:
             connection.close()
             raise
         sock.settimeout(_SOCKET_SECONDS)
         return connection
+
+    def _checked_timeline(self, connection: Any) -> int:
+        """That of the server; raise _UnfitError if it is older than one that was seen. With one host there is none to compare it to."""
+        if len(self._place.hosts) == 1:
+            return 0
+        cursor = connection.cursor()
+        cursor.execute("SELECT pg_walfile_name(pg_current_wal_lsn())")
+        timeline = int(cursor.fetchone()[0][:8], 16)
+        if timeline < self._timeline:
+            raise _UnfitError(
+                f"the server was replaced by another (its timeline is {timeline}, the other's {self._timeline}): "
+                "it must come back as a standby"
+            )
+        self._timeline = timeline
+        return timeline
+
+    def _check(self, connection: Any, _: Any, __: Any) -> None:
+        """On its way out of the pool: one to a server that was replaced, or that has something to say before it was asked and so is
+        most likely being closed."""
+        if connection.timeline < self._timeline:
+            raise InvalidatePoolError("the server was replaced by another")
+        if not _speaks(connection.socket):
+            return
+        try:
+            connection.socket.settimeout(_PING_SECONDS)
+            connection.cursor().execute("SELECT 1")
+            connection.socket.settimeout(_SOCKET_SECONDS)
+        except (OSError, ValueError, pg8000.dbapi.Error):
+            raise InvalidatePoolError("the server has closed its connections") from None
 
     def _judge(self, context: ExceptionContext) -> Exception | None:
         fault = context.original_exception
@@ -324,18 +368,6 @@ def _check_server(connection: Any, place: Place) -> None:
     cursor.execute("SHOW transaction_read_only")
     if cursor.fetchone()[0] != "off":
         raise _UnfitError("the server only reads, as a standby does; it is asked again until it takes writes")
-
-
-def _check(connection: Any, _: Any, __: Any) -> None:
-    """On its way out of the pool: a connection that has something to say before it was asked is most likely being closed."""
-    if not _speaks(connection.socket):
-        return
-    try:
-        connection.socket.settimeout(_PING_SECONDS)
-        connection.cursor().execute("SELECT 1")
-        connection.socket.settimeout(_SOCKET_SECONDS)
-    except (OSError, ValueError, pg8000.dbapi.Error):
-        raise InvalidatePoolError("the server has closed its connections") from None
 
 
 def _speaks(sock: socket.socket) -> bool:
