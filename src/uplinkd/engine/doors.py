@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from uplinkd.core.errors import Unavailable
 from uplinkd.engine.embedded import announced
+from uplinkd.engine.stream import STREAM, parts
 from uplinkd.settings import Settings, address, reachable
 
 __all__ = ["Doors", "doors"]
@@ -17,12 +18,14 @@ _EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - to recognise it
 
 @dataclass(frozen=True, slots=True)
 class Doors:
-    """URLs, empty where applications have no such door. `own_nats`: NATS is the owner's, where their own accounts hold."""
+    """URLs, empty where applications have no such door. `own_nats`: NATS is the owner's, where their own accounts hold.
+    `streams`: in which the messages are."""
 
     nats: str
     mqtt: str
     own_nats: bool
     amqp: str = ""
+    streams: tuple[str, ...] = (STREAM,)
 
 
 def doors(settings: Settings, *, host: str = "") -> Doors:
@@ -36,7 +39,8 @@ def doors(settings: Settings, *, host: str = "") -> Doors:
                 nats = f"{nats.rpartition(':')[0]}:{running.port}"
     mqtt = _at("mqtts", settings.mqtt_listen, host) if settings.mqtt_listen else ""
     amqp = _at("amqps", settings.amqp_listen, host) if settings.amqp_listen else ""
-    return Doors(nats, mqtt, bool(settings.nats_url), amqp)
+    streams = tuple(part.name for part in parts(settings.partitions))
+    return Doors(nats, mqtt, bool(settings.nats_url), amqp, streams)
 
 
 def _at(scheme: str, listen: str, host: str) -> str:

@@ -33,7 +33,7 @@ from urllib.parse import unquote, urlsplit
 from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.core.subjects import SENDING
 from uplinkd.engine.nkeys import AccountKey, Credentials
-from uplinkd.engine.stream import STREAM
+from uplinkd.engine.stream import parts
 from uplinkd.files import FileState, file_state
 from uplinkd.ports import patiently, probe
 from uplinkd.processes import die_with, environment_of_children
@@ -48,16 +48,7 @@ APPS_ACCOUNT = "APPS"
 
 _ACCOUNT = "UPLINKD"
 _GLOBAL_ACCOUNT = "$G"
-# What of our account applications may call, where their own rights let them. A pull of messages has many replies, so nats-server
-# does not know which is the last: it forgets where they go once none came for 2 minutes. Until then each pull costs it 0.75 KB,
-# and a pull that waits longer, without heartbeats, waits in vain.
-_SERVICES = (
-    f'"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.*", response_type: stream, response_threshold: "2m"',
-    f'"$JS.API.CONSUMER.INFO.{STREAM}.*"',
-    f'"$JS.ACK.{STREAM}.>"',
-    f'"$JS.ACK.*.*.{STREAM}.>"',
-    f'"{SENDING}>"',
-)
+
 # Without a JetStream of its own an account answers every call of its API with "not enabled", before ours is heard: a client that
 # looks at its consumer first gives up. So that answer's place is taken, by a service that nobody gives.
 _NOBODY = '"uplinkd.nobody.>"'
@@ -81,6 +72,27 @@ _GREETING_BYTES = 4096
 # Where connections of this process have failed, and when (monotonic seconds).
 _failed: dict[str, float] = {}
 _FAILED_TO_STORE = b"JetStream failed to store"
+
+
+def _services(partitions: int) -> list[str]:
+    """What of our account applications may call, where their own rights let them.
+
+    A pull of messages has many replies, so nats-server does not know which is the last: it forgets where they go once none came for
+    2 minutes. Until then each pull costs it 0.75 KB, and a pull that waits longer, without heartbeats, waits in vain.
+    """
+    return [
+        *(
+            service
+            for part in parts(partitions)
+            for service in (
+                f'"$JS.API.CONSUMER.MSG.NEXT.{part.name}.*", response_type: stream, response_threshold: "2m"',
+                f'"$JS.API.CONSUMER.INFO.{part.name}.*"',
+                f'"$JS.ACK.{part.name}.>"',
+                f'"$JS.ACK.*.*.{part.name}.>"',
+            )
+        ),
+        f'"{SENDING}>"',
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +179,7 @@ class EmbeddedServer:
     ) -> None:
         self._announced = announced
         self._sync_interval = settings.sync_interval
+        self._partitions = settings.partitions
         self._for_apps = announced and bool(settings.nats_listen)
         self._tls = tls if self._for_apps else ()
         self._tls_state = self._certificates()
@@ -367,18 +380,17 @@ class EmbeddedServer:
         listen = f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
         exports = imports = callout = ""
         if self._for_apps:
+            services = _services(self._partitions)
             exports = (
                 "exports: [\n"
-                + "".join(
-                    f"    {{ service: {each}, accounts: [ {APPS_ACCOUNT} ] }}\n" for each in (*_SERVICES, _NOBODY)
-                )
+                + "".join(f"    {{ service: {each}, accounts: [ {APPS_ACCOUNT} ] }}\n" for each in (*services, _NOBODY))
                 + "  ]"
             )
             imports = (
                 f"{APPS_ACCOUNT} {{ imports: [\n"
                 + "".join(
                     f"    {{ service: {{ account: {_ACCOUNT}, subject: {each.partition(',')[0]} }} }}\n"
-                    for each in _SERVICES
+                    for each in services
                 )
                 + f'    {{ service: {{ account: {_ACCOUNT}, subject: {_NOBODY} }}, to: "$JS.API.>" }}\n'
                 + "  ] }"
