@@ -66,14 +66,18 @@ class MergedReader:
         """The newest `limit` messages that match, oldest of them first. Raise Unavailable when the engine is away."""
         check(query)
         readers = await self._asked(query)
-        if len(readers) == 1:
-            (reader,) = readers
-            mine = query.before is None or len(self._readers) == 1 or reader is self._of(query.before)
-            return await reader.latest(query, limit) if mine else await self._before(reader, query, limit)
-        if query.before is None:
+        if query.before is None or len(self._readers) == 1:
             found = await asyncio.gather(*(reader.latest(query, limit) for reader in readers))
         else:
-            found = await asyncio.gather(*(self._before(reader, query, limit) for reader in readers))
+            mine = self._readers[query.before % len(self._readers)]
+            edge = await mine.moment(query.before), query.before
+            other = replace(query, before=None)
+            found = await asyncio.gather(
+                *(
+                    reader.latest(query, limit) if reader is mine else reader.latest(other, limit, edge)
+                    for reader in readers
+                )
+            )
         return list(heapq.merge(*found, key=place_of))[-limit:]
 
     async def follow(self, query: Query) -> AsyncGenerator[Message]:
@@ -129,17 +133,6 @@ class MergedReader:
         if topic is None and query.product_key is not None and query.device_name is not None:
             topic = f"/{query.product_key}/{query.device_name}/"
         return readers if topic is None else [readers[part_for(to_subject(topic), len(readers)).number]]
-
-    def _of(self, message_id: int) -> JetStreamReader:
-        return self._readers[message_id % len(self._readers)]
-
-    async def _before(self, reader: JetStreamReader, query: Query, limit: int) -> list[Message]:
-        """The newest of a stream before a message that may be another's."""
-        assert query.before is not None
-        if reader is self._of(query.before):
-            return await reader.latest(query, limit)
-        edge = await self._of(query.before).moment(query.before), query.before
-        return await reader.latest(replace(query, before=None), limit, edge)
 
 
 async def _in_order(sources: list[AsyncGenerator[Message]]) -> AsyncGenerator[Message]:

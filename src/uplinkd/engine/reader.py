@@ -94,6 +94,7 @@ class JetStreamReader:
         self._access = access
         self._name = name
         self._client: Client | None = None
+        self._connecting = asyncio.Lock()
 
     async def close(self) -> None:
         client, self._client = self._client, None
@@ -398,10 +399,10 @@ class JetStreamReader:
 
     async def connected(self) -> Client:
         """The connection; raise Unavailable when the engine does not answer."""
-        if self._client is not None and not self._client.is_closed:
+        async with self._connecting:
+            if self._client is None or self._client.is_closed:
+                self._client = await connect(self._access, "uplinkd reader")
             return self._client
-        self._client = await connect(self._access, "uplinkd reader")
-        return self._client
 
 
 def delivered(told: Told, base: Base, name: str = STREAM) -> tuple[Message, int]:
