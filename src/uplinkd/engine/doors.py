@@ -30,16 +30,17 @@ class Doors:
 
 def doors(settings: Settings, *, host: str = "") -> Doors:
     """`host` is by what name the asker reaches this machine: it stands for a door that is open at all addresses."""
-    nats = ""
+    nats, count = "", settings.partitions
     if settings.nats_listen and not settings.nats_url:
         nats = _at("nats", settings.nats_listen, host)
         with contextlib.suppress(Unavailable):
-            running = urlsplit(announced(settings).urls[0])
-            if running.port:
-                nats = f"{nats.rpartition(':')[0]}:{running.port}"
+            access = announced(settings)
+            count = access.partitions
+            if port := urlsplit(access.urls[0]).port:
+                nats = f"{nats.rpartition(':')[0]}:{port}"
     mqtt = _at("mqtts", settings.mqtt_listen, host) if settings.mqtt_listen else ""
     amqp = _at("amqps", settings.amqp_listen, host) if settings.amqp_listen else ""
-    streams = tuple(part.name for part in parts(settings.partitions))
+    streams = tuple(part.name for part in parts(count))
     return Doors(nats, mqtt, bool(settings.nats_url), amqp, streams)
 
 

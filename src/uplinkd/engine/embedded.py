@@ -100,7 +100,8 @@ class Access:
     """Where the engine is and how to get in. `file` is read anew on each connect: a restarted server may have moved.
 
     `system` is the password of the user `system` of an embedded server, who sees and ends connections. `creds` is the file of
-    credentials with which to sign in, `ca` and `pair` (certificate and key) are files for TLS.
+    credentials with which to sign in, `ca` and `pair` (certificate and key) are files for TLS. `partitions` is that of the
+    settings that an embedded server was started with.
     """
 
     urls: tuple[str, ...]
@@ -111,6 +112,7 @@ class Access:
     creds: Path | None = None
     ca: Path | None = None
     pair: tuple[Path, Path] | None = None
+    partitions: int = 1
 
     @classmethod
     def of(cls, settings: Settings) -> Access:
@@ -166,7 +168,14 @@ def announced(settings: Settings) -> Access:
 def read_access(file: Path) -> Access:
     try:
         facts = json.loads(file.read_text())
-        return Access((facts["url"],), facts["user"], facts["password"], file, facts.get("system", ""))
+        return Access(
+            (facts["url"],),
+            facts["user"],
+            facts["password"],
+            file,
+            facts.get("system", ""),
+            partitions=facts.get("partitions", 1),
+        )
     except (OSError, ValueError, KeyError) as error:
         raise Unavailable(f"{file} does not tell where nats-server is: {error}") from error
 
@@ -237,7 +246,7 @@ class EmbeddedServer:
     def access(self) -> Access:
         file = self._folder / "access.json" if self._announced else None
         url = f"nats://{reachable(self._host)}:{self._port}"
-        return Access((url,), "uplinkd", self._password, file, self._system)
+        return Access((url,), "uplinkd", self._password, file, self._system, partitions=self._partitions)
 
     @property
     def pid(self) -> int:
@@ -331,6 +340,7 @@ class EmbeddedServer:
                 "password": self._password,
                 "system": self._system,
                 "pid": self._process.pid,
+                "partitions": self._partitions,
             }
             _write_private(self._folder / "access.json", json.dumps(facts))
 
