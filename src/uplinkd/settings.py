@@ -283,8 +283,8 @@ class Settings(BaseModel):
         1,
         ge=1,
         le=64,
-        description="over how many streams messages are spread, where one NATS server that leads all of it is the limit; each device "
-        "has one of them. Their number stays as it was when they were made, at the first start",
+        description="over how many streams messages are spread, where one that leads them all is the limit; each device has one of "
+        "them. Their number is fixed when they are made, at the first start",
     )
     gateway: Annotated[str, AfterValidator(_gateway)] = Field(
         "",
