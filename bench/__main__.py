@@ -22,8 +22,8 @@ from typing import Any
 from bench import anatomy, brokers, console, delivery, growth, mqtt, pages, refusals, registry, report, sync, visits
 from bench.load import Measured, auth_load, idle_memory, publish_load, raise_file_limit
 from bench.peers import Peer, aiohttp, fastapi, granian, nginx, start_uplinkd, uplinkd
+from uplinkd.engine import open_reader
 from uplinkd.engine.embedded import access_for
-from uplinkd.engine.reader import JetStreamReader
 from uplinkd.settings import Settings
 
 NEEDED = {"wrk": "wrk", "nginx": "nginx-light", "taskset": "util-linux", "curl": "curl", "setpriv": "util-linux"}
@@ -214,7 +214,7 @@ def stored(data: Path) -> int:
 
     async def count() -> int:
         with access_for(Settings(data=data)) as access:
-            reader = await JetStreamReader.open(access)
+            reader = await open_reader(access)
             try:
                 return (await reader.state()).messages
             finally:

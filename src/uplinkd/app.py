@@ -26,7 +26,7 @@ from types import FrameType
 
 from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.engine.embedded import Access, EmbeddedServer
-from uplinkd.engine.streams import check
+from uplinkd.engine.streams import check, check_count
 from uplinkd.files import keep_private
 from uplinkd.flow import Flow
 from uplinkd.listener import Port
@@ -135,6 +135,7 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
             engine = EmbeddedServer.start(settings, tls=[(pair.certificate, pair.key) for pair in certificates])
             stack.callback(engine.stop)
             access = engine.access
+            asyncio.run(check_count(settings, access))
         flow = Flow(settings, shared=count > 1)
         stack.callback(flow.close)
         metrics = Metrics(count, others=1 + (console is not None))

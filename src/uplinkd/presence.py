@@ -24,7 +24,7 @@ from uplinkd.core.model import Origin, StatusChange
 from uplinkd.core.subjects import to_subject
 from uplinkd.engine import Bus, Publisher
 from uplinkd.engine.api import ask_api
-from uplinkd.engine.stream import STREAM, check_quorum
+from uplinkd.engine.stream import STREAM, check_quorum, part_for
 from uplinkd.observe import Occasionally
 from uplinkd.peers import Peers
 from uplinkd.registry import Registry, Sighting
@@ -74,6 +74,7 @@ class Presence:
         self._peers = peers
         self._clock = clock
         self._monotonic = monotonic
+        self._partitions = settings.partitions
         self._timeout = round(settings.online_timeout * 1000)
         self._pace = min(_SEEN_MILLISECONDS, self._timeout // 4)
         self._pending: list[Sighting] = []
@@ -250,8 +251,9 @@ class Presence:
     async def _is_stored(self, change: StatusChange) -> bool:
         """Whether it was published all the same, by somebody who could not say so any more. Then it is the last of its device:
         the next one waits until this one was told."""
-        wanted = json.dumps({"last_by_subj": to_subject(status_topic(change))}).encode()
-        last = await self._bus.ask(f"$JS.API.DIRECT.GET.{STREAM}", wanted)
+        subject = to_subject(status_topic(change))
+        stream = part_for(subject, self._partitions).name
+        last = await self._bus.ask(f"$JS.API.DIRECT.GET.{stream}", json.dumps({"last_by_subj": subject}).encode())
         try:
             there, here = json.loads(last.payload or b"{}"), json.loads(status_message(change))
         except ValueError:

@@ -31,6 +31,7 @@ from uplinkd.core.operators import ApiKey, Role, Scope, User
 from uplinkd.engine import DeadLetter, Glimpse, GroupState, Query, StreamState
 from uplinkd.engine.doors import Doors
 from uplinkd.engine.standing import Standing
+from uplinkd.engine.stream import STREAM
 from uplinkd.journal import Refusal, Wanted
 from uplinkd.registry import ImportProgress, ImportReport
 from uplinkd.registry.fleet import size_of
@@ -525,7 +526,8 @@ class RemoteRegistry:
         """Where applications connect."""
         told = self._remote.get("/doors")
         with self._remote.understood():
-            return Doors(str(told["nats"]), str(told["mqtt"]), bool(told["ownNats"]), str(told["amqp"]))
+            streams = tuple(map(str, told.get("streams") or [STREAM]))
+            return Doors(str(told["nats"]), str(told["mqtt"]), bool(told["ownNats"]), str(told["amqp"]), streams)
 
     def _reaching(self, name: str, change: Callable[[list[str]], list[str]]) -> App:
         """Read, change, and write if nobody else has meanwhile."""

@@ -292,6 +292,13 @@ class Settings(BaseModel):
     placement: Names = Field(
         (), description="tags of the NATS servers on which messages are stored; empty: on any of them"
     )
+    partitions: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="over how many streams messages are spread, where one that leads them all is the limit; each device has one of "
+        "them. Their number is fixed when they are made, at the first start",
+    )
     gateway: Annotated[str, AfterValidator(_gateway)] = Field(
         "",
         description="name of this gateway, unlike any other's on the same NATS servers; empty: made of the host's name once",

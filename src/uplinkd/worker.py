@@ -166,7 +166,7 @@ async def _serve(task: Task) -> None:
         )
     ]
     if task.access.file and settings.nats_listen:
-        callout = Callout(registry, task.access, account_key(task.access.file.parent))
+        callout = Callout(registry, task.access, account_key(task.access.file.parent), settings.partitions)
         cache.on_change(
             lambda change: None if change.product_key or change.group_id else callout.changed(change.app_id or 0)
         )

@@ -14,13 +14,12 @@ from tests.contracts.test_bus import Line, running
 from tests.house import until
 from uplinkd.core.groups import Group, Kind, Plan
 from uplinkd.core.model import Origin, ProductKey
-from uplinkd.engine import ORIGIN_HEADER, Feed, Taken
+from uplinkd.engine import ORIGIN_HEADER, Feed, Publisher, Taken, open_publisher
 from uplinkd.engine.api import ask_api
 from uplinkd.engine.deliveries import JetStreamDeliveries
 from uplinkd.engine.embedded import read_access
 from uplinkd.engine.groups import JetStreamDesk, consumer_name
-from uplinkd.engine.jetstream import JetStreamPublisher
-from uplinkd.engine.stream import STREAM
+from uplinkd.engine.stream import Part, part_for
 from uplinkd.settings import Settings
 
 PRODUCT = ProductKey("pk")
@@ -43,9 +42,14 @@ class Consumer:
 class House:
     line: Line
     settings: Settings
-    publisher: JetStreamPublisher
+    publisher: Publisher
     mine: JetStreamDeliveries
     theirs: JetStreamDeliveries
+
+    @property
+    def part(self) -> Part:
+        """In which what `publish` stores is, unless it is told otherwise."""
+        return part_for("/.pk.dev.user.update", self.settings.partitions)
 
     @property
     def desk(self) -> JetStreamDesk:
@@ -67,12 +71,13 @@ class House:
         return consumer
 
 
-@pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[House]:
-    settings = Settings(data=tmp_path, nats_listen="")
+@pytest.fixture(params=[1, 3])
+async def house(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[House]:
+    """With messages in so many streams."""
+    settings = Settings(data=tmp_path, nats_listen="", partitions=request.param)
     made: list[JetStreamDeliveries] = []
     async with running(settings, lambda bus: made.append(JetStreamDeliveries(bus))) as line:
-        publisher = JetStreamPublisher(settings, read_access(tmp_path / "nats" / "access.json"))
+        publisher = open_publisher(settings, read_access(tmp_path / "nats" / "access.json"))
         await publisher.start()
         await until(lambda: publisher.connected)
         yield House(line, settings, publisher, *made)
@@ -202,7 +207,7 @@ async def test_a_consumer_that_somebody_deleted_is_made_again(house: House) -> N
     await house.publish(b"one")
     await until(lambda: consumer.taken)
     consumer.taken[0].accept()
-    await ask_api(house.line.mine, f"CONSUMER.DELETE.{STREAM}.{consumer_name(GROUP)}")
+    await ask_api(house.line.mine, f"CONSUMER.DELETE.{house.part.name}.{consumer_name(GROUP)}")
     await house.publish(b"two")
     await until(lambda: b"two" in consumer.payloads)
     assert consumer.payloads == [b"one", b"one", b"two"]
@@ -223,10 +228,12 @@ async def test_a_consumer_that_somebody_changed_is_as_the_group_wants_it_again(
     first.taken[0].accept()
     first.feed.close()
     await asyncio.sleep(0.2)
-    config = (await ask_api(bus, f"CONSUMER.INFO.{STREAM}.{name}"))["config"]
+    config = (await ask_api(bus, f"CONSUMER.INFO.{house.part.name}.{name}"))["config"]
     if "filter_subject" in by_hand:
         del config["filter_subjects"]
-    await ask_api(bus, f"CONSUMER.CREATE.{STREAM}.{name}", {"stream_name": STREAM, "config": config | by_hand})
+    await ask_api(
+        bus, f"CONSUMER.CREATE.{house.part.name}.{name}", {"stream_name": house.part.name, "config": config | by_hand}
+    )
     consumer = house.consumer(10)
     await house.publish(b"two", b"three")
     await until(lambda: consumer.payloads == [b"two", b"three"])
@@ -236,9 +243,10 @@ async def test_an_origin_that_is_not_known_here_is_a_report(house: House) -> Non
     """Of a later version, or by hand: it is read like any other, rather than fail each time that it comes."""
     consumer = house.consumer(10)
     await house.publish(b"one")  # the stream is there
-    house.line.mine.tell("/.pk.dev.user.update", b"two", {ORIGIN_HEADER: "teleprinter"})
+    house.line.mine.tell(f"{house.part.ingest}/.pk.dev.user.update", b"two", {ORIGIN_HEADER: "teleprinter"})
     await until(lambda: len(consumer.taken) == 2)
     assert [each.message.origin for each in consumer.taken] == [Origin.HTTPS, Origin.HTTPS]
+    assert consumer.payloads == [b"one", b"two"]
 
 
 async def test_a_group_begins_at_its_time_whatever_else_its_filters_match_later(house: House) -> None:

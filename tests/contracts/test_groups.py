@@ -310,9 +310,10 @@ class Hall:
             await asyncio.sleep(0.02)
 
 
-@pytest.fixture
-async def hall(tmp_path: Path) -> AsyncIterator[Hall]:
-    settings = Settings(data=tmp_path, nats_listen="")
+@pytest.fixture(params=[1, 3])
+async def hall(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Hall]:
+    """With messages in so many streams."""
+    settings = Settings(data=tmp_path, nats_listen="", partitions=request.param)
     async with running(settings) as line:
         hall = Hall(settings, line, JetStreamDesk(line.mine), JetStreamDeliveries(line.theirs))
         await hall.store("before")

@@ -1059,7 +1059,9 @@ async def live_stats(office: Office) -> AsyncGenerator[ServerSentEvent]:
 def show_doors(office: In, who: Reads, request: Request) -> doc.DoorsDocument:
     """Where applications connect, with the credentials that `POST /apps` gives."""
     found = doors(office.settings, host=request.url.hostname or "")
-    return doc.DoorsDocument(nats=found.nats, mqtt=found.mqtt, own_nats=found.own_nats, amqp=found.amqp)
+    return doc.DoorsDocument(
+        nats=found.nats, mqtt=found.mqtt, own_nats=found.own_nats, amqp=found.amqp, streams=list(found.streams)
+    )
 
 
 @router.get("/settings", tags=["stats"])

@@ -396,6 +396,9 @@ class DoorsDocument(_Document):
         description="NATS is the owner's, where their own accounts hold and these credentials do not"
     )
     amqp: str = Field(description="URL of AMQP for consumer groups, empty: there is none")
+    streams: list[str] = Field(
+        description="the streams of NATS in which the messages are, several by the setting partitions"
+    )
 
 
 class AppChange(_Given):

@@ -18,7 +18,6 @@ from uplinkd.cli.products import opened
 from uplinkd.core.apps import inbox_of
 from uplinkd.core.model import App
 from uplinkd.engine.doors import Doors, doors
-from uplinkd.engine.stream import STREAM
 from uplinkd.settings import Settings
 
 __all__ = ["app", "doors_of"]
@@ -137,7 +136,14 @@ def doors_of(settings: Settings) -> Doors:
 
 
 def _document(ways: Doors, app: App, secret: str = "") -> dict[str, object]:
-    nats = {"url": ways.nats, "user": app.key, "stream": STREAM, "consumer": app.key, "inboxPrefix": inbox_of(app)}
+    nats = {
+        "url": ways.nats,
+        "user": app.key,
+        "stream": ways.streams[0],
+        **({"streams": list(ways.streams)} if len(ways.streams) > 1 else {}),
+        "consumer": app.key,
+        "inboxPrefix": inbox_of(app),
+    }
     return {
         "name": app.name,
         "key": app.key,
@@ -159,11 +165,14 @@ def _show(settings: Settings, app: App, as_json: bool, secret: str = "") -> None
     if secret:
         lines.append(("secret", f"{secret}   (shown this once)"))
     lines.append(("may", _may(app)))
+    several = len(ways.streams) > 1
+    streams = f"stream{'s' if several else ''} {', '.join(ways.streams)}"
+    in_each = " in each" if several else ""
     if ways.nats:
         lines += [
             ("NATS", ways.nats),
             ("", "user: the key; password: the secret"),
-            ("", f"stream {STREAM}, durable consumer {app.key}, inbox prefix {inbox_of(app)}"),
+            ("", f"{streams}, durable consumer {app.key}{in_each}, inbox prefix {inbox_of(app)}"),
         ]
     elif ways.own_nats:
         lines.append(("NATS", "on your own servers your own accounts hold; these credentials are not known there"))

@@ -10,6 +10,7 @@ import click
 
 from uplinkd.cli.common import interactive, json_option, local_time, print_json, settings_options
 from uplinkd.cli.products import act_as_me
+from uplinkd.engine.stream import STREAM
 from uplinkd.settings import Settings
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ def _tell(manifest: Manifest, what: str, size: int, as_json: bool) -> None:
         return
     parts = [f"{counts[name]} {name}" for name in ("products", "devices") if name in counts]
     if "messages" not in manifest.without:
-        parts.append(f"{counts.get('UPLINKD', 0)} messages")
+        messages = sum(count for name, count in counts.items() if name == STREAM or name.startswith(f"{STREAM}_P"))
+        parts.append(f"{messages} messages")
     left = f", without {' and '.join(manifest.without)}" if manifest.without else ""
     click.echo(f"{what} {', '.join(parts)} as of {local_time(manifest.begun)}{left} ({size / 1024**2:.1f} MiB)")
     if "registry" in manifest.without:

@@ -16,6 +16,7 @@ from uplinkd.core.model import LifecycleChange, Origin
 from uplinkd.core.subjects import to_subject
 from uplinkd.engine import ORIGIN_HEADER, Bus
 from uplinkd.engine.api import document_of
+from uplinkd.engine.stream import part_for
 from uplinkd.observe import Occasionally
 from uplinkd.registry import Registry
 
@@ -31,7 +32,8 @@ _AT_ONCE = 250
 class Lifecycle:
     """Tells what the registry has to tell. `run` does so until cancelled; an outage is waited out."""
 
-    def __init__(self, registry: Registry, bus: Bus) -> None:
+    def __init__(self, registry: Registry, bus: Bus, partitions: int = 1) -> None:
+        self._partitions = partitions
         self._registry = registry
         self._bus = bus
         self._warn = Occasionally(10)
@@ -62,6 +64,7 @@ class Lifecycle:
     async def _store(self, change: LifecycleChange) -> None:
         headers = {ORIGIN_HEADER: Origin.LIFECYCLE.value, "Nats-Msg-Id": f"lifecycle-{change.id}-{change.at}"}
         subject = to_subject(lifecycle_topic(change))
+        subject = part_for(subject, self._partitions).ingest + subject
         document_of((await self._bus.ask(subject, lifecycle_message(change), headers)).payload)
 
 

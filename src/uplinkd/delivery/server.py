@@ -99,7 +99,7 @@ async def _serve(task: DeliveryTask) -> None:
             bus.run(),
             cache.run(),
             journal.run(),
-            Lifecycle(registry, bus).run(),
+            Lifecycle(registry, bus, settings.partitions).run(),
             hooks.run(),
             task.meter.beats(),
         )

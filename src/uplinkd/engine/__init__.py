@@ -305,13 +305,13 @@ class Downlink(Protocol):
 
 def open_publisher(settings: Settings, access: Access, meter: Meter | None = None) -> Publisher:
     """A publisher for one worker, not started yet."""
-    from uplinkd.engine.jetstream import JetStreamPublisher
+    from uplinkd.engine.jetstream import JetStreamPublisher, PartedPublisher
 
-    return JetStreamPublisher(settings, access, meter)
+    return (JetStreamPublisher if settings.partitions == 1 else PartedPublisher)(settings, access, meter)
 
 
 async def open_reader(access: Access) -> Reader:
     """A reader; raise Unavailable when the engine does not answer."""
-    from uplinkd.engine.reader import JetStreamReader
+    from uplinkd.engine.merged import MergedReader
 
-    return await JetStreamReader.open(access)
+    return await MergedReader.open(access)

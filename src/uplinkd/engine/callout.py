@@ -28,7 +28,7 @@ from uplinkd.core.subjects import SENDING, filters_of
 from uplinkd.engine.api import NotThere, call, connect, consumers_with, first_at, in_words, sequence_in
 from uplinkd.engine.embedded import APPS_ACCOUNT, Access
 from uplinkd.engine.nkeys import AccountKey, claims_of
-from uplinkd.engine.stream import DELETED, STREAM, base_metadata, base_of
+from uplinkd.engine.stream import base_metadata, base_of, parts
 from uplinkd.observe import Occasionally
 
 if TYPE_CHECKING:
@@ -58,13 +58,17 @@ class Apps(Protocol):
     def find_app(self, key: str) -> App | None: ...
 
 
-def rights_of(app: App) -> dict[str, Any]:
+def rights_of(app: App, partitions: int = 1) -> dict[str, Any]:
     """What the application may do in NATS, as the claims of a user say it; nothing else is allowed."""
     publish = [
-        f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.{app.key}",
-        f"$JS.API.CONSUMER.INFO.{STREAM}.{app.key}",
-        f"$JS.ACK.{STREAM}.{app.key}.>",
-        f"$JS.ACK.*.*.{STREAM}.{app.key}.>",  # a form that servers may be set to, with domain and account in front
+        subject
+        for part in parts(partitions)
+        for subject in (
+            f"$JS.API.CONSUMER.MSG.NEXT.{part.name}.{app.key}",
+            f"$JS.API.CONSUMER.INFO.{part.name}.{app.key}",
+            f"$JS.ACK.{part.name}.{app.key}.>",
+            f"$JS.ACK.*.*.{part.name}.{app.key}.>",  # a form that servers may be set to, with domain and account in front
+        )
     ]
     if app.sends:
         for product_key in app.products:
@@ -76,8 +80,9 @@ def rights_of(app: App) -> dict[str, Any]:
 class Callout:
     """Run in each worker; nats-server asks one of them about each login. An outage of engine or registry is waited out."""
 
-    def __init__(self, apps: Apps, access: Access, key: AccountKey) -> None:
+    def __init__(self, apps: Apps, access: Access, key: AccountKey, partitions: int = 1) -> None:
         self._apps = apps
+        self._parts = parts(partitions)
         self._access = access
         self._key = key
         self.answers = False  # whether nats-server's questions reach us
@@ -116,7 +121,8 @@ class Callout:
 
             with in_words():
                 await engine.subscribe(_ASKED, queue=_QUEUE, cb=asked)
-                await engine.subscribe(DELETED, cb=self._stream_deleted)
+                for part in self._parts:
+                    await engine.subscribe(part.deleted, cb=self._stream_deleted)
                 await engine.flush()
             self.answers = again = True
             while not (engine.is_closed or system.is_closed):
@@ -170,7 +176,7 @@ class Callout:
             if not app.products:
                 raise _No(f"it has no product yet; `uplinkd app grant {app.name} PK` gives it one")
             with in_words():
-                await _ensure_consumer(engine, app)
+                await self._ensure_consumers(engine, app)
         except Unavailable as fault:
             raise _No(str(fault)) from fault
         if not login.encrypted and not login.local and self._warn_plain():
@@ -182,7 +188,7 @@ class Callout:
         return app
 
     def _user(self, login: _Login, app: App) -> str:
-        rights = {**rights_of(app), "subs": -1, "data": -1, "payload": -1}
+        rights = {**rights_of(app, len(self._parts)), "subs": -1, "data": -1, "payload": -1}
         claims = {"sub": login.nkey, "aud": APPS_ACCOUNT, "name": _name_of(app)}
         return self._key.sign({**claims, "nats": {"type": "user", "version": 2, **rights}}, now=round(time.time()))
 
@@ -197,7 +203,10 @@ class Callout:
         Connections and consumers are listed first: what is known of the applications is then at least as new.
         """
         connections = [each async for each in _connections(system)]
-        consumers = await consumers_with(functools.partial(_call, engine, f"CONSUMER.LIST.{STREAM}"), _MINE)
+        consumers = {
+            part.name: await consumers_with(functools.partial(_call, engine, f"CONSUMER.LIST.{part.name}"), _MINE)
+            for part in self._parts
+        }
         apps = {app.key: app for app in await asyncio.to_thread(self._apps.apps)}
         for server, number, name in connections:
             app = apps.get(name.partition("/")[0])
@@ -205,9 +214,14 @@ class Callout:
                 body = json.dumps({"cid": number}).encode()
                 await system.request(f"$SYS.REQ.SERVER.{server}.KICK", body, timeout=_REQUEST_SECONDS)
             else:  # its consumer goes with the stream, when somebody deletes that
-                await _ensure_consumer(engine, app)
-        for name in consumers - apps.keys():
-            await _call(engine, f"CONSUMER.DELETE.{STREAM}.{name}")
+                await self._ensure_consumers(engine, app)
+        for stream, names in consumers.items():
+            for name in names - apps.keys():
+                await _call(engine, f"CONSUMER.DELETE.{stream}.{name}")
+
+    async def _ensure_consumers(self, engine: Client, app: App) -> None:
+        for part in self._parts:
+            await _ensure_consumer(engine, app, part.name)
 
 
 class _No(Exception):  # noqa: N818 - names what happened
@@ -244,22 +258,22 @@ class _Login:
         return self.host.startswith("127.") or self.host == "::1"
 
 
-async def _ensure_consumer(engine: Client, app: App) -> None:
-    """The application's durable consumer with the filters of its products; what else was set on it by hand stays. Its metadata has
-    the base of the ids: what is added to a message's stream sequence makes its messageId; and in a stream that was restored, which
-    messages have another."""
-    stream = await _call(engine, f"STREAM.INFO.{STREAM}")
+async def _ensure_consumer(engine: Client, app: App, stream_name: str) -> None:
+    """The application's durable consumer of a stream with the filters of its products; what else was set on it by hand stays. Its
+    metadata has the base of the ids: what is added to a message's stream sequence makes its messageId; in a stream that was
+    restored, which messages have another; and of several streams, by what the sequence is multiplied first."""
+    stream = await _call(engine, f"STREAM.INFO.{stream_name}")
     metadata = {_MINE: app.name, **base_metadata(base_of(stream["config"]))}
     filters = [subject for product_key in app.products for subject in filters_of(product_key, None)]
     try:
-        config = (await _call(engine, f"CONSUMER.INFO.{STREAM}.{app.key}"))["config"]
+        config = (await _call(engine, f"CONSUMER.INFO.{stream_name}.{app.key}"))["config"]
         known = config.get("metadata") or {}
         if set(config.get("filter_subjects") or ()) == set(filters) and metadata.items() <= known.items():
             return
         config = {**config, "filter_subjects": filters, "metadata": {**known, **metadata}}
     except NotThere:
         wanted = json.dumps(first_at(app.created)).encode()
-        first = await engine.request(f"$JS.API.DIRECT.GET.{STREAM}", wanted, timeout=_REQUEST_SECONDS)
+        first = await engine.request(f"$JS.API.DIRECT.GET.{stream_name}", wanted, timeout=_REQUEST_SECONDS)
         config = {
             "name": app.key,
             "durable_name": app.key,
@@ -272,7 +286,7 @@ async def _ensure_consumer(engine: Client, app: App) -> None:
             "filter_subjects": filters,
             "metadata": metadata,
         }
-    await _call(engine, f"CONSUMER.CREATE.{STREAM}.{app.key}", {"stream_name": STREAM, "config": config})
+    await _call(engine, f"CONSUMER.CREATE.{stream_name}.{app.key}", {"stream_name": stream_name, "config": config})
 
 
 async def _connections(system: Client) -> AsyncIterator[tuple[str, int, str]]:

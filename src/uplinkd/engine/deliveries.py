@@ -4,6 +4,10 @@ to the group again.
 A pull is one request for several messages, which come one by one. The feed counts what is still on its way, and asks anew when
 that is less than what is wanted; after an outage, or a silence that is too long, it begins again. What a consumer holds
 outlives the connection: its answer goes wherever the engine is then.
+
+Where there are several streams the group has a consumer in each, and what is wanted is divided among them: never more is asked for, in
+all of them together, than is wanted. What was asked of a stream that has nothing is missing elsewhere; so such requests are
+short, and while other streams give, it is only looked at now and then.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from uplinkd.core.model import Message
 from uplinkd.engine import Bus, Taken, Told
 from uplinkd.engine.groups import RETRIED, RETRY, buried, bury, consumer_name, ensure, retry_name
 from uplinkd.engine.reader import delivered
-from uplinkd.engine.stream import STREAM, Base
+from uplinkd.engine.stream import Base, Part, parts
 from uplinkd.observe import Occasionally
 from uplinkd.tasks import spawn
 
@@ -33,7 +37,10 @@ log = logging.getLogger("uplinkd.engine")
 
 _EXPIRES = 30.0
 _HEARTBEAT = 5.0
-_SILENCE = 3 * _HEARTBEAT
+# Of several streams: how long all of them may be waited for in turn, how long one at least, and how often one is looked at that had
+# nothing.
+_ROUND, _SHORTEST_WAIT, _PROBE = 0.25, 0.01, 0.05
+_SILENCE, _SILENCE_OF_SEVERAL = 3 * _HEARTBEAT, 3.0
 _LOOK_SECONDS = 2.0
 _GONE_SECONDS = 1.0
 _RETRY_LOOKS = 5  # in so many looks once for what is offered again: a note tells of most
@@ -98,16 +105,20 @@ class JetStreamDeliveries:
 
 @dataclass(slots=True, eq=False)
 class _Feed:
-    """Of one consumer. `wanted` more messages may be taken; `asked` are on their way; `spare` came though nobody wanted them."""
+    """Of one group. `wanted` more messages may be taken; `asked` are on their way from each stream; `spare` came though nobody wanted
+    them."""
 
     owner: JetStreamDeliveries
     group: Group
     take: Callable[[Taken], None]
     wanted: int = 0
-    asked: int = 0
+    asked: list[int] = field(default_factory=lambda: [0])
     spare: deque[_Taken] = field(default_factory=deque)
-    base: Base = Base()  # noqa: RUF009 - it never changes
-    heard: float = 0.0
+    bases: list[Base] = field(default_factory=lambda: [Base()])
+    parts: list[Part] = field(default_factory=lambda: parts(1))
+    dry: dict[int, float] = field(default_factory=dict)  # the streams that had nothing, and when they were asked
+    turn: int = 0
+    heard: list[float] = field(default_factory=lambda: [0.0])
     ready: bool = False
     closed: bool = False
     inbox: str = field(default_factory=lambda: f"_INBOX.group.{secrets.token_hex(8)}")
@@ -156,7 +167,7 @@ class _Feed:
         while True:
             if not self.ready:
                 try:
-                    self.base = await ensure(self.owner.bus, self.group)
+                    self.bases = await ensure(self.owner.bus, self.group)
                 except Unavailable as fault:
                     if warn() and self.owner.bus.connected:
                         log.warning("consumer group %s: %s", self.group.name, fault)
@@ -164,7 +175,8 @@ class _Feed:
                     pause = min(pause * 2, _LONGEST_PAUSE)
                     continue
                 pause = _FIRST_PAUSE
-                self.ready, self.asked, self.heard = True, 0, clock()
+                self.parts, self.asked = parts(len(self.bases)), [0] * len(self.bases)
+                self.ready, self.heard, self.dry = True, [clock()] * len(self.bases), {}
                 self.stirred.clear()
                 self._pull()
                 self._pull_retries()
@@ -175,24 +187,51 @@ class _Feed:
                 look += 1
                 if look % _RETRY_LOOKS == 0:
                     self._pull_retries()
-                if self.asked > 0 and clock() - self.heard > _SILENCE:
+                silence = _SILENCE if len(self.parts) == 1 else _SILENCE_OF_SEVERAL
+                now = clock()
+                if any(asked and now - at > silence for asked, at in zip(self.asked, self.heard, strict=True)):
                     self.ready = False
 
     def _pull(self) -> None:
-        missing = min(self.wanted - self.asked, _LARGEST_PULL)
-        # Not for each message that is done with: requests double until as many are on their way as are wanted.
-        if not self.ready or self.closed or missing <= 0 or (self.asked > missing):
+        if len(self.parts) > 1:
+            self._pull_of_several()
             return
-        if self.asked == 0:
-            self.heard = asyncio.get_running_loop().time()
-        self.asked += missing
-        body = {
-            "batch": missing,
-            "max_bytes": _LARGEST_BYTES,
-            "expires": round(_EXPIRES * 1e9),
-            "idle_heartbeat": round(_HEARTBEAT * 1e9),
-        }
-        self._request(STREAM, consumer_name(self.group), body, "m")
+        missing = min(self.wanted - self.asked[0], _LARGEST_PULL)
+        # Not for each message that is done with: requests double until as many are on their way as are wanted.
+        if not self.ready or self.closed or missing <= 0 or (self.asked[0] > missing):
+            return
+        self._ask(0, missing, {"expires": round(_EXPIRES * 1e9), "idle_heartbeat": round(_HEARTBEAT * 1e9)})
+
+    def _pull_of_several(self) -> None:
+        room = self.wanted - sum(self.asked)
+        if not self.ready or self.closed or room <= 0:
+            return
+        now = asyncio.get_running_loop().time()
+        count = len(self.parts)
+        giving = [number for number in range(count) if number not in self.dry]
+        if giving:
+            for number, asked_at in self.dry.items():
+                if room > 0 and not self.asked[number] and now - asked_at >= _PROBE:
+                    self.dry[number] = now
+                    self._ask(number, 1, {"no_wait": True})
+                    room -= 1
+            room -= min(len(self.dry), room // 2)  # kept for them
+        order = giving or [(self.turn + place) % count for place in range(count)]
+        share = -(-self.wanted // len(order))
+        wait = {"expires": round(max(_ROUND * min(1.0, self.wanted / count), _SHORTEST_WAIT) * 1e9)}
+        for number in order:
+            missing = min(share - self.asked[number], room, _LARGEST_PULL)
+            if missing > 0 and self.asked[number] <= missing:
+                self._ask(number, missing, wait)
+                room -= missing
+                self.turn = number + 1
+
+    def _ask(self, number: int, count: int, how: Mapping[str, object]) -> None:
+        if self.asked[number] == 0:
+            self.heard[number] = asyncio.get_running_loop().time()
+        self.asked[number] += count
+        body = {"batch": count, "max_bytes": _LARGEST_BYTES, **how}
+        self._request(self.parts[number].name, consumer_name(self.group), body, f"m{number}")
 
     def _pull_retries(self) -> None:
         if self.ready and not self.closed and self.wanted > 0:
@@ -204,30 +243,41 @@ class _Feed:
         self.owner.bus.tell(subject, json.dumps(body).encode(), reply=f"{self.inbox}.{which}")
 
     def _told(self, told: Told) -> None:
-        self.heard = asyncio.get_running_loop().time()
         if told.reply.startswith("$JS.ACK."):
             self._came(told)
-        elif told.subject.endswith(".m"):
-            self._status(told.headers.get("Status", ""), told.headers.get("Nats-Pending-Messages", ""))
+        elif (which := told.subject.rpartition(".")[2])[0] == "m" and int(which[1:]) < len(self.parts):
+            status, left = told.headers.get("Status", ""), told.headers.get("Nats-Pending-Messages", "")
+            self._status(int(which[1:]), status, left)
 
-    def _status(self, status: str, left: str) -> None:
+    def _status(self, number: int, status: str, left: str) -> None:
         """What JetStream says of a request: it goes on (100), has ended with so many messages missing, or nobody knows it."""
+        now = self.heard[number] = asyncio.get_running_loop().time()
         if status == "100":
             return
+        if len(self.parts) > 1 and status in ("404", "408"):
+            self.dry.setdefault(number, now)
         if left.isdecimal() and status in ("404", "408", "409"):
-            self.asked = max(0, self.asked - int(left))
+            self.asked[number] = max(0, self.asked[number] - int(left))
+            self._pull()
+        elif status == "404" and len(self.parts) > 1:  # of one that was only looked at
+            self.asked[number] = 0
             self._pull()
         elif not self.closed:  # the consumer is gone, perhaps with the group: whoever opened this feed may close it now
             asyncio.get_running_loop().call_later(_GONE_SECONDS, self.begin_anew)
 
     def _came(self, told: Told) -> None:
-        if RETRY in told.reply.split(".", 5):
-            tokens = told.reply.split(".")
+        tokens = told.reply.split(".")
+        if RETRY in tokens[:5]:
             tries, sequence = (int(each) for each in tokens[tokens.index(RETRY) + 2 :][:2])
             taken = _Taken(self, buried(told), tries, told.reply, retried=sequence)
         else:
-            self.asked = max(0, self.asked - 1)
-            message, tries = delivered(told, self.base)
+            part = self.parts[0]
+            if part.count > 1:
+                part = next((each for each in self.parts if each.name in tokens[:5]), part)
+                self.dry.pop(part.number, None)
+            self.heard[part.number] = asyncio.get_running_loop().time()
+            self.asked[part.number] = max(0, self.asked[part.number] - 1)
+            message, tries = delivered(told, self.bases[part.number], part.name)
             taken = _Taken(self, message, tries, told.reply)
         plan = self.group.plan
         if self.closed:

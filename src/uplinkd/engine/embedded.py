@@ -33,7 +33,7 @@ from urllib.parse import unquote, urlsplit
 from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.core.subjects import SENDING
 from uplinkd.engine.nkeys import AccountKey, Credentials
-from uplinkd.engine.stream import STREAM
+from uplinkd.engine.stream import parts
 from uplinkd.files import FileState, file_state
 from uplinkd.ports import patiently, probe
 from uplinkd.processes import die_with, environment_of_children
@@ -48,16 +48,7 @@ APPS_ACCOUNT = "APPS"
 
 _ACCOUNT = "UPLINKD"
 _GLOBAL_ACCOUNT = "$G"
-# What of our account applications may call, where their own rights let them. A pull of messages has many replies, so nats-server
-# does not know which is the last: it forgets where they go once none came for 2 minutes. Until then each pull costs it 0.75 KB,
-# and a pull that waits longer, without heartbeats, waits in vain.
-_SERVICES = (
-    f'"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.*", response_type: stream, response_threshold: "2m"',
-    f'"$JS.API.CONSUMER.INFO.{STREAM}.*"',
-    f'"$JS.ACK.{STREAM}.>"',
-    f'"$JS.ACK.*.*.{STREAM}.>"',
-    f'"{SENDING}>"',
-)
+
 # Without a JetStream of its own an account answers every call of its API with "not enabled", before ours is heard: a client that
 # looks at its consumer first gives up. So that answer's place is taken, by a service that nobody gives.
 _NOBODY = '"uplinkd.nobody.>"'
@@ -83,12 +74,34 @@ _failed: dict[str, float] = {}
 _FAILED_TO_STORE = b"JetStream failed to store"
 
 
+def _services(partitions: int) -> list[str]:
+    """What of our account applications may call, where their own rights let them.
+
+    A pull of messages has many replies, so nats-server does not know which is the last: it forgets where they go once none came for
+    2 minutes. Until then each pull costs it 0.75 KB, and a pull that waits longer, without heartbeats, waits in vain.
+    """
+    return [
+        *(
+            service
+            for part in parts(partitions)
+            for service in (
+                f'"$JS.API.CONSUMER.MSG.NEXT.{part.name}.*", response_type: stream, response_threshold: "2m"',
+                f'"$JS.API.CONSUMER.INFO.{part.name}.*"',
+                f'"$JS.ACK.{part.name}.>"',
+                f'"$JS.ACK.*.*.{part.name}.>"',
+            )
+        ),
+        f'"{SENDING}>"',
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Access:
     """Where the engine is and how to get in. `file` is read anew on each connect: a restarted server may have moved.
 
     `system` is the password of the user `system` of an embedded server, who sees and ends connections. `creds` is the file of
-    credentials with which to sign in, `ca` and `pair` (certificate and key) are files for TLS.
+    credentials with which to sign in, `ca` and `pair` (certificate and key) are files for TLS. `partitions` is that of the
+    settings that an embedded server was started with.
     """
 
     urls: tuple[str, ...]
@@ -99,6 +112,7 @@ class Access:
     creds: Path | None = None
     ca: Path | None = None
     pair: tuple[Path, Path] | None = None
+    partitions: int = 1
 
     @classmethod
     def of(cls, settings: Settings) -> Access:
@@ -154,7 +168,14 @@ def announced(settings: Settings) -> Access:
 def read_access(file: Path) -> Access:
     try:
         facts = json.loads(file.read_text())
-        return Access((facts["url"],), facts["user"], facts["password"], file, facts.get("system", ""))
+        return Access(
+            (facts["url"],),
+            facts["user"],
+            facts["password"],
+            file,
+            facts.get("system", ""),
+            partitions=facts.get("partitions", 1),
+        )
     except (OSError, ValueError, KeyError) as error:
         raise Unavailable(f"{file} does not tell where nats-server is: {error}") from error
 
@@ -167,6 +188,7 @@ class EmbeddedServer:
     ) -> None:
         self._announced = announced
         self._sync_interval = settings.sync_interval
+        self._partitions = settings.partitions
         self._for_apps = announced and bool(settings.nats_listen)
         self._tls = tls if self._for_apps else ()
         self._tls_state = self._certificates()
@@ -224,7 +246,7 @@ class EmbeddedServer:
     def access(self) -> Access:
         file = self._folder / "access.json" if self._announced else None
         url = f"nats://{reachable(self._host)}:{self._port}"
-        return Access((url,), "uplinkd", self._password, file, self._system)
+        return Access((url,), "uplinkd", self._password, file, self._system, partitions=self._partitions)
 
     @property
     def pid(self) -> int:
@@ -324,6 +346,7 @@ class EmbeddedServer:
                 "password": self._password,
                 "system": self._system,
                 "pid": self._process.pid,
+                "partitions": self._partitions,
             }
             _write_private(self._folder / "access.json", json.dumps(facts))
 
@@ -373,18 +396,17 @@ class EmbeddedServer:
         listen = f"[{self._host}]:{self._port}" if ":" in self._host else f"{self._host}:{self._port}"
         exports = imports = callout = ""
         if self._for_apps:
+            services = _services(self._partitions)
             exports = (
                 "exports: [\n"
-                + "".join(
-                    f"    {{ service: {each}, accounts: [ {APPS_ACCOUNT} ] }}\n" for each in (*_SERVICES, _NOBODY)
-                )
+                + "".join(f"    {{ service: {each}, accounts: [ {APPS_ACCOUNT} ] }}\n" for each in (*services, _NOBODY))
                 + "  ]"
             )
             imports = (
                 f"{APPS_ACCOUNT} {{ imports: [\n"
                 + "".join(
                     f"    {{ service: {{ account: {_ACCOUNT}, subject: {each.partition(',')[0]} }} }}\n"
-                    for each in _SERVICES
+                    for each in services
                 )
                 + f'    {{ service: {{ account: {_ACCOUNT}, subject: {_NOBODY} }}, to: "$JS.API.>" }}\n'
                 + "  ] }"

@@ -1,5 +1,5 @@
-"""Consumer groups in JetStream: a durable consumer of the stream for each, dead letters and those that are offered again in streams
-of their own.
+"""Consumer groups in JetStream: a durable consumer of the stream for each (of each stream, where there are several), dead letters
+and those that are offered again in streams of their own.
 
 A consumer's name holds the generation of its group: where the position is set anew, there is another consumer, and whoever
 still asks the old one gets nothing from it once it is gone. What a consumer must be follows from the group alone, so any
@@ -36,7 +36,7 @@ from uplinkd.engine.api import (
 )
 from uplinkd.engine.bus import NatsBus
 from uplinkd.engine.embedded import Access
-from uplinkd.engine.stream import STREAM, Base, base_of
+from uplinkd.engine.stream import STREAM, Base, Part, base_of, part_of, parts
 from uplinkd.tasks import end_tasks
 
 __all__ = [
@@ -92,23 +92,32 @@ def retry_name(group_id: int) -> str:
     return f"group-{group_id}"
 
 
-async def ensure(bus: Bus, group: Group) -> Base:
-    """See that the group's consumer is there and as its plan wants it; the base of the stream's ids. Raise Unavailable."""
+async def ensure(bus: Bus, group: Group) -> list[Base]:
+    """See that the group's consumers are there and as its plan wants them; the base of each stream's ids. Raise Unavailable."""
     stream = await ask_api(bus, f"STREAM.INFO.{STREAM}")
+    first, *rest = parts(part_of(stream["config"]).count)
+    return [
+        await _ensure(bus, group, first, stream),
+        *await asyncio.gather(*(_ensure(bus, group, part) for part in rest)),
+    ]
+
+
+async def _ensure(bus: Bus, group: Group, part: Part, stream: dict[str, Any] | None = None) -> Base:
+    stream = stream or await ask_api(bus, f"STREAM.INFO.{part.name}")
     name = consumer_name(group)
     wanted = {**_pace(group), "filter_subjects": subjects_of(group.plan)}
     try:
-        known = (await ask_api(bus, f"CONSUMER.INFO.{STREAM}.{name}"))["config"]
+        known = (await ask_api(bus, f"CONSUMER.INFO.{part.name}.{name}"))["config"]
         config = {**_fixed(known), **wanted}
     except NotThere:
-        told = await bus.ask(f"$JS.API.DIRECT.GET.{STREAM}", json.dumps(first_at(group.start)).encode())
+        told = await bus.ask(f"$JS.API.DIRECT.GET.{part.name}", json.dumps(first_at(group.start)).encode())
         config = {
             **wanted,
             "durable_name": name,
             "deliver_policy": "by_start_sequence",
             "opt_start_seq": sequence_in(told.headers, int(stream["state"]["last_seq"])),
         }
-    await _create(bus, STREAM, name, config)
+    await _create(bus, part.name, name, config)
     return base_of(stream["config"])
 
 
@@ -135,7 +144,8 @@ async def sweep(bus: Bus, groups: Sequence[Group]) -> int:
     consumers there were. Raise Unavailable."""
     wanted = {consumer_name(group) for group in groups}
     alive = {group.id for group in groups}
-    stale = [name for name in await _consumers(bus, STREAM) if name not in wanted]
+    found = {part.name: await _consumers(bus, part.name) - wanted for part in await _parts(bus)}
+    stale = set[str]().union(*found.values())
     retrying = await _consumers(bus, RETRY)
     gone = {int(match[1]) for name in (*stale, *retrying) if (match := _NAME.fullmatch(name))} - alive
     for group_id in gone:
@@ -144,8 +154,9 @@ async def sweep(bus: Bus, groups: Sequence[Group]) -> int:
         with contextlib.suppress(NotThere):
             await ask_api(bus, f"STREAM.PURGE.{RETRY}", {"filter": f"{_RETRY_SUBJECT}{group_id}"})
         await _forget(bus, RETRY, retry_name(group_id))
-    for name in stale:
-        await _forget(bus, STREAM, name)
+    for stream, names in found.items():
+        for name in names:
+            await _forget(bus, stream, name)
     return len(stale)
 
 
@@ -184,16 +195,17 @@ class JetStreamDesk:
             await self._close()
 
     async def state(self, group: Group) -> GroupState:
-        info = await self._info(group)
-        held, pending = int(info["num_ack_pending"]), int(info["num_pending"])
-        oldest = None
-        if held or pending:
-            oldest = await self._oldest(info["config"]["filter_subjects"], int(info["ack_floor"]["stream_seq"]) + 1)
+        each = await asyncio.gather(*(self._state(group, part) for part in await _parts(self._bus)))
+        lag, held, settled, oldest = (
+            sum(part[0] for part in each),
+            sum(part[1] for part in each),
+            sum(part[2] for part in each),
+            min((part[3] for part in each if part[3] is not None), default=None),
+        )
         dead, retrying = await asyncio.gather(
             self._count(DEAD, f"{_DEAD_SUBJECT}{group.id}"), self._count(RETRY, f"{_RETRY_SUBJECT}{group.id}")
         )
-        settled = int(info["delivered"]["consumer_seq"]) - held
-        return GroupState(held + pending + retrying, held, oldest, settled, dead, retrying)
+        return GroupState(lag + retrying, held, oldest, settled, dead, retrying)
 
     async def dead(self, group: Group, *, after: int = 0, limit: int = 100) -> list[DeadLetter]:
         found: list[DeadLetter] = []
@@ -249,19 +261,26 @@ class JetStreamDesk:
                 count += 1
         return count
 
-    async def _info(self, group: Group) -> dict[str, Any]:
-        action = f"CONSUMER.INFO.{STREAM}.{consumer_name(group)}"
+    async def _state(self, group: Group, part: Part) -> tuple[int, int, int, int | None]:
+        """(lag, held, settled, oldest) in one stream, as in `GroupState`."""
+        action = f"CONSUMER.INFO.{part.name}.{consumer_name(group)}"
         try:
-            return await ask_api(self._bus, action)
+            info = await ask_api(self._bus, action)
         except NotThere:  # nothing was delivered yet
             await ensure(self._bus, group)
-            return await ask_api(self._bus, action)
+            info = await ask_api(self._bus, action)
+        held, pending = int(info["num_ack_pending"]), int(info["num_pending"])
+        oldest = None
+        if held or pending:
+            after = int(info["ack_floor"]["stream_seq"]) + 1
+            oldest = await self._oldest(part, info["config"]["filter_subjects"], after)
+        return held + pending, held, int(info["delivered"]["consumer_seq"]) - held, oldest
 
-    async def _oldest(self, filters: Sequence[str], sequence: int) -> int | None:
+    async def _oldest(self, part: Part, filters: Sequence[str], sequence: int) -> int | None:
         """When the first message from `sequence` on was stored that one of `filters` matches, ms."""
         some = filters if len(filters) <= _MOST_FILTERS else ["/.>"]
         found = await asyncio.gather(
-            *(get_stored(self._bus, STREAM, {"seq": sequence, "next_by_subj": each}) for each in some)
+            *(get_stored(self._bus, part.name, {"seq": sequence, "next_by_subj": each}) for each in some)
         )
         first = min((told for told in found if told), key=_sequence_of, default=None)
         return moment_of(first.headers["Nats-Time-Stamp"]) if first else None
@@ -385,6 +404,15 @@ async def _ensure_streams(bus: Bus) -> None:
         except NotThere:
             with contextlib.suppress(ApiError):  # another process was quicker
                 await ask_api(bus, f"STREAM.CREATE.{name}", config)
+
+
+async def _parts(bus: Bus) -> list[Part]:
+    """The streams of messages; the first alone while it is not there."""
+    try:
+        stream = await ask_api(bus, f"STREAM.INFO.{STREAM}")
+    except NotThere:
+        return parts(1)
+    return parts(part_of(stream["config"]).count)
 
 
 async def _consumers(bus: Bus, stream: str) -> set[str]:

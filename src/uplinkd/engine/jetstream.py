@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import secrets
@@ -21,7 +22,17 @@ from uplinkd.core.errors import Unavailable
 from uplinkd.core.model import Origin
 from uplinkd.engine import ORIGIN_HEADER, Done
 from uplinkd.engine.embedded import Access
-from uplinkd.engine.stream import DELETED, STREAM, base_of, changed, new_base, wanted
+from uplinkd.engine.stream import (
+    Base,
+    Part,
+    base_of,
+    changed,
+    check_partitions,
+    new_base,
+    part_for,
+    parts,
+    wanted,
+)
 from uplinkd.engine.streams import check_version, differences, told_why
 from uplinkd.engine.wire import DUPLICATE, Reader, Received, ack_of
 from uplinkd.metrics import Meter, spare
@@ -29,7 +40,7 @@ from uplinkd.observe import Occasionally
 from uplinkd.settings import Settings
 from uplinkd.tasks import end_tasks
 
-__all__ = ["JetStreamPublisher"]
+__all__ = ["JetStreamPublisher", "PartedPublisher"]
 
 log = logging.getLogger("uplinkd.engine")
 
@@ -68,7 +79,10 @@ _HEADERS = {
 
 
 class JetStreamPublisher:
-    """One worker's connection to the engine. While it is away, publishes wait for it until their time is up."""
+    """One worker's connection to the engine, to publish to one stream. While it is away, publishes wait for it until their time is up.
+
+    `tell` hears how many publishes wait, and how long (s) the oldest of them already.
+    """
 
     def __init__(
         self,
@@ -76,12 +90,17 @@ class JetStreamPublisher:
         access: Access,
         meter: Meter | None = None,
         *,
+        part: Part = Part(),  # noqa: B008 - it never changes
+        tell: Callable[[int, float], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        self.part = part
+        self._step = part.count
         self._settings = settings
         self._access = access
         self._clock = clock
         self._meter = meter or spare()
+        self._told = tell or self._meter.engine
         self._took, self._weighed = self._meter.acks.append, self._meter.sizes.append
         self._patience = settings.publish_timeout
         self._wire: _Wire | None = None  # set while publishes may be sent
@@ -90,7 +109,7 @@ class JetStreamPublisher:
         self._held_bytes = 0
         self._free: list[int] = []  # numbers that are not under way: see _take_number
         self._numbers = 0
-        self._base = 0
+        self._base = Base()
         self._ghost = 0  # the base of a stream that was deleted
         self._sequence = 0
         self._stopping = False
@@ -201,7 +220,7 @@ class JetStreamPublisher:
         oldest = [next(iter(self._pending.values()))[1]] if self._pending else []
         if self._held:
             oldest.append(self._held[0][3])
-        self._meter.engine(len(self._pending) + len(self._held), now - min(oldest) if oldest else 0.0)
+        self._told(len(self._pending) + len(self._held), now - min(oldest) if oldest else 0.0)
 
     def _fail(self, done: Done, reason: str) -> None:
         self._meter.not_stored()
@@ -220,20 +239,20 @@ class JetStreamPublisher:
             return
         self._free.append(number)
         if sequence <= self._sequence:  # sequences of one stream rise: this is another stream, though nobody told us
-            self._fail(entry[0], f"the stream {STREAM} was made again")
+            self._fail(entry[0], f"the stream {self.part.name} was made again")
             self.unsettled("the stream was made again")
             return
         self._sequence = sequence
         self._took(now - entry[1])
         self._weighed(entry[2])
-        _finish(entry[0], self._base + sequence, "")
+        _finish(entry[0], self._base + sequence * self._step, "")
 
     def stored_before(self, number: int, sequence: int) -> None:
         """Somebody has published it already, under the same key."""
         entry = self._pending.pop(number, None)
         if entry:
             self._free.append(number)
-            _finish(entry[0], self._base + sequence, "")
+            _finish(entry[0], self._base + sequence * self._step, "")
 
     def refused(self, number: int, reason: str) -> None:
         entry = self._pending.pop(number, None)
@@ -315,24 +334,28 @@ class JetStreamPublisher:
                 raise
         return wire
 
-    async def _ensure_stream(self, wire: _Wire) -> int:
+    async def _ensure_stream(self, wire: _Wire) -> Base:
         """Make the stream when it is not there, follow the settings when they changed; return its base."""
-        info = await _stream_info(wire)
+        info = await _stream_info(wire, self.part.name)
         if (error := info.get("error")) and error.get("code") == 404:
             if self._base:
                 await asyncio.sleep(_CLEAN_UP_SECONDS)
-            info = await wire.request(f"$JS.API.STREAM.CREATE.{STREAM}", wanted(self._settings, self._new_base()))
+            config = wanted(self._settings, self._new_base(), self.part)
+            info = await wire.request(f"$JS.API.STREAM.CREATE.{self.part.name}", config)
             if info.get("error", {}).get("code") == 400:  # another worker was quicker
-                info = await _stream_info(wire)
+                info = await _stream_info(wire, self.part.name)
         if error := info.get("error"):
-            raise Unavailable(f"JetStream does not give us the stream {STREAM}: {told_why(error, self._settings)}")
+            raise Unavailable(
+                f"JetStream does not give us the stream {self.part.name}: {told_why(error, self._settings)}"
+            )
         found = info["config"]
         base = base_of(found)
+        check_partitions(found, self.part.count)
         if self._settings.nats_url:  # the owner's servers: what is otherwise there is said, and left
-            if (faults := differences(found, wanted(self._settings, base))) and self._warn_differs():
+            if (faults := differences(found, wanted(self._settings, base, self.part))) and self._warn_differs():
                 log.warning("%s", "; ".join(map(str, faults)))
-        elif config := changed(found, self._settings):
-            update = await wire.request(f"$JS.API.STREAM.UPDATE.{STREAM}", config)
+        elif anew := changed(found, self._settings):
+            update = await wire.request(f"$JS.API.STREAM.UPDATE.{self.part.name}", anew)
             if error := update.get("error"):
                 log.warning(
                     "the stream keeps its old age, size and way of storing: %s", error.get("description", error)
@@ -345,7 +368,7 @@ class JetStreamPublisher:
 
     def _new_base(self) -> int:
         """Beyond every id that was given here, even when the clock was set back."""
-        return max(new_base(round(self._clock() * 1000)), self._base + self._sequence)
+        return self.part.aligned(max(new_base(round(self._clock() * 1000)), self._base + self._sequence * self._step))
 
     async def _settle(self, wire: _Wire) -> None:
         """Learn the base anew; a deleted stream that is still shown is not believed at first."""
@@ -356,7 +379,7 @@ class JetStreamPublisher:
             base = await self._ensure_stream(wire)
         self._adopt(base)
 
-    def _adopt(self, base: int) -> None:
+    def _adopt(self, base: Base) -> None:
         if base != self._base:
             self._base, self._sequence = base, 0
 
@@ -388,6 +411,46 @@ class JetStreamPublisher:
                 wire.fail(f"the server has been silent for {silence:.0f} s")
                 return
             wire.ping()
+
+
+class PartedPublisher:
+    """One worker's publisher to several streams. Each has a connection of its own: what becomes of one stream does not touch what
+    goes to the others."""
+
+    def __init__(self, settings: Settings, access: Access, meter: Meter | None = None) -> None:
+        self._meter = meter or spare()
+        self._count = settings.partitions
+        self._waits = [(0, 0.0)] * self._count
+        self._parts = [
+            JetStreamPublisher(
+                settings, access, self._meter, part=part, tell=functools.partial(self._told, part.number)
+            )
+            for part in parts(self._count)
+        ]
+        self._place = functools.lru_cache(maxsize=1 << 16)(self._placed)
+
+    async def start(self) -> None:
+        for part in self._parts:
+            await part.start()
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(part.stop() for part in self._parts))
+
+    @property
+    def connected(self) -> bool:
+        return all(part.connected for part in self._parts)
+
+    def publish(self, subject: bytes, payload: bytes, done: Done, origin: Origin = Origin.HTTPS, key: str = "") -> None:
+        publisher, ingest = self._place(subject)
+        publisher.publish(ingest, payload, done, origin, key)
+
+    def _placed(self, subject: bytes) -> tuple[JetStreamPublisher, bytes]:
+        part = part_for(subject.decode(), self._count)
+        return self._parts[part.number], part.ingest.encode() + subject
+
+    def _told(self, number: int, waiting: int, oldest: float) -> None:
+        self._waits[number] = (waiting, oldest)
+        self._meter.engine(sum(each for each, _ in self._waits), max(each for _, each in self._waits))
 
 
 class _Wire(asyncio.Protocol):
@@ -510,7 +573,7 @@ class _Wire(asyncio.Protocol):
                 else:
                     future.set_result(json.loads(received.payload))
         else:
-            self._owner.unsettled(f"the stream {STREAM} was deleted")
+            self._owner.unsettled(f"the stream {self._owner.part.name} was deleted")
             self.stirred.set()
 
     # -- what the publisher asks for
@@ -539,7 +602,7 @@ class _Wire(asyncio.Protocol):
             options |= {"user": access.user, "pass": access.password}
         elif access.user:
             options["auth_token"] = access.user
-        subscriptions = f"SUB {self._inbox}.a.* 1\r\nSUB {self._inbox}.r.* 2\r\nSUB {DELETED} 3\r\n"
+        subscriptions = f"SUB {self._inbox}.a.* 1\r\nSUB {self._inbox}.r.* 2\r\nSUB {self._owner.part.deleted} 3\r\n"
         self._reply = f" {self._inbox}.a.".encode()
         welcome: asyncio.Future[None] = self._loop.create_future()
         self._pongs.append(welcome)
@@ -653,13 +716,13 @@ class _Wire(asyncio.Protocol):
             self._transport.write(data)
 
 
-async def _stream_info(wire: _Wire) -> dict[str, Any]:
+async def _stream_info(wire: _Wire, name: str) -> dict[str, Any]:
     """What JetStream says of the stream. While a cluster has no leader for it nobody answers, so it is asked again and again; the
     caller has a bound."""
     while True:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_AGAIN_SECONDS):
-                return await wire.request(f"$JS.API.STREAM.INFO.{STREAM}", {})
+                return await wire.request(f"$JS.API.STREAM.INFO.{name}", {})
 
 
 def _batches(together: list[_Leaving]) -> Iterator[list[_Leaving]]:

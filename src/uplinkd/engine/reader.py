@@ -28,12 +28,17 @@ from uplinkd.core.topics import owner, parse
 from uplinkd.engine import ORIGIN_HEADER, Glimpse, Query, StreamState, Told
 from uplinkd.engine.api import NotThere, call, connect, first_at, in_words, moment_of, sequence_in
 from uplinkd.engine.embedded import Access
-from uplinkd.engine.stream import STREAM, Base, base_of
+from uplinkd.engine.stream import BASE_SHIFT, STREAM, Base, base_of
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
 
-__all__ = ["JetStreamReader", "check", "delivered", "matches"]
+__all__ = ["ALL_TIME", "Edge", "JetStreamReader", "check", "delivered", "matches", "place_of"]
+
+Edge = tuple[int, int]
+"""(ms, messageId): a place in the order of all messages, of however many streams."""
+
+ALL_TIME = 1 << 62
 
 _REQUEST_SECONDS = 5.0
 _PULL_SECONDS = 2.0
@@ -66,6 +71,11 @@ def check(query: Query) -> None:
             raise Rejected(refused.reason) from refused
 
 
+def place_of(message: Message) -> Edge:
+    """Where the message stands among those of all streams."""
+    return message.generate_time, message.id
+
+
 def matches(query: Query, message: Message) -> bool:
     """Whether `query` asks for `message`."""
     return (
@@ -79,18 +89,14 @@ def matches(query: Query, message: Message) -> bool:
 
 
 class JetStreamReader:
-    """Made by `open`, ended by `close`. After a connection was lost it connects anew, wherever the engine is then."""
+    """Of one stream; ended by `close`. It connects when it is asked, and after a connection was lost anew, wherever the engine is
+    then."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, name: str = STREAM) -> None:
         self._access = access
+        self._name = name
         self._client: Client | None = None
-
-    @classmethod
-    async def open(cls, access: Access) -> JetStreamReader:
-        """Raise Unavailable when the engine does not answer."""
-        reader = cls(access)
-        await reader._connected()
-        return reader
+        self._connecting = asyncio.Lock()
 
     async def close(self) -> None:
         client, self._client = self._client, None
@@ -102,13 +108,13 @@ class JetStreamReader:
     async def state(self) -> StreamState:
         """How much is stored; raise Unavailable when the engine is away."""
         with in_words():
-            stream = await self._stream()
+            stream = await self.stream()
         return StreamState(stream["state"]["messages"], stream["state"]["bytes"]) if stream else StreamState(0, 0)
 
     async def by_id(self, message_id: int) -> Message | None:
         """The message; None for an id that is not this stream's, or of a message that is gone."""
         with in_words():
-            stream = await self._stream()
+            stream = await self.stream()
             if stream is None:
                 return None
             base = base_of(stream["config"])
@@ -117,22 +123,23 @@ class JetStreamReader:
             if base.id(sequence) != message_id or not state["first_seq"] <= sequence <= state["last_seq"]:
                 return None
             try:
-                answer = await self._call(f"STREAM.MSG.GET.{STREAM}", {"seq": sequence})
+                answer = await self._call(f"STREAM.MSG.GET.{self._name}", {"seq": sequence})
             except NotThere:
                 return None
         return _stored_message(answer["message"], base)
 
-    async def latest(self, query: Query, limit: int) -> list[Message]:
-        """The newest `limit` messages that match, oldest of them first. Raise Unavailable when the engine is away."""
+    async def latest(self, query: Query, limit: int, edge: Edge | None = None) -> list[Message]:
+        """The newest `limit` messages that match, oldest of them first; with `edge` of those that lie before it. Raise Unavailable when
+        the engine is away."""
         check(query)
         found: deque[Message] = deque(maxlen=limit)
         with in_words():
-            stream = await self._stream()
+            stream = await self.stream()
             filters = await self._filters(query)
             if stream is None or not filters:
                 return []
             base, taken = base_of(stream["config"]), -1
-            end = await self._end(query, base, stream["state"])
+            end = await self._end(query, edge, base, stream["state"])
             low = stream["state"]["first_seq"]
             if query.since is not None:
                 low = max(low, await self._at(query.since, stream["state"]))
@@ -144,7 +151,7 @@ class JetStreamReader:
                 ) as messages:
                     async for message in messages:
                         taken += 1
-                        if matches(query, message):
+                        if matches(query, message) and (edge is None or place_of(message) < edge):
                             found.append(message)
                 pending -= taken
             await self._forget(consumer)
@@ -157,7 +164,7 @@ class JetStreamReader:
         """
         check(query)
         with in_words():
-            stream = await self._stream()
+            stream = await self.stream()
             base, start = (base_of(stream["config"]) if stream else Base()), 1
             if stream:
                 state = stream["state"]
@@ -165,7 +172,7 @@ class JetStreamReader:
         while True:
             try:
                 with in_words():
-                    stream = await self._stream()
+                    stream = await self.stream()
                     if stream is not None:
                         if base_of(stream["config"]) != base:  # another stream, whose sequences begin at 1
                             base, start = base_of(stream["config"]), 1
@@ -187,7 +194,7 @@ class JetStreamReader:
         while True:
             try:
                 with in_words():
-                    stream = await self._stream()
+                    stream = await self.stream()
                     if stream is not None:
                         if base_of(stream["config"]) != base:  # the first look, or another stream
                             start = stream["state"]["last_seq"] + 1 if start is None else 1
@@ -217,7 +224,7 @@ class JetStreamReader:
         while (begun := time.monotonic()) < end:
             skipped = 0
             if behind > 2 * most:
-                stream = await self._stream()
+                stream = await self.stream()
                 if stream is None:
                     return
                 old, end_now = consumer, stream["state"]["last_seq"] + 1
@@ -244,15 +251,31 @@ class JetStreamReader:
 
     async def _behind(self, consumer: str) -> int:
         """How many messages that match the consumer has not seen yet."""
-        return int((await self._call(f"CONSUMER.INFO.{STREAM}.{consumer}"))["num_pending"])
+        return int((await self._call(f"CONSUMER.INFO.{self._name}.{consumer}"))["num_pending"])
 
-    async def _end(self, query: Query, base: Base, state: dict[str, Any]) -> int:
+    async def moment(self, message_id: int) -> int:
+        """When the message was stored, or the first one after it in this stream (ms); for one of before the stream was made, a time
+        that it was not stored before. All of time, where nothing was stored since."""
+        with in_words():
+            stream = await self.stream()
+            if stream is None or message_id <= (base := base_of(stream["config"])).id(0):
+                return message_id >> BASE_SHIFT
+            client = await self.connected()
+            wanted = json.dumps({"seq": base.sequence(message_id), "next_by_subj": ">"}).encode()
+            answer = await client.request(f"$JS.API.DIRECT.GET.{self._name}", wanted, timeout=_REQUEST_SECONDS)
+        text = (answer.headers or {}).get("Nats-Time-Stamp")
+        return moment_of(text) if text else ALL_TIME
+
+    async def _end(self, query: Query, edge: Edge | None, base: Base, state: dict[str, Any]) -> int:
         """The sequence before which the messages lie that `query` asks for."""
         end = int(state["last_seq"]) + 1
         if query.before is not None:
             end = min(end, base.sequence(query.before))
         if query.until is not None:
             end = min(end, await self._at(query.until + 1, state))
+        if edge is not None and edge[0] < ALL_TIME:
+            first, last = await self._at(edge[0], state), await self._at(edge[0] + 1, state)
+            end = min(end, max(first, min(base.sequence(edge[1]), last)))
         return end
 
     async def _arriving(self, query: Query, base: Base, start: int) -> AsyncGenerator[Message]:
@@ -279,7 +302,7 @@ class JetStreamReader:
         # devices' topics too (`/ota/device/…` for the name `device`). So ask which of its subjects there are.
         found: set[str] = set()
         for pattern in filters_of(query.product_key or "*", query.device_name):
-            stream = await self._stream({"subjects_filter": pattern})
+            stream = await self.stream({"subjects_filter": pattern})
             found.update((stream["state"].get("subjects") or {}) if stream else ())
         mine = sorted(subject for subject in found if owner(from_subject(subject))[1] == query.device_name)
         if len(mine) > _MAX_FILTERS:
@@ -317,9 +340,9 @@ class JetStreamReader:
 
     async def _at(self, at: int, state: dict[str, Any]) -> int:
         """The sequence of the first message stored at `at` or later."""
-        client = await self._connected()
+        client = await self.connected()
         body = json.dumps(first_at(at)).encode()
-        answer = await client.request(f"$JS.API.DIRECT.GET.{STREAM}", body, timeout=_REQUEST_SECONDS)
+        answer = await client.request(f"$JS.API.DIRECT.GET.{self._name}", body, timeout=_REQUEST_SECONDS)
         return sequence_in(answer.headers or {}, int(state["last_seq"]))
 
     async def _consumer(self, filters: list[str], start: int) -> tuple[str, int]:
@@ -335,22 +358,22 @@ class JetStreamReader:
             "deliver_policy": "by_start_sequence",
             "opt_start_seq": start,
         }
-        body = {"stream_name": STREAM, "config": config, "action": "create"}
-        answer = await self._call(f"CONSUMER.CREATE.{STREAM}.{name}", body)
+        body = {"stream_name": self._name, "config": config, "action": "create"}
+        answer = await self._call(f"CONSUMER.CREATE.{self._name}.{name}", body)
         return name, int(answer["num_pending"])
 
     async def _forget(self, consumer: str) -> None:
         with contextlib.suppress(Unavailable):
-            await self._call(f"CONSUMER.DELETE.{STREAM}.{consumer}")
+            await self._call(f"CONSUMER.DELETE.{self._name}.{consumer}")
 
     async def _pull(self, consumer: str, base: Base, batch: int, *, wait: bool) -> AsyncGenerator[Message]:
         """At most `batch` messages: those that are there, or with `wait` also those that come within a moment."""
-        client = await self._connected()
+        client = await self.connected()
         inbox = client.new_inbox()
         subscription = await client.subscribe(inbox)
         body = {"batch": batch} | ({"expires": round(_PULL_SECONDS * 10**9)} if wait else {"no_wait": True})
         try:
-            subject = f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.{consumer}"
+            subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._name}.{consumer}"
             await client.publish(subject, json.dumps(body).encode(), reply=inbox)
             left, end = batch, time.monotonic() + _NEWS_SECONDS
             while left:
@@ -366,37 +389,38 @@ class JetStreamReader:
                     raise Unavailable(f"JetStream ended the look at the messages ({status})")
                 left -= 1
                 told = Told(message.subject, message.data, message.headers or {}, message.reply)
-                yield delivered(told, base)[0]
+                yield delivered(told, base, self._name)[0]
         finally:
             if not client.is_closed:
                 await subscription.unsubscribe()
 
-    async def _stream(self, body: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    async def stream(self, body: dict[str, Any] | None = None) -> dict[str, Any] | None:
         """`config` and `state` of the stream, None while nothing was ever stored."""
         try:
-            return await self._call(f"STREAM.INFO.{STREAM}", body)
+            return await self._call(f"STREAM.INFO.{self._name}", body)
         except NotThere:
             return None
 
     async def _call(self, action: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """One call of the JetStream API; raise Unavailable with what it says is wrong."""
-        return await call(await self._connected(), action, body, patience=_REQUEST_SECONDS)
+        return await call(await self.connected(), action, body, patience=_REQUEST_SECONDS)
 
-    async def _connected(self) -> Client:
-        if self._client is not None and not self._client.is_closed:
+    async def connected(self) -> Client:
+        """The connection; raise Unavailable when the engine does not answer."""
+        async with self._connecting:
+            if self._client is None or self._client.is_closed:
+                self._client = await connect(self._access, "uplinkd reader")
             return self._client
-        self._client = await connect(self._access, "uplinkd reader")
-        return self._client
 
 
-def delivered(told: Told, base: Base) -> tuple[Message, int]:
-    """A message that a consumer of the stream was given, and how often it was.
+def delivered(told: Told, base: Base, name: str = STREAM) -> tuple[Message, int]:
+    """A message that a consumer of the stream `name` was given, and how often it was.
 
     The reply subject is `$JS.ACK.<stream>.<consumer>.<delivered>.<sequence>.<consumer sequence>.<nanoseconds>.<pending>`; newer
     servers may put a domain and an account in front, and a token behind.
     """
     tokens = told.reply.split(".")
-    at = tokens.index(STREAM)
+    at = tokens.index(name)
     origin = told.headers.get(ORIGIN_HEADER)
     message_id, moment = base.id(int(tokens[at + 3])), int(tokens[at + 5]) // 10**6
     return _made(message_id, told.subject, moment, told.payload, origin), int(tokens[at + 2])

@@ -1,8 +1,16 @@
-"""The stream that holds all messages: how it must look, and how its sequence numbers become messageIds.
+"""The streams that hold all messages: how they must look, and how their sequence numbers become messageIds.
+
+Usually there is one. Where its leader is the limit there are several (settings.partitions), and each device has one of them for ever,
+by a hash of its name and its product's: so its messages stay in order. Two streams may not take the same subjects. So a publisher puts
+`uplinkd.part.<number>.` before the subject, and the stream takes that away again (its subject transform): what is stored, and with it
+every filter, is the same however many there are. How many there are is fixed when they are made and stands in the metadata of each,
+where readers and consumer groups find it; a setting that says otherwise is refused.
 
 messageId = base + sequence, where base is fixed when the stream is made: its time of making in ms, shifted left by 20. So ids
 rise in the order of storage, an id leads to its message by arithmetic, and a stream that is deleted and made again gives no
-id twice: its base lies beyond every id of the old one, for rates up to 2^20 messages a millisecond.
+id twice: its base lies beyond every id of the old one, for rates up to 2^20 messages a millisecond. Of several streams, `count`, the
+id is base + sequence · count, and the base of each leaves its number as the remainder: so no two have an id in common, an id tells its
+stream, and those of one device rise. The rate is then 2^20 for all of them together.
 
 A stream that is restored from a backup knows nothing of the ids that were given after the backup, under sequences that it will
 give again. Its sequences cannot be set ahead (nats-server 2.15 walks through a gap of 5·10^12 one by one when it recovers). So it gets
@@ -12,26 +20,39 @@ which thus have the ids that they had.
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 from uplinkd.core.errors import Unavailable
+from uplinkd.core.subjects import from_subject
+from uplinkd.core.topics import owner
 from uplinkd.settings import Settings
 
 __all__ = [
     "BASE",
-    "DELETED",
+    "BASE_SHIFT",
+    "INGEST",
+    "PARTITION",
     "RESTORED",
     "STREAM",
     "SUBJECTS",
     "Base",
+    "Part",
     "base_metadata",
     "base_of",
     "base_of_metadata",
     "changed",
+    "check_partitions",
     "check_quorum",
+    "live_subject",
     "new_base",
+    "part_for",
+    "part_of",
+    "parts",
     "restored_metadata",
     "spread",
     "wanted",
@@ -40,14 +61,17 @@ __all__ = [
 
 STREAM = "UPLINKD"
 SUBJECTS = "/.>"
-DELETED = f"$JS.EVENT.ADVISORY.STREAM.DELETED.{STREAM}"
-"""Where JetStream tells that the stream was deleted."""
+INGEST = "uplinkd.part."
+"""What stands, with the number and a dot, before the subject of what goes to one of several streams."""
 
 BASE = "uplinkd.base"
 """Under this name the base of the ids stands in the metadata of the stream, and in that of applications' consumers."""
 RESTORED = "uplinkd.restored"
 """Under this name stands, for a stream that was restored, which messages have another base: `last sequence:base`, several by spaces."""
-_BASE_SHIFT = 20
+PARTITION = "uplinkd.partition"
+"""Under this name stands which of how many streams this is, `number/count`; not where there is one."""
+BASE_SHIFT = 20
+"""By so many bits a base is its stream's time of making (ms), shifted left."""
 # A replica that lives tells so each second.
 _HEARD_NANOSECONDS = 4 * 10**9
 # Lifecycle and status messages have a Nats-Msg-Id. The window is named because it may not be longer than max_age, and is the server's
@@ -55,15 +79,75 @@ _HEARD_NANOSECONDS = 4 * 10**9
 _DUPLICATE_WINDOW = 120 * 10**9
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of the streams that hold the messages."""
+
+    number: int = 0
+    count: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{STREAM}_P{self.number}" if self.number else STREAM
+
+    @property
+    def ingest(self) -> str:
+        """What stands before the subject of what is published to it."""
+        return f"{INGEST}{self.number}." if self.count > 1 else ""
+
+    @property
+    def deleted(self) -> str:
+        """Where JetStream tells that the stream was deleted."""
+        return f"$JS.EVENT.ADVISORY.STREAM.DELETED.{self.name}"
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """What of the stream's configuration makes it this part."""
+        if self.count == 1:
+            return {"subjects": [SUBJECTS]}
+        subjects = f"{self.ingest}{SUBJECTS}"
+        return {"subjects": [subjects], "subject_transform": {"src": subjects, "dest": SUBJECTS}}
+
+    def aligned(self, base: int) -> int:
+        """The lowest base for this part that is not below `base`."""
+        return base + (self.number - base) % self.count
+
+
+def parts(count: int) -> list[Part]:
+    """All streams, where there are so many."""
+    return [Part(number, count) for number in range(count)]
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def part_for(subject: str, count: int) -> Part:
+    """The stream for what is stored under `subject`: the same for all of a device's."""
+    return Part(crc32("/".join(owner(from_subject(subject))).encode()) % count, count)
+
+
+def part_of(config: Mapping[str, Any]) -> Part:
+    """Which of how many the stream with this configuration is."""
+    number, _, count = (config.get("metadata") or {}).get(PARTITION, "0/1").partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise Unavailable(f"the NATS stream {config.get('name')} has the metadata {PARTITION} = {number}/{count}")
+    return Part(int(number), int(count))
+
+
+def live_subject(subject: str, count: int) -> str:
+    """Under what to listen for what is published under `subject`, which may have wildcards; `Told.subject` then ends in the latter."""
+    return f"{INGEST}*.{subject}" if count > 1 else subject
+
+
 class Base(int):
     """What makes a messageId of a sequence: the number is the base of what is stored now; those up to a sequence in `restored`
-    have the base beside it, (last sequence, base), the oldest first."""
+    have the base beside it, (last sequence, base), the oldest first. Between two ids lies `step`."""
 
     restored: tuple[tuple[int, int], ...]
+    step: int
 
-    def __new__(cls, base: int = 0, restored: tuple[tuple[int, int], ...] = ()) -> Base:
+    def __new__(cls, base: int = 0, restored: tuple[tuple[int, int], ...] = (), step: int = 1) -> Base:
         made = super().__new__(cls, base)
         made.restored = restored
+        made.step = step
         return made
 
     def id(self, sequence: int) -> int:
@@ -71,35 +155,35 @@ class Base(int):
         if self.restored:
             place = bisect_left(self.restored, sequence, key=lambda part: part[0])
             if place < len(self.restored):
-                return self.restored[place][1] + sequence
-        return self + sequence
+                return self.restored[place][1] + sequence * self.step
+        return self + sequence * self.step
 
     def sequence(self, message_id: int) -> int:
         """The sequence of the first message with this id or a later one, which need not be there."""
         first = 1
         for last, base in self.restored:
-            if message_id <= base + last:
-                return max(message_id - base, first)
+            if message_id <= base + last * self.step:
+                return max(-((base - message_id) // self.step), first)
             first = last + 1
-        return max(message_id - self, first)
+        return max(-((self - message_id) // self.step), first)
 
 
 def new_base(now: int) -> int:
     """The base of a stream made at `now` (ms since 1970)."""
-    return now << _BASE_SHIFT
+    return now << BASE_SHIFT
 
 
-def wanted(settings: Settings, base: int) -> dict[str, Any]:
+def wanted(settings: Settings, base: int, part: Part) -> dict[str, Any]:
     """The stream's configuration, as the JetStream API takes it."""
     age = round(settings.keep_age * 1e9)
     config = {
-        "name": STREAM,
-        "subjects": [SUBJECTS],
+        "name": part.name,
+        **part.shape,
         "retention": "limits",
         "storage": "file",
         "discard": "old",
         "max_age": age,
-        "max_bytes": settings.keep_bytes,
+        "max_bytes": settings.keep_bytes // part.count,
         "max_msgs": -1,
         "max_consumers": -1,
         **spread(settings),
@@ -108,7 +192,7 @@ def wanted(settings: Settings, base: int) -> dict[str, Any]:
         # Where each acknowledgement waits for the disk, messages are stored in batches: see engine.jetstream.
         "allow_atomic": settings.sync_interval == "always",
     }
-    return with_base(config, base)
+    return with_base(config, base, part)
 
 
 def spread(settings: Settings) -> dict[str, Any]:
@@ -117,9 +201,13 @@ def spread(settings: Settings) -> dict[str, Any]:
     return {"num_replicas": settings.replicas, **placement}
 
 
-def with_base(config: dict[str, Any], base: int) -> dict[str, Any]:
+def with_base(config: dict[str, Any], base: int, part: Part = Part()) -> dict[str, Any]:
     """`config` with the base of its ids."""
-    return {**config, "metadata": {BASE: str(base)}}
+    return {**config, "metadata": {BASE: str(base), **_partition(part)}}
+
+
+def _partition(part: Part) -> dict[str, str]:
+    return {PARTITION: f"{part.number}/{part.count}"} if part.count > 1 else {}
 
 
 def base_of_metadata(config: Mapping[str, Any]) -> Base:
@@ -131,32 +219,42 @@ def base_of_metadata(config: Mapping[str, Any]) -> Base:
             f"the NATS stream {config.get('name')} was not made by uplinkd (metadata {BASE} = {base!r}); "
             "rename or remove it, it is left as it is"
         )
-    parts = (part.split(":") for part in metadata.get(RESTORED, "").split())
-    return Base(int(base), tuple((int(last), int(before)) for last, before in parts))
+    restored = (each.split(":") for each in metadata.get(RESTORED, "").split())
+    return Base(int(base), tuple((int(last), int(before)) for last, before in restored), part_of(config).count)
 
 
 def restored_metadata(config: Mapping[str, Any], state: Mapping[str, Any], fresh: int) -> dict[str, str]:
     """The metadata of a stream that was restored with this configuration and state, for ids beyond `fresh` from now on."""
     before, last, first = base_of_metadata(config), int(state["last_seq"]), int(state["first_seq"])
-    parts = [*before.restored, (last, int(before))] if last else []
-    text = " ".join(f"{end}:{base}" for end, base in parts if end >= first)
-    return {**config["metadata"], BASE: str(fresh - last), RESTORED: text}
+    known = [*before.restored, (last, int(before))] if last else []
+    text = " ".join(f"{end}:{base}" for end, base in known if end >= first)
+    return {**config["metadata"], BASE: str(part_of(config).aligned(fresh) - last * before.step), RESTORED: text}
 
 
 def base_metadata(base: Base) -> dict[str, str]:
     """How a base stands in metadata."""
     restored = {RESTORED: " ".join(f"{last}:{before}" for last, before in base.restored)} if base.restored else {}
-    return {BASE: str(int(base)), **restored}
+    return {BASE: str(int(base)), **restored, **_partition(Part(base % base.step, base.step))}
 
 
 def base_of(config: Mapping[str, Any]) -> Base:
-    """The base of the existing stream of messages; raise Unavailable when it is not the one."""
-    if config.get("subjects") != [SUBJECTS]:
+    """The base of an existing stream of messages; raise Unavailable when it is not one."""
+    if any(config.get(name) != value for name, value in part_of(config).shape.items()):
         raise Unavailable(
-            f"the NATS stream {STREAM} was not made by uplinkd (subjects {config.get('subjects')}); "
+            f"the NATS stream {config.get('name')} was not made by uplinkd (subjects {config.get('subjects')}); "
             "rename or remove it, it is left as it is"
         )
     return base_of_metadata(config)
+
+
+def check_partitions(config: Mapping[str, Any], count: int) -> None:
+    """Return if the stream is one of so many; raise Unavailable otherwise."""
+    found = part_of(config).count
+    if found != count:
+        raise Unavailable(
+            f"partitions = {count}, and the NATS stream {config.get('name')} was made as one of {found}: their number stays as it "
+            f"was when they were made; set partitions = {found}"
+        )
 
 
 def check_quorum(info: Mapping[str, Any]) -> None:
@@ -164,12 +262,12 @@ def check_quorum(info: Mapping[str, Any]) -> None:
     others = (info.get("cluster") or {}).get("replicas") or []
     heard = 1 + sum(not each.get("offline") and each.get("active", 0) < _HEARD_NANOSECONDS for each in others)
     if 2 * heard <= 1 + len(others):
-        raise Unavailable(f"of {1 + len(others)} replicas of {STREAM} only {heard} are in touch")
+        raise Unavailable(f"of {1 + len(others)} replicas of {info['config']['name']} only {heard} are in touch")
 
 
 def changed(config: Mapping[str, Any], settings: Settings) -> dict[str, Any] | None:
     """The configuration to update to when age, size or syncing were set anew; None when they are as set."""
-    fresh = wanted(settings, base_of(config))
+    fresh = wanted(settings, base_of(config), part_of(config))
     names = ("max_age", "max_bytes", "duplicate_window", "allow_atomic")
     if all((config.get(name) or 0) == fresh[name] for name in names):
         return None

@@ -16,20 +16,20 @@ from uplinkd.engine.api import ApiError, NotThere, call, connect, in_words
 from uplinkd.engine.down import shapes
 from uplinkd.engine.embedded import OLDEST, Access
 from uplinkd.engine.groups import DEAD, RETRY
-from uplinkd.engine.stream import spread, wanted
+from uplinkd.engine.stream import check_partitions, parts, spread, wanted
 from uplinkd.settings import Settings
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
 
-__all__ = ["Difference", "check", "check_version", "differences", "told_why"]
+__all__ = ["Difference", "check", "check_count", "check_version", "differences", "told_why"]
 
 log = logging.getLogger("uplinkd.engine")
 
 _REQUEST_SECONDS = 3.0
 _NOT_CLUSTERED, _NO_PEERS, _JETSTREAM_OFF = 10074, 10005, (10039, 10076)
 # What nobody can serve with: messages would go before their time, or an acknowledgement promise less than the settings say.
-_GRAVE = ("retention", "storage", "subjects")
+_GRAVE = ("retention", "storage", "subjects", "subject_transform")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,7 @@ async def check(settings: Settings, access: Access) -> None:
         check_version({"version": str(client.connected_server_version)})
         with in_words():
             await _check_api(client, settings)
+            await _check_count(client, settings)
             found = [each async for each in _streams(client, settings)]
     except ApiError as fault:
         log.warning("%s; uplinkd starts all the same", fault)
@@ -141,12 +142,33 @@ async def _check_api(client: Client, settings: Settings) -> None:
 
 async def _streams(client: Client, settings: Settings) -> AsyncIterator[Difference]:
     """In what streams of ours that exist differ from what the settings say."""
-    kept = wanted(settings, 0)
-    for config in (kept, *shapes(settings), *({"name": name, **spread(settings)} for name in (DEAD, RETRY))):
+    kept = [wanted(settings, 0, part) for part in parts(settings.partitions)]
+    for config in (*kept, *shapes(settings), *({"name": name, **spread(settings)} for name in (DEAD, RETRY))):
         with contextlib.suppress(NotThere):
             info = await call(client, f"STREAM.INFO.{config['name']}", patience=_REQUEST_SECONDS)
             for each in differences(info["config"], config):
                 yield each
+
+
+async def check_count(settings: Settings, access: Access) -> None:
+    """Raise Rejected where the streams of messages were made as another number of them; servers that do not answer are passed over."""
+    with contextlib.suppress(Unavailable):
+        client = await connect(access, "uplinkd")
+        try:
+            with in_words():
+                await _check_count(client, settings)
+        finally:
+            await client.close()
+
+
+async def _check_count(client: Client, settings: Settings) -> None:
+    for part in parts(max(settings.partitions, 2)):  # where the first was deleted, the second tells
+        with contextlib.suppress(NotThere):
+            info = await call(client, f"STREAM.INFO.{part.name}", patience=_REQUEST_SECONDS)
+            try:
+                check_partitions(info["config"], settings.partitions)
+            except Unavailable as fault:
+                raise Rejected(str(fault)) from None
 
 
 def _sign_in_fault(fault: str, access: Access) -> str:

@@ -21,6 +21,7 @@ from uplinkd.core.errors import Code, Refused, Rejected, Unavailable
 from uplinkd.core.model import App
 from uplinkd.core.subjects import from_subject, subjects_of_filter
 from uplinkd.engine import Bus, Downlink, SessionRecord, Told
+from uplinkd.engine.stream import live_subject
 from uplinkd.floods import Floods
 from uplinkd.flow import network_of
 from uplinkd.gateway import MAX_MQTT_PAYLOAD_BYTES, Gateway, Outcome, Request, Wait
@@ -95,6 +96,7 @@ class Door:
     connect_timeout: float = 10.0
     write_timeout: float = 30.0
     most: int = 20_000
+    partitions: int = 1
     meter: Meter = field(default_factory=spare)
     now: float = 0.0
     draining: bool = False
@@ -118,6 +120,7 @@ class Door:
     def take_limits(self, settings: Settings) -> None:
         self.connect_timeout = settings.head_timeout
         self.most = settings.max_connections
+        self.partitions = settings.partitions
 
     def tick(self) -> None:
         """Once in a fraction of a second: renew the coarse clock, end what has overstayed."""
@@ -770,7 +773,9 @@ class Connection(asyncio.Protocol):
             if not any(topics.filter_matches(topic_filter, own + levels) for levels in self._entry.publish_levels):
                 return False  # nobody publishes there: what comes is sent down
         self._ears[topic_filter] = [
-            self._door.bus.listen(subject, functools.partial(self._heard, topic_filter))
+            self._door.bus.listen(
+                live_subject(subject, self._door.partitions), functools.partial(self._heard, topic_filter)
+            )
             for subject in subjects_of_filter(topic_filter)
         ]
         return True
@@ -788,7 +793,7 @@ class Connection(asyncio.Protocol):
     def _heard(self, topic_filter: str, told: Told) -> None:
         qos = self.subscriptions.get(topic_filter)
         if qos is not None:
-            self._send_live(from_subject(told.subject), told.payload, qos)
+            self._send_live(from_subject(told.subject[told.subject.index("/") :]), told.payload, qos)
 
     def deliver_live(self, topic: str, payload: bytes) -> bool:
         """Send a message that waits nowhere, if the client has subscribed to it; whether it has."""
