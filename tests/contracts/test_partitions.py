@@ -126,6 +126,24 @@ async def test_ids_are_unique_and_rise_for_each_device(server: EmbeddedServer, p
     await reader.close()
 
 
+async def test_what_is_stored_in_batches_has_the_ids_of_its_stream(tmp_path: Path) -> None:
+    """With sync_interval = always, where a batch is acknowledged by its last message: each stream has batches of its own."""
+    settings = Settings(data=tmp_path, nats_listen="", partitions=COUNT, sync_interval="always")
+    server = EmbeddedServer.start(settings)
+    publisher = open_publisher(settings, server.access)
+    await publisher.start()
+    await connected(publisher)
+    found = await asyncio.gather(
+        *(publish(publisher, b"%d" % number, topic_of(DEVICES[number % 12])) for number in range(1200))
+    )
+    reader = await open_reader(server.access)
+    there = {message.id: message.payload for message in await reader.latest(Query(), 2000)}
+    assert there == {message_id: b"%d" % number for number, (message_id, _) in enumerate(found)}
+    await reader.close()
+    await publisher.stop()
+    server.stop()
+
+
 async def test_pages_have_each_message_once_also_where_many_are_of_one_millisecond(
     server: EmbeddedServer, publisher: Publisher
 ) -> None:
