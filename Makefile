@@ -18,10 +18,11 @@ amqp: $(VENV)/run.stamp  ## install what the AMQP door needs: compiles for half 
 	@$(AMQP) >$(VENV)/amqp.log 2>&1 || { echo "$(NO_AMQP)"; exit 1; }
 
 test: $(VENV)/dev.stamp  ## run all tests but the slow ones
-	$(BIN)/python -m pytest -n 3 --dist loadgroup
+	$(BIN)/python -m pytest -n 4 --dist loadgroup
 
 # What is harmed or measured under load has the machine for itself.
-ALONE := tests/faults tests/cluster tests/abuse/test_under_attack.py tests/bench
+ALONE := $(addprefix tests/faults/test_,crashes.py nothing_is_lost.py soak.py surroundings.py workers.py) \
+  tests/abuse/test_under_attack.py tests/bench
 
 slow: $(VENV)/dev.stamp  ## run the slow tests: faults under load, large imports
 	$(BIN)/python -m pytest -m slow -n 3 --dist loadgroup --timeout 600 --durations 15 $(ALONE:%=--ignore=%)

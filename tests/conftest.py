@@ -16,7 +16,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from sqlalchemy import Connection
 
-from tests.databases import KINDS, empty_database, made_database
+from tests.databases import IN_TURN, empty_database, made_database
 from tests.faults.table import Row, rows_of, written
 from uplinkd import tls
 from uplinkd.registry import sql
@@ -65,7 +65,7 @@ def postgresql(postgresql_database: str) -> str:
     return postgresql_database
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=IN_TURN)
 def database_url(request: pytest.FixtureRequest) -> str:
     """The setting, for each kind of database in turn."""
     return request.getfixturevalue("postgresql") if request.param == "postgresql" else ""

@@ -20,6 +20,7 @@ from uplinkd.registry.schema import REVISIONS, metadata
 from uplinkd.settings import Settings
 
 __all__ = [
+    "IN_TURN",
     "KINDS",
     "SERVER",
     "Wire",
@@ -34,6 +35,9 @@ __all__ = [
 ]
 
 KINDS = ("sqlite", "postgresql")
+
+IN_TURN = (KINDS[0], pytest.param(KINDS[1], marks=pytest.mark.slow))
+"""The same, for tests that run on each commit with the first alone."""
 SERVER = os.environ.get("UPLINKD_TEST_POSTGRESQL", "postgresql://postgres@127.0.0.1:5432/").replace("+psycopg", "")
 
 

@@ -333,6 +333,7 @@ def logged(server: Server, enough: Callable[[list[dict[str, Any]]], bool], *opti
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "version"), [("haproxy", 1), ("haproxy", 2), ("nginx", 1)])
 def test_real_proxies_are_understood_at_each_door(told: Server, tmp_path: Path, name: str, version: int) -> None:
     """Each client is in the log with its own address, of IPv4 or IPv6, and nothing else is in it."""
@@ -385,6 +386,7 @@ def test_what_a_device_itself_claims_is_not_heard(told: Server) -> None:
     assert not [each for each in found if each["address"] == "203.0.113.9"]
 
 
+@pytest.mark.slow
 @as_a_worker_does
 async def test_the_checks_of_haproxy_are_counted_nowhere(context: ssl.SSLContext, tmp_path: Path) -> None:
     """Dozens of them, of both versions; the port counts as open."""

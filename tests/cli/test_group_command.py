@@ -242,6 +242,7 @@ def buried(data: Path, name: str, *payloads: bytes, first: int = 1) -> None:
     asyncio.run(act())
 
 
+@pytest.mark.slow
 def test_how_far_a_group_is(served: Shell) -> None:
     """Lag, rate and age of the oldest message, for people and for programs; without a consumer the lag is all that there is."""
     end = time.monotonic() + 10
@@ -263,6 +264,7 @@ def test_how_far_a_group_is(served: Shell) -> None:
     served.json("group", "delete", "all")
 
 
+@pytest.mark.slow
 def test_dead_letters_are_looked_at_offered_again_and_thrown_away(served: Shell) -> None:
     """By number, or all; what is in them cannot steer a terminal, and the audit knows of it."""
     served.json("group", "create", "sad", "--product", LAMPS)
@@ -300,6 +302,7 @@ def test_dead_letters_are_looked_at_offered_again_and_thrown_away(served: Shell)
     served.json("group", "delete", "sad")
 
 
+@pytest.mark.slow
 def test_an_application_gets_a_new_secret(served: Shell) -> None:
     """Shown once, as the first one was."""
     renewed = served.json("app", "renew-secret", "billing")

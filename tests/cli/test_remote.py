@@ -29,7 +29,7 @@ from uplinkd.engine import Query
 from uplinkd.journal import Wanted
 from uplinkd.remote import Remote, RemoteJournal, RemoteReader, RemoteRegistry
 
-pytestmark = pytest.mark.xdist_group("remote")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("remote")]
 
 PRODUCT = "a1Remote"
 HEADING = "ProductKey,DeviceName,DeviceSecret\n"

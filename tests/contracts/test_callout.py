@@ -501,6 +501,7 @@ async def test_a_consumer_comes_back_with_the_stream(
         assert not application.denied
 
 
+@pytest.mark.slow
 async def test_an_application_outlives_nats_server(
     registry: Registry, server: EmbeddedServer, publisher: Publisher, callout: Callout
 ) -> None:
@@ -525,6 +526,7 @@ async def test_an_application_outlives_nats_server(
         assert found[-2:] == [b"2", b"3"]
 
 
+@pytest.mark.slow
 async def test_a_login_that_nobody_answers_is_refused_so_that_clients_try_again(
     settings: Settings, registry: Registry, server: EmbeddedServer, publisher: Publisher
 ) -> None:
@@ -559,6 +561,7 @@ async def test_an_outage_of_the_registry_refuses_logins_and_ends_nothing(
             pass
 
 
+@pytest.mark.slow
 async def test_tls_is_there_for_those_who_ask_and_a_renewed_certificate_is_used(
     settings: Settings, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -617,6 +620,7 @@ async def test_messages_of_earlier_versions_are_still_there(settings: Settings) 
     assert [folder.name for folder in store.iterdir()] == ["UPLINKD"]
 
 
+@pytest.mark.slow
 def test_a_port_for_applications_that_is_taken_is_named(settings: Settings) -> None:
     """With the setting that names another; nothing is left running or locked."""
     with socket.create_server(("127.0.0.1", 0)) as other:

@@ -71,7 +71,7 @@ class House:
         return consumer
 
 
-@pytest.fixture(params=[1, 3])
+@pytest.fixture(params=[1, pytest.param(3, marks=pytest.mark.slow)])
 async def house(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[House]:
     """With messages in so many streams."""
     settings = Settings(data=tmp_path, nats_listen="", partitions=request.param)

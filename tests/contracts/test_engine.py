@@ -60,7 +60,7 @@ def server(settings: Settings) -> Iterator[EmbeddedServer]:
     started.stop()
 
 
-@pytest.fixture(params=["memory", "jetstream", "partitions"])
+@pytest.fixture(params=["memory", "jetstream", pytest.param("partitions", marks=pytest.mark.slow)])
 async def engine(request: pytest.FixtureRequest, settings: Settings) -> AsyncIterator[Engine]:
     if request.param == "memory":
         memory = MemoryEngine()
@@ -290,6 +290,7 @@ async def test_a_tail_shows_the_newest_and_counts_what_it_skipped(engine: Engine
     assert 2500 < len(seen) + skipped <= 3002  # those that come while it is counted are known to none
 
 
+@pytest.mark.slow
 async def test_a_tail_of_a_device_in_any_product_hears_of_its_first_message(engine: Engine) -> None:
     """Also when the device has never reported before."""
     seen: list[str] = []

@@ -310,7 +310,7 @@ class Hall:
             await asyncio.sleep(0.02)
 
 
-@pytest.fixture(params=[1, 3])
+@pytest.fixture(params=[1, pytest.param(3, marks=pytest.mark.slow)])
 async def hall(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Hall]:
     """With messages in so many streams."""
     settings = Settings(data=tmp_path, nats_listen="", partitions=request.param)
@@ -495,6 +495,7 @@ async def test_a_desk_without_an_engine_says_so(hall: Hall) -> None:
     await hall.state(group, dead=1)
 
 
+@pytest.mark.slow
 async def test_a_command_opens_a_desk_of_its_own(hall: Hall) -> None:
     """With a connection that it closes; where there is no engine it says so within seconds."""
     desk = await open_desk(announced(hall.settings))

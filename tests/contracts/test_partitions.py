@@ -31,6 +31,8 @@ from uplinkd.engine.streams import check_count
 from uplinkd.settings import Settings
 from uplinkd.tasks import end_tasks
 
+pytestmark = pytest.mark.slow
+
 COUNT = 3
 DEVICES = [f"d{number}" for number in range(12)]
 

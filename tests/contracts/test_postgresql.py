@@ -35,6 +35,8 @@ from uplinkd.registry.copy import copy_registry
 from uplinkd.registry.sql import SqlRegistry
 from uplinkd.settings import Settings, load, shown
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 600_000
 NAMES = ("Lamp_1", "lamp-1", "lamp.1", "lamp:1", "lamp@1", "lamp1", "lampZ", "lamp_", "zzzz", "AAAA")
@@ -312,7 +314,6 @@ def test_a_connection_that_ends_half_way_is_an_outage_and_no_half_act(registry: 
     registry.create_device(PRODUCT, "lamp-1")
 
 
-@pytest.mark.slow
 def test_a_server_that_falls_silent_is_an_outage_within_five_seconds(settings: Settings, postgresql: str) -> None:
     """No answer, and no end of the connection either, as when a machine or a network is gone. It recovers by itself."""
     wire = Wire(postgresql)
@@ -348,7 +349,6 @@ def test_a_server_that_falls_silent_is_an_outage_within_five_seconds(settings: S
         wire.close()
 
 
-@pytest.mark.slow
 def test_a_statement_that_takes_too_long_is_cancelled(registry: SqlRegistry, postgresql: str) -> None:
     """The caller is told within five seconds, and the server does not go on with it."""
     begun = time.monotonic()
@@ -363,7 +363,6 @@ def test_a_statement_that_takes_too_long_is_cancelled(registry: SqlRegistry, pos
     ) == [[0]]
 
 
-@pytest.mark.slow
 def test_busy_connections_are_bounded(registry: SqlRegistry, settings: Settings, postgresql: str) -> None:
     """However many threads ask at once; and a pool that waits says so."""
     with locked(settings):

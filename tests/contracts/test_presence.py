@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, event
 
-from tests.databases import KINDS
+from tests.databases import IN_TURN
 from tests.house import freeze, until
 from tests.room import Crew
 from uplinkd.core.errors import Unavailable
@@ -41,7 +41,7 @@ NOW = 1_800_000_000_000
 TIMEOUT = 600_000
 
 
-in_each_database = pytest.mark.parametrize("database_url", KINDS, indirect=True)
+in_each_database = pytest.mark.parametrize("database_url", IN_TURN, indirect=True)
 
 
 @pytest.fixture
@@ -764,6 +764,7 @@ async def test_what_was_stored_is_known_again_in_another_time_zone(town: Town, m
     assert town.registry.untold(10) == []
 
 
+@pytest.mark.slow
 async def test_while_the_engine_is_away_changes_wait_and_are_told_once_it_is_back(town: Town) -> None:
     """Killed, and started again on another port: each once and in order, by whoever is there."""
     sweeper, other, entries = town.presence("0"), town.presence("1"), [await town.entry(f"d{n:03}") for n in range(50)]

@@ -522,7 +522,7 @@ secrets_of_devices = st.text(st.characters(categories=["L", "N", "P", "S"]), min
 names_of_devices = st.from_regex(r"[A-Za-z0-9_@.:-]{4,32}", fullmatch=True)
 
 
-@hypothesis_settings(max_examples=20, deadline=None)
+@hypothesis_settings(max_examples=10, deadline=None)
 @given(fleet=st.dictionaries(names_of_devices, secrets_of_devices, max_size=8))
 def test_made_one_by_one_or_imported_a_fleet_is_the_same(fleet: dict[str, str]) -> None:
     """Every name and secret that the rules allow comes back as it went in, by either way."""
@@ -542,6 +542,7 @@ def test_made_one_by_one_or_imported_a_fleet_is_the_same(fleet: dict[str, str]) 
 # opening, and outages
 
 
+@pytest.mark.slow
 def test_processes_that_open_a_new_registry_at_once_agree(tmp_path: Path, database_url: str) -> None:
     """All succeed, and all have the same signing key: one made the tables and the keys, the others waited."""
     if database_url:
@@ -605,6 +606,7 @@ def test_a_file_that_is_no_database_is_unavailable_in_one_line(tmp_path: Path) -
     assert file.read_bytes() == b"my holiday photos" * 1000
 
 
+@pytest.mark.slow
 def test_a_lock_that_another_holds_is_an_outage_for_writers_alone(registry: Registry, settings: Settings) -> None:
     """After four or five seconds the writer is told in one line; readers, and so devices, go on meanwhile."""
     registry.create_device(PRODUCT, "lamp-1")

@@ -14,7 +14,7 @@ import pytest
 from tests.faults.backend import AmqpConsumer, Target, all_there
 from tests.house import Device, Server, cli, cli_json, make_devices, serving, until
 
-pytestmark = pytest.mark.xdist_group("backends")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("backends")]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,6 @@ async def test_reports_are_posted_to_a_url(server: Server, device: Device, targe
     await until(lambda: name not in cli("group", "list", data=server.data).stdout.decode())
 
 
-@pytest.mark.slow
 async def test_a_paused_group_gets_the_rest_when_it_goes_on(server: Server, device: Device, target: Target) -> None:
     """And one that is set back gets again what it had."""
     only = ("--product", device.product, "--topic", f"/{device.product}/{device.name}/#")
@@ -127,7 +126,6 @@ async def test_a_webhook_is_tried_with_a_sample_event(server: Server, device: De
     assert b"has no webhook to try" in cli("group", "test", "nobody", data=server.data, check=False).stderr
 
 
-@pytest.mark.slow
 def test_a_private_address_is_not_posted_to_unless_it_is_allowed(tmp_path: Path) -> None:
     """The command warns at once, and the group says why nothing goes there."""
     with serving(tmp_path / "data", "--workers", "1") as server:
@@ -139,7 +137,6 @@ def test_a_private_address_is_not_posted_to_unless_it_is_allowed(tmp_path: Path)
         assert b"not in webhook_networks" in tried.stdout
 
 
-@pytest.mark.slow
 async def test_a_consumer_over_amqp_gets_reports_status_and_what_the_owner_does(tmp_path: Path) -> None:
     """With the real Proton client; who consumes is told, and who may not is found in the logs."""
     pytest.importorskip("proton", reason="python-qpid-proton is not installed: make amqp")

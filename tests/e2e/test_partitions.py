@@ -20,7 +20,7 @@ from tests.faults.load import LIMITS, Load
 from tests.house import UPLINKD, Device, Server, cli, cli_json, environment, make_devices, serving, stored
 from uplinkd.engine.stream import part_for, parts
 
-pytestmark = pytest.mark.xdist_group("partitions")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("partitions")]
 
 COUNT = 3
 

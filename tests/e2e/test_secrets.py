@@ -190,6 +190,7 @@ def test_core_dumps_are_a_setting(tmp_path: Path, value: str, private: bool) -> 
         server.stop()
 
 
+@pytest.mark.slow
 def test_a_secret_on_the_command_line_is_warned_of(tmp_path: Path) -> None:
     """It works, since it always did; and the log says who else sees it, without repeating it."""
     server = Server(tmp_path / "data", ("--workers", "1", "--secret-key", KEY)).start()
