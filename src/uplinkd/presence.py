@@ -39,8 +39,6 @@ T = TypeVar("T")
 
 _FLUSH_SECONDS = 0.5
 _SWEEP_SECONDS = 3.0
-# `lastSeen` of a busy device is written this often; for people it is precise enough, for the database it is cheap.
-_SEEN_MILLISECONDS = 5000
 _JUMP_SECONDS = 1.0
 _CLOSING_SECONDS = 1.5
 _ORPHANS_SECONDS = 60.0
@@ -76,7 +74,7 @@ class Presence:
         self._monotonic = monotonic
         self._partitions = settings.partitions
         self._timeout = round(settings.online_timeout * 1000)
-        self._pace = min(_SEEN_MILLISECONDS, self._timeout // 4)
+        self._pace = min(round(settings.seen_interval * 1000), self._timeout // 4)
         self._pending: list[Sighting] = []
         self._publishing: set[int] = set()
         self._told: list[int] = []

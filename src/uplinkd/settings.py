@@ -357,6 +357,12 @@ class Settings(BaseModel):
     online_timeout: Seconds = Field(
         600.0, ge=1, description="a device that reports over HTTPS counts as online this long after its last request"
     )
+    seen_interval: Seconds = Field(
+        5.0,
+        ge=1,
+        description="when a device was last seen over HTTPS is written to the registry this often, or four times in online_timeout; "
+        "longer spares the registry of a large fleet",
+    )
 
     keep_age: Seconds = Field(7 * 86400.0, ge=0, description="messages are kept this long; 0: no limit by age")
     keep_bytes: Bytes = Field(

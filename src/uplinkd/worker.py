@@ -54,6 +54,7 @@ log = logging.getLogger("uplinkd")
 
 DRAIN_SECONDS = 4.0
 _CLOSING_SECONDS = 4.0
+_KNOWN_DEVICES = 100_000
 _KEYS_SECONDS = 0.5
 # For so long a worker hears who else is there before it does anything in the name of all; and hears others out before it
 # insists on its own sessions.
@@ -97,7 +98,8 @@ async def _serve(task: Task) -> None:
     settings = task.settings
     name = f"{settings.gateway}.{task.slot}"
     registry = open_registry(settings)
-    cache = DeviceCache(registry)
+    # Of devices that report in turn, the oldest would always be the one that is asked for next: all that are connected are known.
+    cache = DeviceCache(registry, capacity=max(_KNOWN_DEVICES, settings.max_connections))
     engine = open_publisher(settings, task.access, task.meter)
     bus = NatsBus(task.access, f"uplinkd worker {name}")
     roster = Roster(bus, name)

@@ -902,6 +902,17 @@ async def test_last_seen_is_written_soon_but_not_each_time(town: Town) -> None:
     assert town.registry.device(PRODUCT, "lamp").last_seen == NOW + 10_000
 
 
+async def test_how_often_last_seen_is_written_is_a_setting(town: Town) -> None:
+    """Up to a quarter of the time after which a silent device counts as offline."""
+    settings = town.settings.model_copy(update={"seen_interval": 60.0, "online_timeout": 600.0})
+    presence, entry = town.presence(settings=settings), await town.entry("lamp")
+    for later, written in ((0, 0), (59, 0), (1, 60_000), (1, 60_000), (59, 120_000)):
+        town.later(later)
+        presence.saw(entry, town.now, "192.0.2.1")
+        await presence.flush()
+        assert town.registry.device(PRODUCT, "lamp").last_seen == NOW + written
+
+
 async def test_a_short_timeout_does_not_lose_a_busy_device(town: Town) -> None:
     """It is written as often as the timeout asks for."""
     presence = town.presence(settings=town.settings.model_copy(update={"online_timeout": 1.0}))
