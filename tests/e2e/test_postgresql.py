@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.databases import Wire, end_connections
-from tests.house import Device, Server, alive, cli
+from tests.house import Device, Server, alive, cli, until
 
 UNKNOWN = 20004  # a device that is not known here while the registry is away
 
@@ -74,6 +74,7 @@ async def test_a_server_serves_from_postgresql_and_outlives_its_outages(postgres
         assert await late.login() == UNKNOWN
         assert time.monotonic() - begun < 6
         assert (await lamp.publish(b"4"))[0] == 0
+        await until(lambda: "is away" in server.log.read_text(), 20)
         wire.stalled.clear()
         await becomes(late.login, 0, 10)
         assert server.children("uplinkd-worker") == workers
