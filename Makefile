@@ -20,13 +20,16 @@ amqp: $(VENV)/run.stamp  ## install what the AMQP door needs: compiles for half 
 test: $(VENV)/dev.stamp  ## run all tests but the slow ones
 	$(BIN)/python -m pytest -n 4 --dist loadgroup
 
-# What is harmed or measured under load has the machine for itself.
+# What is harmed or measured under load has the machine for itself. What fails is tried once more, by itself: these tests have real
+# servers, real time-outs and a machine that may be slow.
 ALONE := $(addprefix tests/faults/test_,crashes.py nothing_is_lost.py soak.py surroundings.py workers.py) \
   tests/abuse/test_under_attack.py tests/bench
+SLOW := $(BIN)/python -m pytest -m slow --timeout 600 --durations 15
+AGAIN := -v --last-failed --last-failed-no-failures none
 
 slow: $(VENV)/dev.stamp  ## run the slow tests: faults under load, large imports
-	$(BIN)/python -m pytest -m slow -n 3 --dist loadgroup --timeout 600 --durations 15 $(ALONE:%=--ignore=%)
-	$(BIN)/python -m pytest -m slow -v --timeout 600 --durations 25 $(ALONE)
+	$(SLOW) -n 3 --dist loadgroup $(ALONE:%=--ignore=%) || $(SLOW) $(AGAIN) $(ALONE:%=--ignore=%)
+	$(SLOW) -v $(ALONE) || $(SLOW) $(AGAIN) $(ALONE)
 
 faults: $(VENV)/dev.stamp  ## do to a server all that can happen to it, and say what devices saw: some minutes, best as root
 	$(BIN)/python -m pytest -m faults -v --timeout 600
