@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import resource
 import socket
 import ssl
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+_IP_BIND_ADDRESS_NO_PORT = 24
 TINY = b"POST /x HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n"
 # A ClientHello's record header, and nothing of what it promises.
 _HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
@@ -29,7 +31,8 @@ class Attack:
 
     def __init__(self, port: int, seconds: float, networks: int) -> None:
         self.port = port
-        self.end = asyncio.get_running_loop().time() + seconds
+        self.seconds = seconds
+        self.end = math.inf  # so many seconds after all stand
         self.networks = networks
 
     @property
@@ -64,12 +67,16 @@ async def half_open(attack: Attack, number: int, stood: Stood) -> None:
     loop = asyncio.get_running_loop()
     with socket.socket() as sock:
         sock.setblocking(False)
+        # The port is chosen as it connects: one that nobody else uses at all takes ever longer to find.
+        sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
         sock.bind(attack.source(number))
         await loop.sock_connect(sock, ("127.0.0.1", attack.port))
         stood()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(attack.end):
-                await loop.sock_recv(sock, 1)
+        while attack.on:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await loop.sock_recv(sock, 1)
+                    return
 
 
 async def handshake(attack: Attack, number: int, stood: Stood) -> None:
@@ -113,9 +120,9 @@ async def deaf(attack: Attack, number: int, stood: Stood) -> None:
     """Requests without end, and no answer is read."""
     async with attack.streams(number, _TLS) as (_, writer):
         stood()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(attack.end):
-                while not writer.is_closing():
+        while attack.on and not writer.is_closing():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
                     writer.write(TINY * 500)
                     await asyncio.sleep(0)
                     await writer.drain()
@@ -184,6 +191,7 @@ async def run(kind: str, port: int, count: int, seconds: float, networks: int) -
         if number % 50 == 49:
             await asyncio.sleep(0.01)
     await all_stand.wait()
+    attack.end = asyncio.get_running_loop().time() + attack.seconds
     print("ready", flush=True)
     await asyncio.gather(*tasks)
 
