@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.clients.fleet import Login
 from tests.clients.packets import PINGREQ, connect, packet, publish, subscribe, text
+from tests.house import until
 from tests.mqtt.conftest import CONNACK, House, login, puback
 from tests.room import DEVICE, PRODUCT, SECRET, settled
 from uplinkd.core.errors import Code
@@ -244,16 +245,14 @@ async def test_reports_that_the_engine_does_not_answer_are_bounded(house: House)
     waiting: list[object] = []
     store, house.engine.publish = house.engine.publish, lambda *given: waiting.append(given)  # type: ignore[method-assign]
     client.send(b"".join(publish(UP, b"x", number=number) for number in range(1, 151)))
+    await until(lambda: client.transport.paused and len(waiting) >= 100)
     await settled()
     assert len(waiting) == 100
-    assert client.transport.paused
     for held in waiting:
         store(*held)  # type: ignore[misc]
-    await asyncio.sleep(0.01)
-    assert len(waiting) == 150
-    assert not client.transport.paused
+    await until(lambda: len(waiting) == 150 and not client.transport.paused)
     for held in waiting[100:]:
-        store(*held)
+        store(*held)  # type: ignore[misc]
     assert await client.heard() == [puback(number) for number in range(1, 151)]
 
 
