@@ -618,7 +618,7 @@ class Connection(asyncio.Protocol):
             return
         self._endpoint = endpoint
         self._began = monotonic()
-        if topic or endpoint == "topic":
+        if endpoint == "topic":
             if self._began < self._barred_until and password == self._barred_token and self._brief():
                 self._refuse_again(*self._barred)
                 return
