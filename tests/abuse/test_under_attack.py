@@ -90,10 +90,15 @@ async def attacked(kind: str, port: int, count: int, seconds: float, networks: i
             await process.wait()
 
 
-async def looked_at(server: Server, after: float) -> tuple[int, int]:
-    """The memory and the open files of its workers, in the midst of it: the attack may end before the last device is answered."""
-    await asyncio.sleep(after)
-    return memory(server), sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in server.children("uplinkd-worker"))
+async def looked_at(server: Server, seconds: float) -> tuple[int, int]:
+    """The most memory and open files that its workers have meanwhile: connections end in the midst of it, by the server's time-outs."""
+    held = files = 0
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        held = max(held, memory(server))
+        files = max(files, sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in server.children("uplinkd-worker")))
+        await asyncio.sleep(0.3)
+    return held, files
 
 
 async def abused(
@@ -107,7 +112,7 @@ async def abused(
     before = memory(server)
     port = server.mqtt_port if kind == "packets" else server.port
     async with attacked(kind, port, count, seconds + 0.3, networks):
-        (kept, fresh), (held, files) = await asyncio.gather(watched(device, seconds), looked_at(server, seconds * 0.8))
+        (kept, fresh), (held, files) = await asyncio.gather(watched(device, seconds), looked_at(server, seconds))
         grown = max(held, memory(server)) - before
         if kind == "half_open":
             assert files > count
