@@ -22,7 +22,7 @@ from uplinkd.core.proxy_protocol import Header, begins_like_one
 from uplinkd.flow import network_of
 from uplinkd.observe import Occasionally
 from uplinkd.places import Known, Places
-from uplinkd.secured import Secured
+from uplinkd.secured import Leaving, Secured
 
 __all__ = ["Client", "Door", "Listener", "Peer", "Port"]
 
@@ -220,6 +220,7 @@ class _Lobby:
 
     def open(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._leaving = Leaving(self._loop)
         self._epoll = select.epoll()
         self._sock.listen(_BACKLOG)
         self._sock.setblocking(False)
@@ -366,7 +367,7 @@ class _Lobby:
                 await self._loop.connect_accepted_socket(make, sock)
             return
         context, shaken = self._context, self._loop.create_future()
-        transport, _ = await self._loop.connect_accepted_socket(lambda: Secured(context, make, shaken), sock)
+        transport, _ = await self._loop.connect_accepted_socket(lambda: Secured(context, make, shaken, self._leaving), sock)
         try:
             await shaken
         except OSError as error:  # ssl.SSLError is one; the context counts them

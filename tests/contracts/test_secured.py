@@ -19,7 +19,7 @@ import pytest
 import uvloop
 
 from tests.house import until
-from uplinkd.secured import Secured
+from uplinkd.secured import Leaving, Secured
 from uplinkd.settings import Settings
 from uplinkd.tls import ensure_material, server_context
 
@@ -111,6 +111,7 @@ def on_uvloop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., N
 async def opened(tmp_path: Path) -> AsyncIterator[Door]:
     context = server_context(ensure_material(Settings(data=tmp_path)), legacy=True)
     loop = asyncio.get_running_loop()
+    leaving = Leaving(loop)
     door = Door(0, context, tmp_path / "tls" / "ca.pem")
 
     def make() -> asyncio.Protocol:
@@ -119,7 +120,7 @@ async def opened(tmp_path: Path) -> AsyncIterator[Door]:
 
     def accept() -> asyncio.Protocol:
         door.shaken.append(loop.create_future())
-        door.inside.append(Secured(context, make, door.shaken[-1]))
+        door.inside.append(Secured(context, make, door.shaken[-1], leaving))
         return door.inside[-1]
 
     server = await loop.create_server(accept, "127.0.0.1", 0)
