@@ -33,6 +33,9 @@ _WAYS = 8
 _PRODUCTS, _OF_PRODUCT = 1 << 12, 2  # messages, bytes
 _NETWORKS, _OF_NETWORK = 1 << 17, 3  # requests, refused logins, look-ups for further ones
 _GUESSED, _OF_GUESSED = 1 << 17, 1  # refused logins
+# While no refused login counts any more, none is looked for. That is told for so long beyond the last one's time: when two processes
+# tell it at once, one's word is lost, which is hardly more.
+_WORRY_SECONDS = 60.0
 # Marks a refusal for what somebody may be guessing; a wrong guess stays wrong for so long, unless the registry is changed.
 _GUESSING, _GUESS_SECONDS = "guessed ", 0.25
 _LOCKS = 16
@@ -121,10 +124,11 @@ class Flow:
         )
         # Untouched pages take no memory, whatever the size.
         self._memory = mmap.mmap(
-            -1, sum(sizes) * 8, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+            -1, (sum(sizes) + 1) * 8, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
         )
         self._until = memoryview(self._memory).cast("d")
         self._tags = memoryview(self._memory).cast("q")
+        self._worried = sum(sizes)  # where it stands until when a refused login counts
         context = multiprocessing.get_context("fork")
         self._locks: list[multiprocessing.synchronize.Lock] = []
 
@@ -241,6 +245,11 @@ class Flow:
     def guessed(self, product_key: str, device_name: str, network: str) -> str:
         """The limit that lately refused logins have reached, of this network, or of this device from it; empty if none."""
         now = self._clock()
+        if self._until[self._worried] < now:
+            return ""
+        return self._reached(product_key, device_name, network, now)
+
+    def _reached(self, product_key: str, device_name: str, network: str, now: float) -> str:
         place = self._guessed.known(hash((product_key, device_name, network)))
         if self._login_cost and place and not _charged(self._until[place], now, self._login_cost, _MINUTE):
             return "auth_rate"
@@ -261,16 +270,18 @@ class Flow:
         tag, pair = hash(network), hash((product_key, device_name, network))
         until = self._until
         with self._networks.guard(tag), self._guessed.guard(pair):
-            if limit := self.guessed(product_key, device_name, network):
-                return limit
             now = self._clock()
+            if limit := self._reached(product_key, device_name, network, now):
+                return limit
             if self._login_cost:
                 place = self._guessed.place(pair)
                 until[place] = max(until[place], now) + self._login_cost
+                self._worry(until[place])
             if network and (self._refusal_cost or self._request_cost):
                 place = self._networks.place(tag)
                 until[place] = max(until[place], now) + self._request_cost
                 until[place + 1] = max(until[place + 1], now) + self._refusal_cost
+                self._worry(until[place + 1])
             if self.notes is not None:
                 self.notes.refused.append((product_key, device_name, network))
         return ""
@@ -339,10 +350,17 @@ class Flow:
                 if self._login_cost:
                     place = self._guessed.place(pair)
                     until[place] = max(until[place], now) + self._login_cost
+                    self._worry(until[place])
                 if network and (self._refusal_cost or self._request_cost):
                     place = self._networks.place(tag)
                     charge(place, self._request_cost)
                     until[place + 1] = max(until[place + 1], now) + self._refusal_cost
+                    self._worry(until[place + 1])
+
+    def _worry(self, moment: float) -> None:
+        """A refused login counts until then."""
+        if self._until[self._worried] < moment:
+            self._until[self._worried] = moment + _WORRY_SECONDS
 
     def may_look_up(self, network: str) -> bool:
         """Whether the registry may be asked about one more login of a network whose refused logins have reached a limit; ten times

@@ -39,6 +39,7 @@ _CLAIM_PATIENCE, _CLAIM_PAUSE, _CLAIM_PAUSE_AFAR = 0.2, 0.002, 0.02
 _FRUITLESS_SECONDS = 5.0
 _FRUITLESS = 100_000
 _LONGEST_NAME = 64
+_DAY = 24 * 3600 * 1000
 # Who tries a million secrets a second needs 10^15 years for one of so many letters and digits.
 _NEVER_GUESSED = 16
 
@@ -142,6 +143,7 @@ class Gateway:
     def take_keys(self, keys: list[SigningKey]) -> None:
         """Sign and verify tokens with these from now on."""
         self._keys = {key.id: key for key in keys}
+        self._signs: tuple[SigningKey, int, int] | None = None  # the key, and from when until when (ms) it is the one
 
     def authenticate(self, request: Request) -> str:
         """The token for the device that `request` signs for. Raise Refused with the documented code, or Wait."""
@@ -152,8 +154,7 @@ class Gateway:
         login = wire.login(request.body)
         entry = self._recognise(request, login, now)
         self._presence.saw(entry, now, request.address)
-        key = tokens.signing_key(self._keys.values(), now=now)
-        return tokens.issue(key, entry.device, expires=now + self._token_ttl)
+        return tokens.issue(self._signing_key(now), entry.device, expires=now + self._token_ttl)
 
     def connect(self, request: Request, login: wire.Login) -> Entry:
         """The device that signs in over MQTT, with its rights. Raise Refused, or Wait."""
@@ -389,6 +390,12 @@ class Gateway:
                 f"clock ({now}); at most {self._window / 1000:g} s are allowed (timestamp_window)"
             )
         return None
+
+    def _signing_key(self, now: int) -> SigningKey:
+        if self._signs is None or not self._signs[1] <= now < self._signs[2]:
+            until = [moment for key in self._keys.values() for moment in (key.begins, key.retired or 0) if moment > now]
+            self._signs = (tokens.signing_key(self._keys.values(), now=now), now, min(until, default=now + _DAY))
+        return self._signs[0]
 
     def _token(self, text: str | None) -> tokens.Token:
         if not text:

@@ -367,7 +367,9 @@ class _Lobby:
                 await self._loop.connect_accepted_socket(make, sock)
             return
         context, shaken = self._context, self._loop.create_future()
-        transport, _ = await self._loop.connect_accepted_socket(lambda: Secured(context, make, shaken, self._leaving), sock)
+        transport, _ = await self._loop.connect_accepted_socket(
+            lambda: Secured(context, make, shaken, self._leaving), sock
+        )
         try:
             await shaken
         except OSError as error:  # ssl.SSLError is one; the context counts them

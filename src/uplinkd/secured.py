@@ -253,7 +253,8 @@ class Secured(asyncio.Transport, asyncio.Protocol):
             return
         tls, incoming = self._tls, self._in
         try:
-            while self._state == _OPEN and not self._paused and (incoming.pending or tls.pending()):
+            # A read of a record's size takes one whole record, so OpenSSL never keeps a part of one that it has opened.
+            while self._state == _OPEN and not self._paused and incoming.pending:
                 data = tls.read(_RECORD)
                 if not data:
                     self.eof_received()

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hmac
 from collections.abc import Mapping
 
+from uplinkd.core import mac
+
 __all__ = ["DEFAULT_METHOD", "HEX_DIGITS", "METHODS", "content_of", "matches", "sign"]
 
 METHODS: dict[str, str] = {"hmacmd5": "md5", "hmacsha1": "sha1", "hmacsha256": "sha256"}
@@ -20,12 +22,12 @@ _UNSIGNED = frozenset({"version", "sign", "signmethod"})
 
 def content_of(members: Mapping[str, str]) -> str:
     """The text that is signed, from the members as they were submitted."""
-    return "".join(name + members[name] for name in sorted(members) if name not in _UNSIGNED)
+    return "".join([name + members[name] for name in sorted(members) if name not in _UNSIGNED])
 
 
 def sign(secret: str, content: str, method: str) -> str:
     """Lower-case hex; `method` is a key of METHODS."""
-    return hmac.digest(secret.encode(), content.encode(), METHODS[method]).hex()
+    return mac.digest(secret.encode(), content.encode(), METHODS[method]).hex()
 
 
 def matches(secret: str, content: str, method: str, given: str) -> bool:

@@ -12,10 +12,10 @@ import logging
 import re
 import secrets
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.utils import formatdate
 from time import monotonic
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import httptools
 
@@ -138,7 +138,9 @@ class Door:
             connection.drain()
 
 
-class _Head(NamedTuple):
+# No tuples: to unpack one that has names takes as long as all else that is done with it.
+@dataclass(slots=True)
+class _Head:
     """What a request's head says, and where it leads: `endpoint` is auth, topic, or empty where nothing is."""
 
     method: bytes
@@ -153,7 +155,8 @@ class _Head(NamedTuple):
     client: tuple[str, str]
 
 
-class _Known(NamedTuple):
+@dataclass(slots=True)
+class _Known:
     """A head that came before, byte for byte, and the size of a request that begins with it."""
 
     raw: bytes
@@ -192,6 +195,7 @@ class Connection(asyncio.Protocol):
         "_known",
         "_length",
         "_limits",
+        "_looks_for_legacy",
         "_messages",
         "_old",
         "_over",
@@ -249,6 +253,7 @@ class Connection(asyncio.Protocol):
         self._keep_alive = True
         self._answer_old = False
         self._bare = False
+        self._looks_for_legacy = True  # until its suite was found not to be one; a connection keeps its suite
 
         self._raw = b""  # the head under way, where it may be a WebSocket's: that one's own parser reads it anew
         self._becomes_websocket = False
@@ -314,9 +319,9 @@ class Connection(asyncio.Protocol):
             return
         if not (self._answering or self._blocked or self._yields):
             if self._stage == _IDLE:
-                for raw, size, head in self._known:
-                    if len(data) == size and data.startswith(raw):
-                        self._handle(head, data[len(raw) :])
+                for known in self._known:
+                    if len(data) == known.size and data.startswith(known.raw):
+                        self._handle(known.head, data[len(known.raw) :])
                         return
             self._feed(data)
             self._pump()
@@ -398,7 +403,7 @@ class Connection(asyncio.Protocol):
                 return
             # What follows a CONNECT is not HTTP/1.1 for certain: answer, then close.
             head, body = self._queue[-1]
-            self._queue[-1] = head._replace(keep_alive=False), body
+            self._queue[-1] = replace(head, keep_alive=False), body
         except httptools.HttpParserError as error:
             # What follows a request that ends its connection is nobody's.
             if self._fault is None and not (self._queue and not self._queue[-1][0].keep_alive):
@@ -597,22 +602,14 @@ class Connection(asyncio.Protocol):
     # -- answering
 
     def _handle(self, head: _Head, body: bytes) -> None:
-        (
-            method,
-            self._path,
-            query,
-            endpoint,
-            topic,
-            content_type,
-            password,
-            self._keep_alive,
-            self._answer_old,
-            client,
-        ) = head
-        if not endpoint or method != b"POST":
-            self._bare = method == b"HEAD"
+        self._path = head.path
+        self._keep_alive = head.keep_alive
+        self._answer_old = head.old
+        endpoint, client, password = head.endpoint, head.client, head.password
+        if not endpoint or head.method != b"POST":
+            self._bare = head.method == b"HEAD"
             if endpoint:
-                self._refuse(405, f"the method is {method.decode()}; only POST is known")
+                self._refuse(405, f"the method is {head.method.decode()}; only POST is known")
             else:
                 self._refuse(404, "there is nothing at this path; /auth and /topic/${topic} are known")
             return
@@ -627,7 +624,7 @@ class Connection(asyncio.Protocol):
             return
         self._answering = True
         self.deadline = _NEVER
-        self._request = Request(client[0], content_type, body, password, topic, query, client[1])
+        self._request = Request(client[0], head.content_type, body, password, head.topic, head.query, client[1])
         self._act(self._request)
 
     def _act(self, request: Request) -> None:
@@ -635,8 +632,8 @@ class Connection(asyncio.Protocol):
         try:
             if self._endpoint == "auth":
                 token = self._door.gateway.authenticate(request)
-                if self._door.legacy and self._transport:
-                    self._door.legacy.signed_in(
+                if self._looks_for_legacy and self._door.legacy and self._transport:
+                    self._looks_for_legacy = self._door.legacy.signed_in(
                         self._transport, request.product_key, request.device_name, self._address, "https"
                     )
                 self._answer(wire.token_issued(token))
