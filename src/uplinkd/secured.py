@@ -279,7 +279,9 @@ class Secured(asyncio.Transport, asyncio.Protocol):
         except OSError as error:
             self._break(error)
             return False
-        self._flush()
+        # What ends the handshake leaves with the first answer, where that is ready in this turn.
+        self._leaves = True
+        self._leaving.add(self)
         self._state = _OPEN
         self._protocol = self._make()
         self._protocol.connection_made(self)
