@@ -166,9 +166,10 @@ class Gateway:
         now = round(self._clock() * 1000)
         token = self._token(request.password)
         entry = request.entry if request.fresh else self._cache.get(token.device_id)
-        if not request.fresh and (entry is None or tokens.is_ahead(token, entry.device)):
-            raise Wait(lambda: self._load(request, token.device_id))
-        tokens.check(token, entry.device if entry else None, self._keys, now=now)
+        if entry is None or not tokens.holds(token, entry.device, self._keys, now=now):
+            if not request.fresh and (entry is None or tokens.is_ahead(token, entry.device)):
+                raise Wait(lambda: self._load(request, token.device_id))
+            tokens.check(token, entry.device if entry else None, self._keys, now=now)
         assert entry is not None
         device = entry.device
         request.product_key, request.device_name = device.product_key, device.name
@@ -354,9 +355,13 @@ class Gateway:
         return entry
 
     def _check_right(self, topic: topics.Topic, entry: Entry) -> None:
+        """What was allowed once is, until the registry changes: then the entry is another one."""
+        if topic is entry.allowed:
+            return
         device = entry.device
         if not topics.may_publish(topic, device, entry.publish_levels):
             raise Refused(Code.PUBLISH_MESSAGE_ERROR, topics.explain(topic, device, entry.classes), topic=topic.text)
+        entry.allowed = topic
 
     def _off(self, login: wire.Login, now: int) -> int:
         """By how many ms the login's timestamp is off; 0 where that is within what is allowed."""

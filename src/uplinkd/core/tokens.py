@@ -18,7 +18,7 @@ from uplinkd.core import mac
 from uplinkd.core.errors import Code, Refused
 from uplinkd.core.model import Device, SigningKey
 
-__all__ = ["Token", "check", "is_ahead", "issue", "read", "signing_key"]
+__all__ = ["Token", "check", "holds", "is_ahead", "issue", "read", "signing_key"]
 
 _FIELDS = struct.Struct(">BHQIQ")
 _VERSION = 1
@@ -73,6 +73,16 @@ def is_ahead(token: Token, device: Device) -> bool:
     if token.generation == device.generation:
         return not device.enabled  # only after it was enabled again
     return token.generation > device.generation
+
+
+def holds(token: Token, device: Device, keys: Mapping[int, SigningKey], *, now: int) -> bool:
+    """Whether `token` holds for `device` at `now` (ms), and its key is not to be rotated out: the usual case, in one look."""
+    return (
+        token.generation == device.generation
+        and device.enabled
+        and now < token.expires
+        and keys[token.key_id].retired is None
+    )
 
 
 def check(token: Token, device: Device | None, keys: Mapping[int, SigningKey], *, now: int) -> None:

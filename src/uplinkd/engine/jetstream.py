@@ -107,7 +107,7 @@ class JetStreamPublisher:
         self._pending: dict[int, tuple[Done, float, int]] = {}  # since when, and how many bytes; oldest first
         self._held: deque[_Publish] = deque()
         self._held_bytes = 0
-        self._free: list[int] = []  # numbers that are not under way: see _take_number
+        self._free: list[int] = []  # numbers that are not under way: see _send
         self._numbers = 0
         self._base = Base()
         self._ghost = 0  # the base of a stream that was deleted
@@ -144,37 +144,33 @@ class JetStreamPublisher:
 
     def publish(self, subject: bytes, payload: bytes, done: Done, origin: Origin = Origin.HTTPS, key: str = "") -> None:
         wire = self._wire
-        # Not the loop's clock: uvloop's counts whole milliseconds, and from the beginning of the turn.
         header = _HEADERS[origin]
         if key:
             header = (header[:-2] or b"NATS/1.0\r\n") + f"Nats-Msg-Id: {key}\r\n\r\n".encode()
-        item = (subject, payload, done, monotonic(), header)
+        # Not the loop's clock: uvloop's counts whole milliseconds, and from the beginning of the turn.
+        began = monotonic()
         if self._stopping:
             self._fail(done, "uplinkd is stopping")
-        elif wire is None or wire.buffered > _HELD_BYTES:
-            self._hold(item)
+        elif wire is None or wire.full:
+            self._hold((subject, payload, done, began, header))
         else:
-            self._send(wire, item)
+            self._send(wire, subject, payload, done, began, header)
 
-    def _send(self, wire: _Wire, item: _Publish) -> None:
-        subject, payload, done, began, header = item
+    def _send(self, wire: _Wire, subject: bytes, payload: bytes, done: Done, began: float, header: bytes) -> None:
         if len(header) + len(payload) > wire.max_payload:
             # The server would end the connection, and with it what others have under way.
             self._fail(
                 done, f"it has {len(payload)} bytes and the NATS server takes {wire.max_payload} (its max_payload)"
             )
             return
-        number = self._take_number()
+        # A number is used again only after JetStream has answered under it in time, and the freshest first: the server keeps the few
+        # reply subjects in its cache, where rising numbers would push each other out.
+        if self._free:
+            number = self._free.pop()
+        else:
+            number = self._numbers = self._numbers + 1
         self._pending[number] = (done, began, len(payload))
         wire.publish(subject, number, payload, header)
-
-    def _take_number(self) -> int:
-        """A number for a publish. It is used again only after JetStream has answered under it in time, and the freshest first:
-        the server keeps the few reply subjects in its cache, where rising numbers would push each other out."""
-        if self._free:
-            return self._free.pop()
-        self._numbers += 1
-        return self._numbers
 
     def _hold(self, item: _Publish) -> None:
         size = len(item[1])
@@ -186,10 +182,10 @@ class JetStreamPublisher:
 
     def _release(self) -> None:
         """Send what was held while the engine was away."""
-        while self._held and self._wire and self._wire.buffered <= _HELD_BYTES:
+        while self._held and self._wire and not self._wire.full:
             item = self._held.popleft()
             self._held_bytes -= len(item[1])
-            self._send(self._wire, item)
+            self._send(self._wire, *item)
 
     def _give_up(self, item: _Publish, reason: str) -> None:
         self._held_bytes -= len(item[1])
@@ -485,15 +481,19 @@ class _Wire(asyncio.Protocol):
         self.stirred = asyncio.Event()
         self.heard = self._loop.time()
         self.ended = False
-
-    @property
-    def buffered(self) -> int:
-        return self._transport.get_write_buffer_size() if self._transport else 0
+        self.full = False  # the server does not take what is sent
 
     # -- the transport's calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(_HELD_BYTES, _HELD_BYTES // 2)
+
+    def pause_writing(self) -> None:
+        self.full = True
+
+    def resume_writing(self) -> None:
+        self.full = False
 
     def data_received(self, data: bytes) -> None:
         now = monotonic()
@@ -648,7 +648,7 @@ class _Wire(asyncio.Protocol):
     def close(self) -> None:
         if self._transport:
             self.flush()
-            if self.buffered:  # the server does not read; a close would wait for it
+            if self._transport.get_write_buffer_size():  # the server does not read; a close would wait for it
                 self._transport.abort()
             else:
                 self._transport.close()

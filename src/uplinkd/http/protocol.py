@@ -811,7 +811,10 @@ class Connection(asyncio.Protocol):
         if not self._keep_alive:
             self._close()
             return
-        self._rest()
+        if self._stage == _IDLE and not self._blocked:
+            self.deadline = self._door.now + self._limits.idle_timeout
+        else:
+            self._rest()
         if self._queue or self._held or self._fault:
             self._pump()
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from uplinkd.core.errors import NotFound, Unavailable
 from uplinkd.core.model import Device, TopicClass
+from uplinkd.core.topics import Topic
 from uplinkd.observe import Occasionally
 from uplinkd.registry import Change, Registry
 
@@ -34,15 +35,17 @@ class _Rights:
 
 
 class Entry:
-    """One device with its rights, as a gateway needs it. `seen` is for `presence`: the latest time that it recorded, ms."""
+    """One device with its rights, as a gateway needs it. `seen` is for `presence`: the latest time that it recorded, ms; `allowed` for
+    the gateway: the topic that the device had the right to last."""
 
-    __slots__ = ("classes", "device", "publish_levels", "seen")
+    __slots__ = ("allowed", "classes", "device", "publish_levels", "seen")
 
     def __init__(self, device: Device, rights: _Rights) -> None:
         self.device = device
         self.classes = rights.classes
         self.publish_levels = rights.publish_levels
         self.seen = 0
+        self.allowed: Topic | None = None
 
 
 class DeviceCache:
