@@ -22,7 +22,8 @@ from uplinkd.core.proxy_protocol import Header, begins_like_one
 from uplinkd.flow import network_of
 from uplinkd.observe import Occasionally
 from uplinkd.places import Known, Places
-from uplinkd.secured import Leaving, Secured
+from uplinkd.secured import Secured, Sockets
+from uplinkd.tls import why_failed
 
 __all__ = ["Client", "Door", "Listener", "Peer", "Port"]
 
@@ -77,9 +78,10 @@ class Door(Protocol):
 
 
 class Listener:
-    """Serves `ports` with connections that `make` makes for `door`; it is told whether they are TLS, and whose they are where that is
-    not the peer. At most `handshakes` go on at a time, and `waiting` connections wait for one or for their first byte; `missed` is
-    told of those that end so, and why. Connections from addresses that are `proxies` begin with a header of the PROXY protocol."""
+    """Serves `ports` with connections that `make` makes for `door`; it is told whether they are TLS, and whose they are where that
+    is not the peer. At most `handshakes` go on at a time, and `waiting` connections wait for one or for their first byte; `missed`
+    is told of those that end before a handshake is done, and why (see metrics.HANDSHAKE_FAILURES), `shook` of the others.
+    Connections from addresses that are `proxies` begin with a header of the PROXY protocol."""
 
     def __init__(
         self,
@@ -90,6 +92,7 @@ class Listener:
         handshakes: int,
         waiting: int,
         missed: Callable[[str], None],
+        shook: Callable[[Secured], None] = lambda _: None,
         proxies: Callable[[str], bool] | None = None,
     ) -> None:
         self._door = door
@@ -98,6 +101,7 @@ class Listener:
         self._handshakes = handshakes
         self._waiting = waiting
         self._missed = missed
+        self._shook = shook
         self._proxies = proxies
         self._servers: list[asyncio.Server | _Lobby] = []
 
@@ -110,7 +114,8 @@ class Listener:
                 self._servers.append(await loop.create_server(alone, sock=sock, backlog=_BACKLOG))
             else:
                 missed = self._missed if context else _ignore
-                lobby = _Lobby(sock, context, make, self._door, self._handshakes, self._waiting, missed, self._proxies)
+                bounds = self._handshakes, self._waiting
+                lobby = _Lobby(sock, context, make, self._door, *bounds, missed, self._shook, self._proxies)
                 lobby.open()
                 self._servers.append(lobby)
 
@@ -137,6 +142,9 @@ class Listener:
         left = [connection for connection in door.connections if connection.under_way]
         for connection in list(door.connections):
             connection.abort()
+        for server in self._servers:
+            if isinstance(server, _Lobby):
+                server.end()
         return len(left)
 
 
@@ -145,10 +153,10 @@ def _ignore(_: str) -> None:
 
 
 class _Guest:
-    """A connection in the lobby. It holds its socket until the handshake begins, then a task. That of a proxy has a header, and is
-    nobody's until that is whole."""
+    """A connection in the lobby. It holds its socket until the handshake begins, then what cuts that off. That of a proxy has a header,
+    and is nobody's until that is whole."""
 
-    __slots__ = ("_lobby", "address", "began", "deadline", "header", "network", "sock", "task")
+    __slots__ = ("_lobby", "address", "began", "cut", "deadline", "header", "network", "sock")
 
     def __init__(
         self, lobby: _Lobby, sock: socket.socket, address: str, deadline: float, header: Header | None
@@ -159,12 +167,12 @@ class _Guest:
         self.header = header
         self.network = "" if header else network_of(address)
         self.deadline = deadline
-        self.task: asyncio.Task[None] | None = None
+        self.cut: Callable[[], object] | None = None
         self.began = 0.0
 
     @property
     def spare(self) -> bool:
-        return self.task is None or self._lobby.clock() - self.began > _PATIENCE
+        return self.cut is None or self._lobby.clock() - self.began > _PATIENCE
 
     @property
     def looks(self) -> bool:
@@ -178,10 +186,10 @@ class _Guest:
         return (self.header.source, self.network) if self.header and self.header.source else None
 
     def abort(self) -> None:
-        if self.task is None:
-            self._lobby.end(self)
+        if self.cut is None:
+            self._lobby.dismiss(self)
         else:
-            self.task.cancel()
+            self.cut()
 
 
 class _Lobby:
@@ -196,6 +204,7 @@ class _Lobby:
         handshakes: int,
         waiting: int,
         missed: Callable[[str], None],
+        shook: Callable[[Secured], None],
         proxies: Callable[[str], bool] | None,
     ) -> None:
         self._sock = sock
@@ -205,6 +214,7 @@ class _Lobby:
         self._handshakes = handshakes
         self._most = waiting
         self._missed = missed
+        self._shook = shook
         self._proxies = proxies
         self._known = door.known
         self._places = Places(door.known, "connections before their handshake", trusting=True)
@@ -220,7 +230,7 @@ class _Lobby:
 
     def open(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._leaving = Leaving(self._loop)
+        self._sockets = Sockets(self._loop)
         self._epoll = select.epoll()
         self._sock.listen(_BACKLOG)
         self._sock.setblocking(False)
@@ -235,6 +245,10 @@ class _Lobby:
         for guest in list(self._guests):
             guest.abort()
 
+    def end(self) -> None:
+        """Nothing is left of it."""
+        self._sockets.close()
+
     def tick(self) -> None:
         """Once in a fraction of a second: end what has overstayed, begin with those to whom others yield by now."""
         now = self.clock()
@@ -247,7 +261,7 @@ class _Lobby:
             self._rests = False
             self._loop.add_reader(self._sock.fileno(), self._accept)
 
-    def end(self, guest: _Guest) -> None:
+    def dismiss(self, guest: _Guest) -> None:
         """It goes without a handshake."""
         sock, guest.sock = guest.sock, None
         if sock is not None:
@@ -301,7 +315,7 @@ class _Lobby:
         except OSError:
             begun = b""
         if not begun:
-            self.end(guest)
+            self.dismiss(guest)
         elif not self._begin(guest):
             self._ready[guest.network not in self._known].setdefault(guest.network, {})[guest] = None
 
@@ -323,13 +337,13 @@ class _Lobby:
                     )
                 size = 0
             if not size:
-                self.end(guest)
+                self.dismiss(guest)
                 return False
             sock.recv(size)
         self._places.leave(guest)
         guest.network = network_of(header.source or guest.address)
         if not self._places.enter(guest, guest.network, self._most):
-            self.end(guest)
+            self.dismiss(guest)
             return False
         return True
 
@@ -347,8 +361,23 @@ class _Lobby:
         if not self._shaking.enter(guest, guest.network, most):
             return False
         guest.began = self.clock()
-        guest.task = self._loop.create_task(self._shake_hands(guest))
-        guest.task.add_done_callback(functools.partial(self._shaken, guest))
+        sock, guest.sock = guest.sock, None
+        assert sock
+        make = functools.partial(self._make, guest.client)
+        if self._context is None:
+            task = self._loop.create_task(self._admit(make, sock))
+            guest.cut = task.cancel
+            task.add_done_callback(lambda _: self._admitted(guest))
+            return True
+        try:
+            secured = Secured(self._context, sock, make, functools.partial(self._shaken, guest), self._sockets)
+        except OSError as fault:
+            sock.close()
+            self._missed(why_failed(fault))
+            self._admitted(guest)
+            return True
+        guest.cut = secured.abort
+        secured.shake()
         return True
 
     def _spoken(self) -> None:
@@ -358,30 +387,21 @@ class _Lobby:
             assert guest.sock
             self._look(guest, guest.sock)
 
-    async def _shake_hands(self, guest: _Guest) -> None:
-        sock, guest.sock = guest.sock, None
-        assert sock
-        make = functools.partial(self._make, guest.client)
-        if self._context is None:
-            with contextlib.suppress(OSError):
-                await self._loop.connect_accepted_socket(make, sock)
-            return
-        context, shaken = self._context, self._loop.create_future()
-        transport, _ = await self._loop.connect_accepted_socket(
-            lambda: Secured(context, make, shaken, self._leaving), sock
-        )
-        try:
-            await shaken
-        except OSError as error:  # ssl.SSLError is one; the context counts them
-            log.debug("a handshake failed: %s", error)
-        except asyncio.CancelledError:
-            transport.abort()
-            raise
+    async def _admit(self, make: Callable[[], asyncio.Protocol], sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            await self._loop.connect_accepted_socket(make, sock)
 
-    def _shaken(self, guest: _Guest, task: asyncio.Task[None]) -> None:
-        self.end(guest)
-        if not task.cancelled() and (fault := task.exception()):
-            log.error("a fault of ours in a handshake", exc_info=fault)
+    def _shaken(self, guest: _Guest, secured: Secured, fault: OSError | None) -> None:
+        if fault:
+            log.debug("a handshake failed: %s", fault)
+            self._missed(why_failed(fault))
+        else:
+            self._shook(secured)
+        self._admitted(guest)
+
+    def _admitted(self, guest: _Guest) -> None:
+        """It is in, or has been shown out; in any case another one may begin."""
+        self._forget(guest)
         self._call_soon()
 
     def _call_soon(self) -> None:
@@ -400,9 +420,9 @@ class _Lobby:
             guests = ready[network] = ready.pop(network)
             guest = next(iter(guests))
             if self._begin(guest):
-                self._dismiss(guest)
+                self._unready(guest)
 
-    def _dismiss(self, guest: _Guest) -> None:
+    def _unready(self, guest: _Guest) -> None:
         for ready in self._ready:
             if (guests := ready.get(guest.network)) and guest in guests:
                 del guests[guest]
@@ -413,4 +433,4 @@ class _Lobby:
         self._guests.pop(guest, None)
         self._places.leave(guest)
         self._shaking.leave(guest)
-        self._dismiss(guest)
+        self._unready(guest)

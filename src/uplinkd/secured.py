@@ -1,75 +1,123 @@
-"""TLS on the connections of one worker, between the socket's transport and the door's protocol.
+"""TLS on the connections of one worker: OpenSSL works on the sockets themselves, and one epoll of our own watches them all.
 
-In place of the event loop's own, which holds 8 kB more for each connection and asks OpenSSL once more for each read, to be told by an
-exception that there is nothing left. OpenSSL works on two buffers in memory; no more than one record's worth at a time lies there.
+In place of the event loop's own transports, of the socket and of TLS, which hold 6 kB more for each connection: two buffers in memory
+that OpenSSL would work on, and what stands between them and the socket. Nothing is read ahead, so what OpenSSL has not been asked for
+is still with the kernel, and a peer is held back by not being read.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import select
+import socket
 import ssl
 from collections.abc import Callable
 from typing import Any, cast
 
-__all__ = ["Leaving", "Secured"]
+__all__ = ["Secured", "Sockets"]
+
+log = logging.getLogger("uplinkd.secured")
 
 _RECORD = 16 * 1024
+# What one connection is read of in a turn of the event loop, and how many are.
+_READ_BYTES, _EVENTS = 64 * 1024, 128
 # What one connection writes in a turn, and how many connections do, before it leaves at once.
 _SOON_BYTES, _SOON = 64 * 1024, 64
 # The peer's close_notify is a courtesy that many devices omit.
 _CLOSING_SECONDS = 2.0
+# The protocol is told to write no more when so much waits, and to go on when nothing does.
+_FULL_BYTES = 64 * 1024
+_HUNG_UP = select.EPOLLHUP | select.EPOLLERR
 
 # Plain numbers: before Python 3.12 each look-up of an enum's member costs as much as a call.
 _SHAKING, _OPEN, _CLOSING, _ENDED = range(4)
+_IN, _OUT = int(select.EPOLLIN), int(select.EPOLLOUT)
 
 
-class Leaving:
-    """What the connections of one port write in a turn of the event loop leaves together at its end: the one write of a connection
-    takes along all that it has, and a peer on another core is woken once and finds the rest as it comes. To wake it for each costs
-    twice as much as to write."""
+class Sockets:
+    """The sockets of one port's connections, watched by the event loop as one.
 
-    __slots__ = ("_connections", "_loop")
+    What is written in a turn leaves together at its end: the one write of a connection takes along all that it has, and a peer on
+    another core is woken once and finds the rest as it comes. To wake it for each costs twice as much as to write.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._connections: list[Secured] = []
+        self.loop = loop
+        self._epoll = select.epoll()
+        self._connections: dict[int, Secured] = {}
+        self._leaving: list[Secured] = []
+        loop.add_reader(self._epoll.fileno(), self._poll)
 
-    def add(self, connection: Secured) -> None:
-        connections = self._connections
-        if not connections:
-            self._loop.call_soon(self._leave)
-        connections.append(connection)
-        if len(connections) >= _SOON:
+    def close(self) -> None:
+        """Cut off the connections that are left; none begins any more."""
+        for connection in list(self._connections.values()):
+            connection.abort()
+        self.loop.remove_reader(self._epoll.fileno())
+        self._epoll.close()
+
+    def watch(self, file: int, connection: Secured) -> None:
+        self._connections[file] = connection
+        self._epoll.register(file, _IN)
+
+    def change(self, file: int, events: int) -> None:
+        self._epoll.modify(file, events)
+
+    def forget(self, file: int) -> None:
+        if self._connections.pop(file, None):
+            self._epoll.unregister(file)
+
+    def leave(self, connection: Secured) -> None:
+        """Have its `send` called at the end of this turn."""
+        leaving = self._leaving
+        if not leaving:
+            self.loop.call_soon(self._leave)
+        leaving.append(connection)
+        if len(leaving) >= _SOON:
             self._leave()
 
     def _leave(self) -> None:
-        connections, self._connections = self._connections, []
-        for connection in connections:
-            connection.leave()
+        leaving, self._leaving = self._leaving, []
+        for connection in leaving:
+            connection.send()
+
+    def _poll(self) -> None:
+        connections = self._connections
+        for file, events in self._epoll.poll(0, _EVENTS):
+            # One that was ended by another's event is not there any more.
+            if connection := connections.get(file):
+                try:
+                    connection.ready(events)
+                except Exception:
+                    log.exception("a fault of ours on a connection, which ends")
+                    connection.abort()
 
 
-class Secured(asyncio.Transport, asyncio.Protocol):
-    """The server's end of one TLS connection: a protocol to the socket, a transport to what `make` makes once the handshake is done.
+class Secured(asyncio.Transport):
+    """The server's end of one TLS connection, from the first byte of the handshake: the transport of what `make` makes once that is
+    done.
 
-    `shaken` then gets its result, or the OSError (ssl.SSLError is one) that kept it from being done. What is written leaves with
-    `leaving`.
+    `shaken` is told then, with None, or with the OSError (ssl.SSLError is one) that kept it from being done. Raise OSError where the
+    peer has gone already.
     """
 
     __slots__ = (
-        "_context",
+        "_blocked",
+        "_events",
         "_fault",
-        "_held",
-        "_in",
+        "_file",
+        "_full",
         "_leaves",
-        "_leaving",
         "_make",
         "_out",
         "_paused",
         "_protocol",
-        "_raw",
         "_shaken",
+        "_size",
+        "_sockets",
         "_state",
+        "_stuck",
         "_timer",
         "_tls",
     )
@@ -77,95 +125,96 @@ class Secured(asyncio.Transport, asyncio.Protocol):
     def __init__(
         self,
         context: ssl.SSLContext,
+        sock: socket.socket,
         make: Callable[[], asyncio.Protocol],
-        shaken: asyncio.Future[None],
-        leaving: Leaving,
+        shaken: Callable[[Secured, OSError | None], None],
+        sockets: Sockets,
     ) -> None:
-        self._context = context
-        self._leaving = leaving
-        self._leaves = False  # something waits for the end of this turn
-        self._make = make
-        self._shaken: asyncio.Future[None] | None = shaken
+        sock.getpeername()  # of a peer that has gone, wrap_socket would leave the socket open
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._tls = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        self._file = self._tls.fileno()
+        self._make: Callable[[], asyncio.Protocol] | None = make
+        self._shaken: Callable[[Secured, OSError | None], None] | None = shaken
+        self._sockets = sockets
         self._state = _SHAKING
         self._protocol: asyncio.Protocol | None = None
-        self._held = b""  # what has come and OpenSSL has not seen yet
+        self._events = _IN
+        self._out: list[bytes | memoryview] | None = None  # what was written and has not left
+        self._size = 0  # of that
+        self._stuck = False  # the first of it was refused, and has to be offered to OpenSSL again as it is
+        self._leaves = False  # it leaves at the end of this turn
+        self._blocked = False  # the peer does not take it
+        self._full = False  # the protocol was told so
         self._paused = False
-        self._fault: Exception | None = None
+        self._fault: OSError | None = None
         self._timer: asyncio.TimerHandle | None = None
+        sockets.watch(self._file, self)
 
-    # -- the socket's calls
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._raw = cast(asyncio.Transport, transport)
-        self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = self._context.wrap_bio(self._in, self._out, server_side=True)
-
-    def data_received(self, data: bytes) -> None:
-        if self._state >= _CLOSING:
+    def ready(self, events: int) -> None:
+        """The socket can be read or written, or has broken."""
+        if self._state == _SHAKING:
+            self.shake()
             return
-        if self._held or self._paused:
-            self._held += data
-        elif len(data) <= _RECORD:
-            self._in.write(data)
-            self._take()
-        else:
-            self._held = data
-            self._take_held()
+        if events & _OUT:
+            self._blocked = False
+            self.send()
+            if events == _OUT:
+                return
+        if self._state == _OPEN and not self._paused:
+            self._read()
+        elif self._state == _CLOSING and not self._blocked:
+            self._ignore()
+        elif events & _HUNG_UP:
+            self._end(ConnectionResetError("the peer has gone"))
 
-    def eof_received(self) -> bool:
-        """TLS has no half-open state."""
-        if self._state == _OPEN and self._protocol:
-            self._protocol.eof_received()
-        return False
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        state, self._state = self._state, _ENDED
-        if self._timer:
-            self._timer.cancel()
-        if state == _SHAKING or self._protocol is None:
-            self._answer(exc or self._fault or ConnectionResetError("the peer went before the handshake was done"))
-        else:
-            self._protocol.connection_lost(self._fault or exc)
-        self._protocol = None
-        self._held = b""
-        del self._tls, self._in, self._out
-
-    def pause_writing(self) -> None:
-        if self._protocol:
-            self._protocol.pause_writing()
-
-    def resume_writing(self) -> None:
-        if self._protocol:
-            self._protocol.resume_writing()
+    def shake(self) -> None:
+        """Go on with the handshake."""
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            self._want(_IN)
+            return
+        except ssl.SSLWantWriteError:
+            self._want(_OUT)
+            return
+        except OSError as error:
+            self._break(error)
+            return
+        self._want(_IN)
+        self._state = _OPEN
+        make, self._make = self._make, None
+        assert make
+        self._protocol = make()
+        self._protocol.connection_made(self)
+        self._answer(None)
 
     # -- the protocol's calls
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        if self._state != _OPEN or self._raw.is_closing():
+        if self._state != _OPEN or not data:
             return
-        try:
-            if len(data) <= _RECORD:
-                self._tls.write(data)
-            else:
-                view = memoryview(data)
-                for start in range(0, len(view), _RECORD):
-                    self._tls.write(view[start : start + _RECORD])
-                    self._raw.write(self._out.read())
-                return
-        except ssl.SSLError as error:
-            self._break(error)
-            return
-        if not self._leaves:
+        piece: bytes | memoryview = bytes(data)
+        if len(piece) > _RECORD:
+            piece = memoryview(piece)
+        if self._out is None:
+            self._out = [piece]
+        else:
+            self._out.append(piece)
+        self._size += len(piece)
+        if self._blocked:
+            self._press()
+        elif self._size > _SOON_BYTES:
+            self._write()
+        elif not self._leaves:
             self._leaves = True
-            self._leaving.add(self)
-        elif self._out.pending > _SOON_BYTES:
-            self._raw.write(self._out.read())
+            self._sockets.leave(self)
 
-    def leave(self) -> None:
-        """The turn in which something was written is over."""
+    def send(self) -> None:
+        """The turn in which something was written is over, or the peer takes more."""
         self._leaves = False
-        if self._state != _ENDED:
-            self._flush()
+        if self._out and not self._blocked and self._state != _ENDED:
+            self._write()
 
     def close(self) -> None:
         """Send what was written and close_notify, then wait a moment for the peer to go: closed at once, what it has sent and nobody
@@ -175,32 +224,27 @@ class Secured(asyncio.Transport, asyncio.Protocol):
                 self.abort()
             return
         self._state = _CLOSING
-        self._held = b""
-        with contextlib.suppress(ssl.SSLError):  # it waits for the peer's, which may never come
-            self._tls.unwrap()
-        self._flush()
-        self._raw.write_eof()
-        if self._paused:
-            self._raw.resume_reading()
-        self._timer = asyncio.get_running_loop().call_later(_CLOSING_SECONDS, self._raw.abort)
+        self._timer = self._sockets.loop.call_later(_CLOSING_SECONDS, self.abort)
+        if self._blocked:
+            self._want(_OUT)
+        else:
+            self._write()
 
     def abort(self) -> None:
-        if self._state == _OPEN:
-            self._state = _CLOSING
-        self._raw.abort()
+        self._end(None)
 
     def is_closing(self) -> bool:
-        return self._state >= _CLOSING or self._raw.is_closing()
+        return self._state >= _CLOSING
 
     def pause_reading(self) -> None:
         if self._state == _OPEN and not self._paused:
             self._paused = True
-            self._raw.pause_reading()
+            self._want(self._events & ~_IN)
 
     def resume_reading(self) -> None:
         if self._state == _OPEN and self._paused:
             self._paused = False
-            asyncio.get_running_loop().call_soon(self._go_on)
+            self._want(self._events | _IN)
 
     def is_reading(self) -> bool:
         return self._state == _OPEN and not self._paused
@@ -214,96 +258,142 @@ class Secured(asyncio.Transport, asyncio.Protocol):
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         if name == "sslcontext":
-            return self._context
-        if name == "cipher" and self._state != _ENDED:
-            return self._tls.cipher()
-        return self._raw.get_extra_info(name, default)
+            return self._tls.context
+        if self._state != _ENDED:
+            if name == "cipher":
+                return self._tls.cipher()
+            if name == "tls_version":
+                return self._tls.version()
+            if name == "peername":
+                with contextlib.suppress(OSError):
+                    return self._tls.getpeername()
+        return default
 
     def get_write_buffer_size(self) -> int:
-        waiting = self._out.pending if self._leaves and self._state != _ENDED else 0
-        return self._raw.get_write_buffer_size() + waiting
-
-    def get_write_buffer_limits(self) -> tuple[int, int]:
-        return self._raw.get_write_buffer_limits()
-
-    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        self._raw.set_write_buffer_limits(high, low)
+        return self._size
 
     # -- in between
 
-    def _take_held(self) -> None:
-        """Hand over what is held, a record's worth at a time, until the protocol has enough."""
-        while self._held and not self._paused and self._state < _CLOSING:
-            piece, self._held = self._held[:_RECORD], self._held[_RECORD:]
-            self._in.write(piece)
-            self._take()
+    def _read(self) -> None:
+        left = _READ_BYTES
+        while left > 0 and self._state == _OPEN and not self._paused:
+            try:
+                # A record at most, and all of it, so OpenSSL keeps nothing back that the epoll does not know of.
+                data = self._tls.read(_RECORD)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):  # a part of a record alone
+                return
+            except OSError as error:
+                self._break(error)
+                return
+            assert self._protocol
+            if not data:
+                self._protocol.eof_received()
+                self.close()
+                return
+            self._protocol.data_received(data)
+            left -= len(data)
+            if len(data) < _RECORD:
+                return
 
-    def _go_on(self) -> None:
-        """Reading was resumed: first what came before."""
-        if self._state != _OPEN or self._paused:
-            return
-        self._take()
-        self._take_held()
-        if self._state == _OPEN and not self._paused:
-            self._raw.resume_reading()
-
-    def _take(self) -> None:
-        """Let OpenSSL see what has come."""
-        if self._state == _SHAKING and not self._shake():
-            return
-        tls, incoming = self._tls, self._in
+    def _ignore(self) -> None:
+        """What comes behind the end is nobody's; once the peer has ended too, so has the connection."""
         try:
-            # A read of a record's size takes one whole record, so OpenSSL never keeps a part of one that it has opened.
-            while self._state == _OPEN and not self._paused and incoming.pending:
-                data = tls.read(_RECORD)
-                if not data:
-                    self.eof_received()
-                    self.close()
-                    return
-                assert self._protocol
-                self._protocol.data_received(data)
-        except ssl.SSLWantReadError:  # a part of a record alone
+            if socket.socket.recv(self._tls, _READ_BYTES):
+                return
+        except BlockingIOError:
+            return
+        except OSError:
             pass
-        except ssl.SSLError as error:
-            self._break(error)
-        if self._state == _OPEN and not self._leaves:
-            self._flush()
+        self._end(None)
 
-    def _shake(self) -> bool:
-        """Go on with the handshake; whether it is done."""
-        try:
-            self._tls.do_handshake()
-        except ssl.SSLWantReadError:
-            self._flush()
-            return False
-        except OSError as error:
-            self._break(error)
-            return False
-        # What ends the handshake leaves with the first answer, where that is ready in this turn.
-        self._leaves = True
-        self._leaving.add(self)
-        self._state = _OPEN
-        self._protocol = self._make()
-        self._protocol.connection_made(self)
-        self._answer(None)
-        return True
+    def _write(self) -> None:
+        """Hand as much to the peer as it takes, a record at a time; then say goodbye, where that is due."""
+        out = self._out
+        while out:
+            piece = out.pop(0) if self._stuck or len(out) == 1 else _joined(out)
+            if len(piece) > _RECORD:
+                out.insert(0, piece[_RECORD:])
+                piece = piece[:_RECORD]
+            try:
+                self._tls.write(piece)
+            except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                out.insert(0, piece)
+                self._stuck = self._blocked = True
+                self._want(self._events | _OUT)
+                self._press()
+                return
+            except OSError as error:
+                self._break(error)
+                return
+            self._stuck = False
+            self._size -= len(piece)
+        self._out = None
+        if self._events & _OUT:
+            self._want(self._events & ~_OUT)
+        if self._state == _CLOSING:
+            self._say_goodbye()
+        elif self._full:
+            self._full = False
+            assert self._protocol
+            self._protocol.resume_writing()
 
-    def _flush(self) -> None:
-        if self._out.pending:
-            self._raw.write(self._out.read())
+    def _press(self) -> None:
+        if self._size > _FULL_BYTES and not self._full and self._state == _OPEN:
+            self._full = True
+            assert self._protocol
+            self._protocol.pause_writing()
+
+    def _say_goodbye(self) -> None:
+        with contextlib.suppress(OSError):  # it waits for the peer's, which may never come
+            self._tls.unwrap()
+        with contextlib.suppress(OSError):
+            self._tls.shutdown(socket.SHUT_WR)
+        self._want(_IN)
+
+    def _want(self, events: int) -> None:
+        if events != self._events:
+            self._events = events
+            self._sockets.change(self._file, events)
 
     def _break(self, fault: OSError) -> None:
-        """What came is no TLS, or not what the peer's key has signed: tell it so, and end."""
-        self._fault = fault
-        self._flush()
-        if self._state == _OPEN:
-            self._state = _CLOSING
-        self._raw.close()
+        """What came is no TLS, or not what the peer's key has signed, or the peer has gone. OpenSSL has told it so; what it sent behind
+        is taken, or the reset for that would overtake the alert."""
+        with contextlib.suppress(OSError):
+            socket.socket.recv(self._tls, _READ_BYTES)
+        self._end(fault)
 
-    def _answer(self, fault: Exception | None) -> None:
+    def _end(self, fault: OSError | None) -> None:
+        state, self._state = self._state, _ENDED
+        if state == _ENDED:
+            return
+        if self._timer:
+            self._timer.cancel()
+        self._sockets.forget(self._file)
+        self._tls.close()
+        self._out = None
+        self._make = None
+        if state == _SHAKING:
+            self._answer(fault or ConnectionAbortedError("the handshake was cut off"))
+        else:
+            self._sockets.loop.call_soon(self._lose, fault)
+
+    def _lose(self, fault: OSError | None) -> None:
+        protocol, self._protocol = self._protocol, None
+        assert protocol
+        protocol.connection_lost(fault)
+
+    def _answer(self, fault: OSError | None) -> None:
         shaken, self._shaken = self._shaken, None
-        if shaken and not shaken.done():
-            if fault:
-                shaken.set_exception(fault)
-            else:
-                shaken.set_result(None)
+        if shaken:
+            shaken(self, fault)
+
+
+def _joined(out: list[bytes | memoryview]) -> bytes | memoryview:
+    """Taken from the front of `out`, what fits into one record; the whole first piece if that alone does not."""
+    count, size = 1, len(out[0])
+    while count < len(out) and size + len(out[count]) <= _RECORD:
+        size += len(out[count])
+        count += 1
+    joined = out[0] if count == 1 else b"".join(out[:count])
+    del out[:count]
+    return joined

@@ -32,7 +32,7 @@ __all__ = [
     "CertificateFiles",
     "LegacyDevices",
     "Renewal",
-    "count_handshakes",
+    "count_handshake",
     "ensure_material",
     "operator_context",
     "reissue",
@@ -130,40 +130,10 @@ def operator_context(files: Sequence[CertificateFiles]) -> ssl.SSLContext:
     return context
 
 
-def count_handshakes(context: ssl.SSLContext, meter: Meter) -> None:
-    """Have the handshakes of connections that are made with `context` from now on counted by `meter`."""
-
-    class Counted(_Counted):
-        pass
-
-    Counted.meter = meter
-    context.sslobject_class = Counted
-
-
-class _Counted(ssl.SSLObject):
-    """Counts how its handshake ended. Of one that never ends, since the peer goes or says nothing, nobody tells it anything but
-    that it is of no use any more."""
-
-    meter: Meter
-    _decided = False
-
-    def do_handshake(self) -> None:
-        try:
-            super().do_handshake()
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            raise
-        except OSError as error:
-            if not self._decided:
-                self._decided = True
-                self.meter.handshake_failed(_why(error))
-            raise
-        if not self._decided:
-            self._decided = True
-            self.meter.shook_hands(self.version() or "", "rsa" if _is_legacy(self.cipher()) else "ecdhe")
-
-    def __del__(self) -> None:
-        if not self._decided:
-            self.meter.handshake_failed("timeout_or_closed")
+def count_handshake(meter: Meter, transport: asyncio.BaseTransport) -> None:
+    """Have `meter` count one that was done on `transport`, a Secured."""
+    kind = "rsa" if _is_legacy(transport.get_extra_info("cipher")) else "ecdhe"
+    meter.shook_hands(transport.get_extra_info("tls_version", ""), kind)
 
 
 def _is_legacy(cipher: tuple[str, str, int] | None) -> bool:
@@ -220,8 +190,8 @@ _FAILURES = {
 }
 
 
-def _why(error: OSError) -> str:
-    """One of metrics.HANDSHAKE_FAILURES."""
+def why_failed(error: OSError) -> str:
+    """What a handshake ended by, one of metrics.HANDSHAKE_FAILURES."""
     if not isinstance(error, ssl.SSLError) or isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
         return "timeout_or_closed"
     reason = error.reason or ""

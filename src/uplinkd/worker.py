@@ -46,7 +46,7 @@ from uplinkd.sending import Sending
 from uplinkd.settings import Settings
 from uplinkd.shares import Shares
 from uplinkd.tasks import end_tasks, spawn
-from uplinkd.tls import CertificateFiles, LegacyDevices, count_handshakes, renew
+from uplinkd.tls import CertificateFiles, LegacyDevices, count_handshake, renew
 
 __all__ = ["DRAIN_SECONDS", "Task", "run"]
 
@@ -141,6 +141,7 @@ async def _serve(task: Task) -> None:
         handshakes=settings.max_handshakes,
         waiting=settings.max_connections,
         missed=task.meter.handshake_failed,
+        shook=partial(count_handshake, task.meter),
         proxies=trusting(settings.proxy_protocol) if settings.proxy_protocol else None,
     )
     doors = [
@@ -175,7 +176,6 @@ async def _serve(task: Task) -> None:
         duties.append(asyncio.create_task(callout.run()))
     if context := next((context for _, context in [*task.https, *task.mqtt] if context), None):
         duties.append(asyncio.create_task(renew(context, task.certificates)))
-        count_handshakes(context, task.meter)
     for door in doors:
         await door.start()
     task.ready.send_bytes(b"ready")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import shutil
 import signal
@@ -15,12 +14,14 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from tests.doors import secured_port
 from tests.house import freeze, until
 from uplinkd.engine.embedded import EmbeddedServer
 from uplinkd.engine.jetstream import JetStreamPublisher
 from uplinkd.metrics import Metrics, Reading
+from uplinkd.secured import Secured
 from uplinkd.settings import Settings
-from uplinkd.tls import count_handshakes, ensure_material, server_context
+from uplinkd.tls import count_handshake, ensure_material, server_context, why_failed
 
 
 @pytest.fixture
@@ -43,14 +44,17 @@ def shaking_hands(settings: Settings, metrics: Metrics, act: Act, *, patience: f
 
     async def run() -> None:
         context = server_context(ensure_material(settings))
-        count_handshakes(context, metrics.meter(0))
-        server = await asyncio.get_running_loop().create_server(
-            asyncio.Protocol, "127.0.0.1", 0, ssl=context, ssl_handshake_timeout=patience
-        )
-        await act(server.sockets[0].getsockname()[1], settings.data / "tls" / "ca.pem")
-        await until(lambda: gc.collect() + 1 and counted(metrics.read()))
-        server.close()
-        await server.wait_closed()
+        meter = metrics.meter(0)
+
+        def shaken(secured: Secured, fault: OSError | None) -> None:
+            if fault:
+                meter.handshake_failed(why_failed(fault))
+            else:
+                count_handshake(meter, secured)
+
+        async with secured_port(context, asyncio.Protocol, shaken, patience) as (port, _):
+            await act(port, settings.data / "tls" / "ca.pem")
+            await until(lambda: counted(metrics.read()))
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
