@@ -234,6 +234,7 @@ class _Lobby:
         self._epoll = select.epoll()
         self._sock.listen(_BACKLOG)
         self._sock.setblocking(False)
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # which those that are accepted inherit
         self._loop.add_reader(self._epoll.fileno(), self._spoken)
         self._loop.add_reader(self._sock.fileno(), self._accept)
 

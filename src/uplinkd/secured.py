@@ -131,7 +131,6 @@ class Secured(asyncio.Transport):
         sockets: Sockets,
     ) -> None:
         sock.getpeername()  # of a peer that has gone, wrap_socket would leave the socket open
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._tls = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
         self._file = self._tls.fileno()
         self._make: Callable[[], asyncio.Protocol] | None = make
