@@ -165,7 +165,7 @@ def measure_https(folder: Path, options: argparse.Namespace, facts: dict[str, An
             return lambda peer, seconds: visits.visit_load(binary, peer, folder, connections=count, seconds=seconds)
 
         put("publish", publish(count), *SERVERS)
-        put("publish_one", publish(1), "uplinkd")
+        put("publish_one", publish(1), "nginx", "uplinkd")
         put("auth", auth(True), *SERVERS[1:])
         if "uplinkd" in chosen:
             both = {"publish": ("publish", publish(count)), "auth": ("/auth", auth(True))}

@@ -105,6 +105,11 @@ def goals(facts: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
                 found.append((f"publish against {name}", f"{ratio:.2f} ×", f"≥ {wanted:g} ×", ratio >= wanted))
         spread = statistics.median(each["p99"] / each["p50"] for each in ours["rounds"])
         found.append(("publish, p99 against p50", f"{spread:.1f} ×", "< 3 ×", spread < 3))
+    alone = facts["loads"].get("publish_one", {})
+    if "uplinkd" in alone and "nginx" in alone:
+        pairs = zip(alone["uplinkd"]["rounds"], alone["nginx"]["rounds"], strict=True)
+        beyond = statistics.median(ours["p50"] - bare["p50"] for ours, bare in pairs)
+        found.append(("one connection: p50 beyond nginx's bare answer", f"{beyond:.2f} ms", "< 1 ms", beyond < 1))
     if both := facts["loads"].get("in_turn"):
         ratio = within_rounds(both["auth"], both["publish"])
         found.append(("/auth against publish", f"{ratio:.2f} ×", "≥ 0.7 ×", ratio >= 0.7))

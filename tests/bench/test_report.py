@@ -96,6 +96,18 @@ def test_goals_say_whether_they_are_reached() -> None:
     ]
 
 
+def test_what_storing_adds_to_an_answer_is_taken_within_the_rounds() -> None:
+    """At light load, where nothing waits for anything else."""
+    alone = {
+        "nginx": row("nginx", replace(ROUND, p50=0.1), replace(ROUND, p50=0.5)),
+        "uplinkd": row("uplinkd", replace(ROUND, p50=0.4), replace(ROUND, p50=0.9)),
+    }
+    goal = "one connection: p50 beyond nginx's bare answer"
+    assert report.goals(facts(publish_one=alone)) == [(goal, "0.35 ms", "< 1 ms", True)]
+    alone["uplinkd"] = row("uplinkd", *[replace(ROUND, p50=1.6)] * 2)
+    assert report.goals(facts(publish_one=alone)) == [(goal, "1.30 ms", "< 1 ms", False)]
+
+
 def test_logins_stand_against_publishes_of_the_same_rounds() -> None:
     """Both are the same server's, whose speed drifts with the machine's."""
     in_turn = {
