@@ -1,5 +1,6 @@
 """Where the time of a report and of a login goes, by part: samples of the worker's stack under full load, C functions included
-(py-spy), and the CPU time of each process without anybody looking."""
+(py-spy), and the CPU time of each process without anybody looking. What of it is the kernel's, perf tells: py-spy finds a process
+that was about to return from a system call there for as long as another one has its core."""
 
 from __future__ import annotations
 
@@ -8,14 +9,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from bench.load import LOAD_CORE, Measured, auth_load, publish_load
 from bench.peers import PIN, Peer, cpu_seconds, tree, uplinkd
 
-__all__ = ["WAITING", "measure", "part_of", "shares"]
+__all__ = ["WAITING", "corrected", "kernels", "measure", "part_of", "shares"]
 
 _RATE = 100
 _SECONDS = 20
@@ -27,6 +28,8 @@ _WAITS = re.compile(
 )
 _INNERMOST = 4
 _READS_AND_WRITES = re.compile(r"(read|write|writev|send\w*|recv\w*|accept4?) \(")
+# Whoever calls these decides.
+_FOR_OTHERS = re.compile(r"\(uplinkd/core/mac.py")
 # The innermost frame that one of these fits decides.
 _PARTS = tuple(
     (re.compile(pattern), part)
@@ -39,7 +42,7 @@ _PARTS = tuple(
         (r"\(uplinkd/(presence|roster).py", "presence"),
         (r"\(uplinkd/registry/", "registry"),
         (r"\(uplinkd/(metrics|journal|floods|observe).py", "metrics and record"),
-        (r"libssl|_ssl\.c|SSLProtocol|\(ssl.py|\(uplinkd/tls.py", "TLS"),
+        (r"libssl|_ssl\.c|SSLProtocol|\(ssl.py|\(uplinkd/(tls|secured).py", "TLS"),
         (r"\(uplinkd/core/wire.py|Connection\.(_answer|_stored|_rest)", "answer"),
         (r"\(uplinkd/engine/", "engine's client"),
         (r"llhttp|\(parser.c|Connection\.(on_|_feed)", "HTTP parse"),
@@ -57,6 +60,8 @@ def part_of(stack: list[str]) -> str:
     if stack and _READS_AND_WRITES.match(stack[-1]):
         return _KERNEL
     for frame in reversed(stack):
+        if _FOR_OTHERS.search(frame):
+            continue
         for pattern, part in _PARTS:
             if pattern.search(frame):
                 return part
@@ -76,6 +81,18 @@ def shares(samples: str) -> tuple[dict[str, float], int]:
     found.pop(WAITING, None)
     total = sum(found.values())
     return {part: count / total for part, count in sorted(found.items(), key=lambda each: -each[1])}, total
+
+
+def kernels(report: str) -> float:
+    """What share of the samples is the kernel's: of `perf report --sort dso`, a line for each library, with its percentage."""
+    lines = re.findall(r"^\s*([0-9.]+)%\s+(\S+)", report, re.MULTILINE)
+    return sum(float(percent) for percent, name in lines if name.startswith("[") and name != "[vdso]") / 100
+
+
+def corrected(parts: Mapping[str, float], kernel: float) -> dict[str, float]:
+    """The shares, with `kernel` for what reads and writes sockets, and the others as they stand to each other."""
+    rest = 1 - parts.get(_KERNEL, 0.0)
+    return {part: kernel if part == _KERNEL else share / rest * (1 - kernel) for part, share in parts.items()}
 
 
 def measure(folder: Path, options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
@@ -131,5 +148,16 @@ def _look(
     if not output.exists():
         raise SystemExit(f"py-spy could not look at the worker: {words.strip().splitlines()[-1:]}")
     parts, samples = shares(output.read_text())
+    if perf := shutil.which("perf"):
+        say(f"profile, {name}: how much of it is the kernel's …")
+        data = folder / f"perf.{name.strip('/')}"
+        command = [*PIN, LOAD_CORE, perf, "record", "-e", "cpu-clock", "-F", "999", "-o", str(data), "-p", str(worker)]
+        with subprocess.Popen([*command, "--", "sleep", "5"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+            load(6)
+        command = [perf, "report", "-i", str(data), "--stdio", "--sort", "dso"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        parts = corrected(parts, kernels(done.stdout))
+    else:
+        say(f"perf is not installed (Debian: linux-perf): the share of {_KERNEL!r} is py-spy's, which is too high")
     rest = of_all - of_worker - of_engine
     return {"worker": of_worker, "engine": of_engine, "rest": rest, "parts": parts, "samples": samples}

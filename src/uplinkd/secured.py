@@ -99,13 +99,12 @@ class Secured(asyncio.Transport):
     done.
 
     `shaken` is told then, with None, or with the OSError (ssl.SSLError is one) that kept it from being done. Raise OSError where the
-    peer has gone already.
+    peer has gone already; the socket is the caller's then.
     """
 
     __slots__ = (
         "_blocked",
         "_events",
-        "_fault",
         "_file",
         "_full",
         "_leaves",
@@ -146,7 +145,6 @@ class Secured(asyncio.Transport):
         self._blocked = False  # the peer does not take it
         self._full = False  # the protocol was told so
         self._paused = False
-        self._fault: OSError | None = None
         self._timer: asyncio.TimerHandle | None = None
         sockets.watch(self._file, self)
 
@@ -182,11 +180,11 @@ class Secured(asyncio.Transport):
             return
         self._want(_IN)
         self._state = _OPEN
+        self._answer(None)
         make, self._make = self._make, None
         assert make
         self._protocol = make()
         self._protocol.connection_made(self)
-        self._answer(None)
 
     # -- the protocol's calls
 
@@ -378,8 +376,8 @@ class Secured(asyncio.Transport):
 
     def _lose(self, fault: OSError | None) -> None:
         protocol, self._protocol = self._protocol, None
-        assert protocol
-        protocol.connection_lost(fault)
+        if protocol:
+            protocol.connection_lost(fault)
 
     def _answer(self, fault: OSError | None) -> None:
         shaken, self._shaken = self._shaken, None

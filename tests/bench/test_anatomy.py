@@ -23,7 +23,7 @@ ANSWER = "_Wire.data_received (uplinkd/engine/jetstream.py:4);Connection._answer
         (f"{BEGIN};{HTTP};Gateway.publish (uplinkd/gateway.py:1);Flow.message (uplinkd/flow.py:99)", "flow control"),
         (f"{BEGIN};SSLProtocol__do_read (loop.c);SSL_read_ex (libssl.so.3);0x7f (libcrypto.so.3)", "TLS"),
         (
-            f"{BEGIN};{HTTP};sign (uplinkd/core/signature.py:20);digest (hmac.py:1);HMAC (libcrypto.so.3)",
+            f"{BEGIN};{HTTP};sign (uplinkd/core/signature.py:20);digest (uplinkd/core/mac.py:1);SHA1 (libcrypto.so.3)",
             "sign of a login",
         ),
         (f"{BEGIN};{HTTP};login (uplinkd/core/wire.py:68);JSONDecoder.decode (json/decoder.py)", "login's members"),
@@ -42,3 +42,16 @@ def test_what_waits_is_no_work() -> None:
     """Shares are of what is left, largest first; how the process began does not count for a part."""
     samples = f"{BEGIN};epoll_pwait (libc.so.6) 900\n{BEGIN} 25\n{BEGIN};{ANSWER} 75\n"
     assert anatomy.shares(samples) == ({"answer": 0.75, "event loop": 0.25}, 100)
+
+
+def test_the_kernels_share_is_perfs() -> None:
+    """Modules and all; the others keep their proportion."""
+    report = """# Overhead  Shared Object
+    45.00%  libpython3.11.so.1.0
+    29.50%  [kernel.kallsyms]
+     0.50%  [nf_tables]
+     0.25%  [vdso]
+"""
+    assert anatomy.kernels(report) == pytest.approx(0.3)
+    parts = anatomy.corrected({"sockets: read and write": 0.6, "TLS": 0.3, "token": 0.1}, 0.3)
+    assert parts == pytest.approx({"sockets: read and write": 0.3, "TLS": 0.525, "token": 0.175})

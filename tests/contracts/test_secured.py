@@ -390,6 +390,27 @@ async def test_a_fault_of_ours_ends_its_own_connection_alone(door: Door) -> None
 
 
 @on_uvloop
+async def test_a_protocol_that_cannot_be_made_ends_its_connection_alone(door: Door) -> None:
+    """A fault of ours as well."""
+    made = []
+
+    def make() -> asyncio.Protocol:
+        made.append(Echo())
+        if len(made) == 1:
+            raise ValueError("none for the first")
+        return made[-1]
+
+    async with secured_port(door.context, make) as (door.port, _):
+        first, writer = await door.connect()
+        assert await asyncio.wait_for(first.read(-1), 5) == b""
+        await closed(writer)
+        reader, writer = await door.connect()
+        writer.write(b"hello")
+        assert await asyncio.wait_for(reader.readexactly(5), 5) == b"hello"
+        await closed(writer)
+
+
+@on_uvloop
 async def test_a_peer_that_has_gone_before_its_handshake_is_told_of(door: Door) -> None:
     """By an OSError, at once or of the handshake."""
     told: list[OSError | None] = []
