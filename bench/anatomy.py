@@ -1,10 +1,11 @@
 """Where the time of a report and of a login goes, by part: samples of the worker's stack under full load, C functions included
-(py-spy), and the CPU time of each process without anybody looking. What of it is the kernel's, perf tells: py-spy finds a process
-that was about to return from a system call there for as long as another one has its core."""
+(py-spy), and the CPU time of each process without anybody looking. py-spy finds a process where it stands while another one has its
+core; so while it looks, nats-server is on the load's. What of the time is the kernel's, perf tells, with all where it belongs."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -18,8 +19,9 @@ from bench.peers import PIN, Peer, cpu_seconds, tree, uplinkd
 
 __all__ = ["WAITING", "corrected", "kernels", "measure", "part_of", "shares"]
 
-_RATE = 100
-_SECONDS = 20
+# Each look stops the worker for milliseconds, and all devices wait then: the next one comes only once they are out of step again.
+_RATE = 23
+_SECONDS = 60
 WAITING = "waiting"
 _KERNEL = "sockets: read and write"
 # The C library's own last frames have no names; what waits is no work.
@@ -142,9 +144,12 @@ def _look(
     output = folder / f"stacks.{name.strip('/')}"
     command = [*PIN, LOAD_CORE, spy, "record", "--native", "--rate", str(_RATE), "--duration", str(_SECONDS)]
     command += ["--format", "raw", "--output", str(output), "--pid", str(worker)]
+    cores = ",".join(map(str, os.sched_getaffinity(engine)))
+    _move(engine, LOAD_CORE)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as spying:
         load(_SECONDS + 2)
         words, _ = spying.communicate(timeout=60)
+    _move(engine, cores)
     if not output.exists():
         raise SystemExit(f"py-spy could not look at the worker: {words.strip().splitlines()[-1:]}")
     parts, samples = shares(output.read_text())
@@ -161,3 +166,8 @@ def _look(
         say(f"perf is not installed (Debian: linux-perf): the share of {_KERNEL!r} is py-spy's, which is too high")
     rest = of_all - of_worker - of_engine
     return {"worker": of_worker, "engine": of_engine, "rest": rest, "parts": parts, "samples": samples}
+
+
+def _move(process: int, cores: str) -> None:
+    """All its threads."""
+    subprocess.run(["taskset", "-a", "-p", "-c", cores, str(process)], check=True, stdout=subprocess.DEVNULL)

@@ -41,7 +41,7 @@ def read(pieces: list[bytes]) -> list[object]:
     for piece in pieces:
         reader.feed(piece)
         while True:
-            found += [(number, sequence, "") for number, sequence in reader.acks()]
+            found += [(int(number), int(sequence), "") for number, sequence in reader.acks()]
             received = reader.next()
             if received is None:
                 break

@@ -6,13 +6,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import secrets
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from time import monotonic
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -229,19 +230,26 @@ class JetStreamPublisher:
 
     # -- the wire's calls
 
-    def acknowledged(self, number: int, sequence: int, now: float) -> None:
-        entry = self._pending.pop(number, None)
-        if not entry:
-            return
-        self._free.append(number)
-        if sequence <= self._sequence:  # sequences of one stream rise: this is another stream, though nobody told us
-            self._fail(entry[0], f"the stream {self.part.name} was made again")
-            self.unsettled("the stream was made again")
-            return
-        self._sequence = sequence
-        self._took(now - entry[1])
-        self._weighed(entry[2])
-        _finish(entry[0], self._base + sequence * self._step, "")
+    def acknowledged(self, acks: Iterable[tuple[int | bytes, int | bytes]], now: float) -> None:
+        """(number, sequence) of each, as numbers or in digits."""
+        base, step = int(self._base), self._step
+        for digits, place in acks:
+            number, sequence = int(digits), int(place)
+            entry = self._pending.pop(number, None)
+            if entry is None:
+                continue
+            done, began, size = entry
+            self._free.append(number)
+            if (
+                sequence <= self._sequence
+            ):  # sequences of one stream rise: this is another stream, though nobody told us
+                self._fail(done, f"the stream {self.part.name} was made again")
+                self.unsettled("the stream was made again")
+                continue
+            self._sequence = sequence
+            self._took(now - began)
+            self._weighed(size)
+            _finish(done, base + sequence * step, "")
 
     def stored_before(self, number: int, sequence: int) -> None:
         """Somebody has published it already, under the same key."""
@@ -502,9 +510,9 @@ class _Wire(asyncio.Protocol):
         reader.feed(data)
         try:
             while True:
-                for number, sequence in reader.acks():
-                    acknowledged(number, sequence, now)
-                    self._answered += 1
+                if acks := reader.acks():
+                    acknowledged(acks, now)
+                    self._answered += len(acks)
                 received = reader.next()
                 if received is None:
                     break
@@ -559,12 +567,12 @@ class _Wire(asyncio.Protocol):
             self._answered += len(numbers)
             if reason and received.header:
                 self._owner.unsettled(reason)
-            now, first = monotonic(), sequence - len(numbers) + 1
-            for place, number in enumerate(numbers):
-                if reason:
+            if reason:
+                for number in numbers:
                     self._owner.refused(number, reason)
-                else:
-                    self._owner.acknowledged(number, first + place, now)
+            else:
+                first = sequence - len(numbers) + 1
+                self._owner.acknowledged(zip(numbers, itertools.count(first), strict=False), monotonic())
         elif received.sid == 2:
             future = self._requests.pop(received.number, None)
             if future and not future.done():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 __all__ = ["ACK", "DUPLICATE", "Reader", "Received", "ack_of"]
@@ -40,14 +39,21 @@ class Reader:
     def feed(self, data: bytes) -> None:
         self._buffer = self._buffer + data if self._buffer else data
 
-    def acks(self) -> Iterator[tuple[int, int]]:
-        """(number, sequence) of each acknowledgement until something else comes."""
-        buffer, position = self._buffer, 0
-        match = ACK.match
-        while found := match(buffer, position):
-            position = found.end()
-            yield int(found[1]), int(found[2])
+    def acks(self) -> list[tuple[bytes, bytes]]:
+        """(number, sequence) of each acknowledgement until something else comes, in digits."""
+        buffer = self._buffer
+        if buffer.endswith(b"\r\n"):
+            # Nearly always there is nothing else: that would have line ends of its own, around whatever it holds.
+            every: list[tuple[bytes, bytes]] = ACK.findall(buffer)
+            if 2 * len(every) == buffer.count(b"\r\n"):
+                self._buffer = b""
+                return every
+        found, position = [], 0
+        while ack := ACK.match(buffer, position):
+            position = ack.end()
+            found.append((ack[1], ack[2]))
         self._buffer = buffer[position:]
+        return found
 
     def next(self) -> Received | None:
         """The next operation, or None until more bytes come; ValueError when this is not NATS."""
