@@ -84,6 +84,13 @@ class Door:
             "127.0.0.1", self.port, ssl=self.client(version), server_hostname="localhost"
         )
 
+    async def talk(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, Echo]:
+        """A connection over which a byte has gone and come back, with its other end."""
+        reader, writer = await self.connect()
+        writer.write(b"x")
+        await reader.readexactly(1)
+        return reader, writer, self.made[-1]
+
 
 def reading(writer: asyncio.StreamWriter) -> asyncio.Transport:
     """The client's transport, which can be made not to read."""
@@ -194,13 +201,11 @@ async def test_a_close_lets_the_answer_arrive(door: Door) -> None:
 @on_uvloop
 async def test_a_peer_that_does_not_go_is_cut_off(door: Door) -> None:
     """It has had close_notify, and two seconds."""
-    reader, writer = await door.connect()
-    writer.write(b"x")
-    await reader.readexactly(1)
+    _, writer, echo = await door.talk()
     reading(writer).pause_reading()
-    assert door.made[0].transport
-    door.made[0].transport.close()
-    await until(lambda: door.made[0].lost, 5)
+    assert echo.transport
+    echo.transport.close()
+    await until(lambda: echo.lost, 5)
     reading(writer).resume_reading()
     await closed(writer)
 
@@ -258,10 +263,7 @@ async def test_a_record_that_was_altered_ends_the_connection(door: Door) -> None
 @on_uvloop
 async def test_reading_can_be_paused(door: Door) -> None:
     """What has come meanwhile is neither lost nor handed over, and the peer is held back."""
-    reader, writer = await door.connect()
-    writer.write(b"x")
-    await reader.readexactly(1)
-    echo = door.made[0]
+    reader, writer, echo = await door.talk()
     assert echo.transport
     echo.transport.pause_reading()
     assert not echo.transport.is_reading()
@@ -275,10 +277,8 @@ async def test_reading_can_be_paused(door: Door) -> None:
 
 @on_uvloop
 async def test_a_protocol_that_pauses_within_a_read_gets_the_rest_later(door: Door) -> None:
-    reader, writer = await door.connect()
-    writer.write(b"x")
-    await reader.readexactly(1)
-    echo, taken = door.made[0], 0
+    reader, writer, echo = await door.talk()
+    taken = 0
     hear = echo.data_received
 
     def once(data: bytes) -> None:
@@ -299,10 +299,7 @@ async def test_a_protocol_that_pauses_within_a_read_gets_the_rest_later(door: Do
 @on_uvloop
 async def test_a_peer_that_does_not_read_is_told_of(door: Door) -> None:
     """By pause_writing, and resume_writing once it does."""
-    reader, writer = await door.connect()
-    writer.write(b"x")
-    await reader.readexactly(1)
-    echo = door.made[0]
+    reader, writer, echo = await door.talk()
     assert echo.transport
     reading(writer).pause_reading()
     for _ in range(200):
@@ -318,10 +315,8 @@ async def test_a_peer_that_does_not_read_is_told_of(door: Door) -> None:
 @on_uvloop
 async def test_what_a_slow_peer_is_sent_comes_in_order(door: Door) -> None:
     """Small and large, most of it while the peer takes nothing, and a close behind it."""
-    reader, writer = await door.connect()
-    writer.write(b"x")
-    await reader.readexactly(1)
-    transport = door.made[0].transport
+    reader, writer, echo = await door.talk()
+    transport = echo.transport
     assert transport
     reading(writer).pause_reading()
     chance = random.Random(7)
@@ -346,10 +341,8 @@ async def test_what_a_slow_peer_is_sent_comes_in_order(door: Door) -> None:
 @on_uvloop
 async def test_what_is_written_in_one_turn_leaves_as_one_record(door: Door) -> None:
     """The peer is woken once."""
-    reader, writer = await door.connect()
-    writer.write(b"x")
-    await reader.readexactly(1)
-    transport = door.made[0].transport
+    reader, writer, echo = await door.talk()
+    transport = echo.transport
     assert transport
     for _ in range(100):
         transport.write(b"y" * 50)
@@ -361,10 +354,7 @@ async def test_what_is_written_in_one_turn_leaves_as_one_record(door: Door) -> N
 @on_uvloop
 async def test_a_reset_ends_a_connection_that_is_not_read(door: Door) -> None:
     """Though its protocol has paused: else it would stand until somebody looked."""
-    reader, writer = await door.connect()
-    writer.write(b"x")
-    await reader.readexactly(1)
-    echo = door.made[0]
+    _, writer, echo = await door.talk()
     assert echo.transport
     echo.transport.pause_reading()
     sock = writer.transport.get_extra_info("socket")
@@ -433,10 +423,8 @@ async def test_a_peer_that_has_gone_before_its_handshake_is_told_of(door: Door) 
 @on_uvloop
 async def test_another_protocol_may_take_over(door: Door) -> None:
     """As a WebSocket does."""
-    reader, writer = await door.connect()
-    writer.write(b"x")
-    await reader.readexactly(1)
-    transport = door.made[0].transport
+    reader, writer, echo = await door.talk()
+    transport = echo.transport
     assert transport
     successor = Echo()
     transport.set_protocol(successor)

@@ -694,7 +694,7 @@ class Connection(asyncio.Protocol):
         if transport is None:
             return False
         end = self._door.clock() + self._limits.write_timeout
-        await asyncio.sleep(0)  # uvloop writes at the end of a turn
+        await asyncio.sleep(0)  # what is written leaves at the end of a turn
         while not self._broken and self._door.clock() < end:
             if self._transport is None or not transport.get_write_buffer_size():
                 return True
