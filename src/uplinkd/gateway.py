@@ -40,6 +40,7 @@ _FRUITLESS_SECONDS = 5.0
 _FRUITLESS = 100_000
 _LONGEST_NAME = 64
 _DAY = 24 * 3600 * 1000
+_OCTETS = "application/octet-stream"
 # Who tries a million secrets a second needs 10^15 years for one of so many letters and digits.
 _NEVER_GUESSED = 16
 
@@ -164,7 +165,7 @@ class Gateway:
     def publish(self, request: Request, done: Done) -> None:
         """Store the request's body under its topic, then call `done`. Raise Refused with the documented code, or Wait."""
         now = round(self._clock() * 1000)
-        token = self._token(request.password)
+        token = self._tokens.get(request.password or "") or self._token(request.password)
         entry = request.entry if request.fresh else self._cache.get(token.device_id)
         if entry is None or not tokens.holds(token, entry.device, self._keys, now=now):
             if not request.fresh and (entry is None or tokens.is_ahead(token, entry.device)):
@@ -408,19 +409,16 @@ class Gateway:
                 Code.TOKEN_IS_NULL,
                 "the request has no password header" if text is None else "the password header is empty",
             )
-        token = self._tokens.get(text)
-        if token is None:
-            token = tokens.read(text, self._keys)
-            if len(self._tokens) >= _TOKENS:
-                self._tokens.clear()
-            self._tokens[text] = token
+        token = tokens.read(text, self._keys)
+        if len(self._tokens) >= _TOKENS:
+            self._tokens.clear()
+        self._tokens[text] = token
         return token
 
     def _topic(self, request: Request) -> topics.Topic:
-        if not wire.media_type_is(request.content_type, "application/octet-stream"):
-            raise Refused(
-                Code.PARAM_ERROR, f"Content-Type is {request.content_type!r}; it must be application/octet-stream"
-            )
+        content_type = request.content_type
+        if content_type != _OCTETS and not wire.media_type_is(content_type, _OCTETS):
+            raise Refused(Code.PARAM_ERROR, f"Content-Type is {content_type!r}; it must be {_OCTETS}")
         if request.query:
             raise Refused(Code.PARAM_ERROR, "the URL has a query string, which /topic does not take")
         topic = self._topics.get(request.path)

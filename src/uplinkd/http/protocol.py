@@ -106,6 +106,9 @@ class Door:
     connections: set[Connection] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     ok: bytes = b""
+    heads: dict[int, bytes] = field(
+        default_factory=dict
+    )  # of answers, by the size of the body, as they were since the last tick
     known: Known = field(default_factory=Known)
     turns: Turns = field(default_factory=Turns)
     places: Places = field(init=False)
@@ -126,10 +129,16 @@ class Door:
             + formatdate(usegmt=True).encode()
             + b"\r\nContent-Length: "
         )
+        self.heads.clear()
         for connection in [each for each in self.connections if each.deadline <= self.now]:
             connection.expire()
         self.floods.tick()
         self.refused_logins.clear()
+
+    def head(self, size: int) -> bytes:
+        """The head of an answer with a body of `size` bytes, where the connection stands."""
+        head = self.heads[size] = b"%b%d\r\n\r\n" % (self.ok, size)
+        return head
 
     def drain(self) -> None:
         """Answer what is under way, close what is idle; a request that is just arriving still gets its answer."""
@@ -741,7 +750,7 @@ class Connection(asyncio.Protocol):
         flood.more += 1
         door = self._door
         door.meter.limited(limit)
-        self._transport.write(b"%b%d\r\n\r\n%b" % (door.ok, len(flood.body), flood.body))
+        self._transport.write((door.heads.get(len(flood.body)) or door.head(len(flood.body))) + flood.body)
         door.meter.held_back[self._endpoint].append(monotonic() - self._began)
         self._answered()
 
@@ -766,7 +775,7 @@ class Connection(asyncio.Protocol):
         if door.access_log and request:
             log.info("%s POST /%s%s %d %s", request.address, self._endpoint, request.topic, code, MESSAGES[code])
         if self._keep_alive and not self._answer_old and not door.draining:
-            self._transport.write(b"%b%d\r\n\r\n%b" % (door.ok, len(body), body))
+            self._transport.write((door.heads.get(len(body)) or door.head(len(body))) + body)
         else:
             self._transport.write(b"%b%d\r\n%b\r\n%b" % (door.ok, len(body), self._connection_header(), body))
         self._answered()

@@ -55,6 +55,8 @@ class DeviceCache:
         self._registry = registry
         self._capacity = capacity
         self._by_id: dict[int, Entry] = {}
+        # Each report asks: a call less.
+        self.get: Callable[[int], Entry | None] = self._by_id.get
         self._by_name: dict[tuple[str, str], Entry] = {}
         self._rights: dict[str, _Rights] = {}
         self._cursor = registry.changes_cursor()
@@ -64,9 +66,6 @@ class DeviceCache:
         self._recording: asyncio.Task[None] | None = None
         self._threads = ThreadPoolExecutor(_THREADS, "registry")
         self._warn = Occasionally(10)
-
-    def get(self, device_id: int) -> Entry | None:
-        return self._by_id.get(device_id)
 
     def get_by_name(self, product_key: str, name: str) -> Entry | None:
         return self._by_name.get((product_key, name))
