@@ -418,7 +418,7 @@ class Gateway:
     def _topic(self, request: Request) -> topics.Topic:
         content_type = request.content_type
         if content_type != _OCTETS and not wire.media_type_is(content_type, _OCTETS):
-            raise Refused(Code.PARAM_ERROR, f"Content-Type is {content_type!r}; it must be {_OCTETS}")
+            raise Refused(Code.PARAM_ERROR, f"Content-Type is {content_type!r}; it must be application/octet-stream")
         if request.query:
             raise Refused(Code.PARAM_ERROR, "the URL has a query string, which /topic does not take")
         topic = self._topics.get(request.path)
