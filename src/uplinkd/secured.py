@@ -80,18 +80,23 @@ class Sockets:
     def _leave(self) -> None:
         leaving, self._leaving = self._leaving, []
         for connection in leaving:
-            connection.send()
+            _guarded(connection, connection.send)
 
     def _poll(self) -> None:
         connections = self._connections
         for file, events in self._epoll.poll(0, _EVENTS):
             # One that was ended by another's event is not there any more.
             if connection := connections.get(file):
-                try:
-                    connection.ready(events)
-                except Exception:
-                    log.exception("a fault of ours on a connection, which ends")
-                    connection.abort()
+                _guarded(connection, connection.ready, events)
+
+
+def _guarded(connection: Secured, act: Callable[..., None], *arguments: int) -> None:
+    """A fault of ours ends the connection that it met, and not what others wait for."""
+    try:
+        act(*arguments)
+    except Exception:
+        log.exception("a fault of ours on a connection, which ends")
+        connection.abort()
 
 
 class Secured(asyncio.Transport):

@@ -150,6 +150,13 @@ class Driver:
             if event["event"] == name:
                 return event
 
+    def both(self, one: str, other: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The next event of each name, in whichever order they come."""
+        seen = len(self._seen)
+        last = self.event(one)
+        before = next((event for event in self._seen[seen:] if event["event"] == other), None)
+        return last, before or self.event(other)
+
     def message(self, within: float = 10) -> tuple[str, bytes]:
         event = self.event("message", within)
         return event["topic"], base64.b64decode(event["payload"])

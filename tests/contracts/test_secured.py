@@ -380,6 +380,27 @@ async def test_a_fault_of_ours_ends_its_own_connection_alone(door: Door) -> None
 
 
 @on_uvloop
+async def test_a_fault_of_ours_while_answers_leave_holds_none_of_the_others_back(door: Door) -> None:
+    """What they wrote in the same turn arrives."""
+    reader, writer, bad = await door.talk()
+    other, second, good = await door.talk()
+    assert bad.transport
+    assert good.transport
+    reading(writer).pause_reading()
+    for _ in range(200):
+        bad.transport.write(b"x" * 100_000)
+    bad.resume_writing = lambda: 1 // 0  # type: ignore[assignment, method-assign]
+    reading(writer).resume_reading()
+    assert len(await asyncio.wait_for(reader.read(-1), 20)) > 1_000_000
+    good.transport.write(b"hello")
+    assert await asyncio.wait_for(other.readexactly(5), 5) == b"hello"
+    await until(lambda: bad.lost)
+    assert not good.lost
+    await closed(writer)
+    await closed(second)
+
+
+@on_uvloop
 async def test_a_protocol_that_cannot_be_made_ends_its_connection_alone(door: Door) -> None:
     """A fault of ours as well."""
     made = []
