@@ -161,10 +161,16 @@ class Flow:
             return
         slot = device_id % _DEVICES * _SLOT
         until = self._until
+        clock = self._clock
         with self._guards[device_id % len(self._guards)]:
-            now = self._clock()
-            messages = _charged(until[slot], now, self._message_cost, 1.0)
-            volume = _charged(until[slot + 1], now, self._byte_cost * size, 1.0)
+            now = clock()
+            # Nearly always there is room, and two calls of _charged say no more than this.
+            messages, volume, full = until[slot], until[slot + 1], now + 1.0
+            messages = (now if messages < now else messages) + self._message_cost
+            volume = (now if volume < now else volume) + self._byte_cost * size
+            if messages > full or volume > full:
+                messages = _charged(until[slot], now, self._message_cost, 1.0)
+                volume = _charged(until[slot + 1], now, self._byte_cost * size, 1.0)
             if messages and volume:
                 until[slot] = messages
                 until[slot + 1] = volume
@@ -470,9 +476,10 @@ class _Guard:
         self._taken = False
 
     def __enter__(self) -> None:
-        self._taken = self._acquire(True, self._patience)
+        acquire = self._acquire
+        self._taken = taken = acquire(True, self._patience)
         # A lock whose holder has died is waited for once, not by each.
-        if not self._taken:
+        if not taken:
             self._patience = 0.0
         elif not self._patience:
             self._patience = _LOCK_PATIENCE

@@ -50,7 +50,8 @@ _NOBODY = Device(0, ProductKey(""), DeviceName(""), "0" * 32, False, 0, 0, None,
 
 @dataclass(slots=True)
 class Request:
-    """What a door hands over; below the line what was learned of it on the way, for the record of a refusal.
+    """What a door hands over; below the line what was learned of it on the way, for the record of a refusal, and for a report with
+    another body that is the same in all else: it may be handed over anew, once `fresh` is False again.
 
     `path` is the topic as it stands in the URL, percent-encoded; `query` says whether the URL had a `?`. `network` is whom limits by
     address hold for (see flow.network_of), empty where the device's address is not known.
@@ -69,6 +70,7 @@ class Request:
     topic: str = ""
     entry: Entry | None = None
     fresh: bool = False
+    target: topics.Topic | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,7 @@ class Gateway:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cache = cache
+        self._known = cache.get
         self._engine = engine
         self._flow = flow
         self._presence = presence
@@ -134,16 +137,17 @@ class Gateway:
         self._monotonic = monotonic
         self._fruitless: dict[int, float] = {}
         downlink.on_waiting(self._look_again)
+        self._tokens: dict[str | None, tokens.Token] = {}
         self.take_keys(keys)
         self._clock = clock
         self._token_ttl = round(settings.token_ttl * 1000)
         self._window = round(settings.timestamp_window * 1000)
-        self._tokens: dict[str, tokens.Token] = {}
         self._topics: dict[bytes | str, topics.Topic] = {}
 
     def take_keys(self, keys: list[SigningKey]) -> None:
         """Sign and verify tokens with these from now on."""
         self._keys = {key.id: key for key in keys}
+        self._tokens.clear()
         self._signs: tuple[SigningKey, int, int] | None = None  # the key, and from when until when (ms) it is the one
 
     def authenticate(self, request: Request) -> str:
@@ -164,21 +168,24 @@ class Gateway:
 
     def publish(self, request: Request, done: Done) -> None:
         """Store the request's body under its topic, then call `done`. Raise Refused with the documented code, or Wait."""
-        now = round(self._clock() * 1000)
-        token = self._tokens.get(request.password or "") or self._token(request.password)
-        entry = request.entry if request.fresh else self._cache.get(token.device_id)
-        if entry is None or not tokens.holds(token, entry.device, self._keys, now=now):
-            if not request.fresh and (entry is None or tokens.is_ahead(token, entry.device)):
-                raise Wait(lambda: self._load(request, token.device_id))
-            tokens.check(token, entry.device if entry else None, self._keys, now=now)
-        assert entry is not None
+        # Of a callable that is an attribute, first the attribute and then the call: at once, Python 3.11 looks for a method.
+        clock, known = self._clock, self._known
+        now = round(clock() * 1000)
+        token = self._tokens.get(request.password)
+        if token is None:
+            token = self._token(request.password)
+        entry = request.entry if request.fresh else known(token.device_id)
+        if entry is None or entry.shown is not token or now >= token.expires:
+            entry = self._check_token(request, token, entry, now)
         device = entry.device
-        request.product_key, request.device_name = device.product_key, device.name
-
-        request.entry = entry
+        if request.fresh or request.entry is not entry:
+            request.product_key, request.device_name, request.entry = device.product_key, device.name, entry
         self._flow.message(device.id, len(request.body), device.product_key, request.network)
-        topic = self._topic(request)
-        self._check_right(topic, entry)
+        topic = request.target
+        if topic is None:
+            topic = self._topic(request)
+        if topic is not entry.allowed:
+            self._check_right(topic, entry)
         self._presence.saw(entry, now, request.address)
         self._engine.publish(topic.subject, request.body, done)
 
@@ -187,7 +194,8 @@ class Gateway:
         device = entry.device
         self._flow.message(device.id, len(request.body), device.product_key, request.network)
         topic = self._topics.get(request.topic) or self._remember(request.topic, topics.of_text(request.topic))
-        self._check_right(topic, entry)
+        if topic is not entry.allowed:
+            self._check_right(topic, entry)
         self._engine.publish(topic.subject, request.body, done, Origin.MQTT)
 
     def before_app(self, key: str, network: str) -> None:
@@ -357,8 +365,6 @@ class Gateway:
 
     def _check_right(self, topic: topics.Topic, entry: Entry) -> None:
         """What was allowed once is, until the registry changes: then the entry is another one."""
-        if topic is entry.allowed:
-            return
         device = entry.device
         if not topics.may_publish(topic, device, entry.publish_levels):
             raise Refused(Code.PUBLISH_MESSAGE_ERROR, topics.explain(topic, device, entry.classes), topic=topic.text)
@@ -403,6 +409,18 @@ class Gateway:
             self._signs = (tokens.signing_key(self._keys.values(), now=now), now, min(until, default=now + _DAY))
         return self._signs[0]
 
+    def _check_token(self, request: Request, token: tokens.Token, entry: Entry | None, now: int) -> Entry:
+        """The device that `token` holds for. What held once does, until the registry or the keys change: then the entry or the token
+        is another one; a key that is to be rotated out is looked at each time."""
+        if entry is None or not tokens.holds(token, entry.device, self._keys, now=now):
+            if not request.fresh and (entry is None or tokens.is_ahead(token, entry.device)):
+                raise Wait(lambda: self._load(request, token.device_id))
+            tokens.check(token, entry.device if entry else None, self._keys, now=now)
+            assert entry is not None
+        else:
+            entry.shown = token
+        return entry
+
     def _token(self, text: str | None) -> tokens.Token:
         if not text:
             raise Refused(
@@ -424,7 +442,7 @@ class Gateway:
         topic = self._topics.get(request.path)
         if topic is None:
             topic = self._remember(request.path, topics.parse(request.path))
-        request.topic = topic.text
+        request.topic, request.target = topic.text, topic
         return topic
 
     def _remember(self, text: bytes | str, topic: topics.Topic) -> topics.Topic:

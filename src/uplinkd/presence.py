@@ -89,7 +89,7 @@ class Presence:
 
     def saw(self, entry: Entry, now: int, address: str) -> None:
         """An HTTPS request of the device at `now` (ms)."""
-        if abs(now - entry.seen) >= self._pace:  # the clock may have been set back
+        if not -self._pace < now - entry.seen < self._pace:  # the clock may have been set back
             entry.seen = now
             self._pending.append(Sighting(entry.device.id, now, address))
 

@@ -21,6 +21,8 @@ __all__ = ["Secured", "Sockets"]
 log = logging.getLogger("uplinkd.secured")
 
 _RECORD = 16 * 1024
+# Nearly all that comes is smaller than this; a buffer of so much costs a tenth of one for a whole record.
+_USUAL = 960
 # What one connection is read of in a turn of the event loop, and how many are.
 _READ_BYTES, _EVENTS = 64 * 1024, 128
 # What one connection writes in a turn, and how many connections do, before it leaves at once.
@@ -29,6 +31,7 @@ _SOON_BYTES, _SOON = 64 * 1024, 64
 _CLOSING_SECONDS = 2.0
 # The protocol is told to write no more when so much waits, and to go on when nothing does.
 _FULL_BYTES = 64 * 1024
+_NOT_YET = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
 _HUNG_UP = select.EPOLLHUP | select.EPOLLERR
 
 # Plain numbers: before Python 3.12 each look-up of an enum's member costs as much as a call.
@@ -71,32 +74,42 @@ class Sockets:
     def leave(self, connection: Secured) -> None:
         """Have its `send` called at the end of this turn."""
         leaving = self._leaving
-        if not leaving:
-            self.loop.call_soon(self._leave)
         leaving.append(connection)
-        if len(leaving) >= _SOON:
+        count = len(leaving)
+        if count == 1:
+            self.loop.call_soon(self._leave)
+        elif count == _SOON:
             self._leave()
 
     def _leave(self) -> None:
         leaving, self._leaving = self._leaving, []
         for connection in leaving:
-            _guarded(connection, connection.send)
+            try:
+                connection.send()
+            except Exception:
+                _ends(connection)
 
     def _poll(self) -> None:
-        connections = self._connections
+        connections, arrived = self._connections, []
         for file, events in self._epoll.poll(0, _EVENTS):
-            # One that was ended by another's event is not there any more.
-            if connection := connections.get(file):
-                _guarded(connection, connection.ready, events)
+            connection = connections.get(file)
+            if connection is not None:  # or it was ended by another's event
+                try:
+                    if data := connection.ready(events):
+                        arrived.append((connection, data))
+                except Exception:
+                    _ends(connection)
+        for connection, data in arrived:
+            try:
+                connection.deliver(data)
+            except Exception:
+                _ends(connection)
 
 
-def _guarded(connection: Secured, act: Callable[..., None], *arguments: int) -> None:
+def _ends(connection: Secured) -> None:
     """A fault of ours ends the connection that it met, and not what others wait for."""
-    try:
-        act(*arguments)
-    except Exception:
-        log.exception("a fault of ours on a connection, which ends")
-        connection.abort()
+    log.exception("a fault of ours on a connection, which ends")
+    connection.abort()
 
 
 class Secured(asyncio.Transport):
@@ -121,6 +134,7 @@ class Secured(asyncio.Transport):
         "_shaken",
         "_size",
         "_sockets",
+        "_soon",
         "_state",
         "_stuck",
         "_timer",
@@ -146,7 +160,8 @@ class Secured(asyncio.Transport):
         self._state = _SHAKING
         self._protocol: asyncio.Protocol | None = None
         self._events = _IN
-        self._out: list[bytes | memoryview] | None = None  # what was written and has not left
+        self._soon = b""  # what leaves at the end of this turn, if it is a record and no more
+        self._out: list[bytes | memoryview] | None = None  # whatever else was written and has not left
         self._size = 0  # of that
         self._stuck = False  # the first of it was refused, and has to be offered to OpenSSL again as it is
         self._leaves = False  # it leaves at the end of this turn
@@ -156,22 +171,36 @@ class Secured(asyncio.Transport):
         self._timer: asyncio.TimerHandle | None = None
         sockets.watch(self._file, self)
 
-    def ready(self, events: int) -> None:
-        """The socket can be read or written, or has broken."""
-        if self._state == _SHAKING:
-            self.shake()
-            return
-        if events & _OUT:
-            self._blocked = False
-            self.send()
-            if events == _OUT:
-                return
-        if self._state == _OPEN and not self._paused:
-            self._read()
-        elif self._state == _CLOSING and not self._blocked:
-            self._ignore()
-        elif events & _HUNG_UP:
-            self._end(ConnectionResetError("the peer has gone"))
+    def ready(self, events: int) -> bytes:
+        """The socket can be read or written, or has broken. What comes is what was read, for `deliver`: a record at most, empty where
+        it is a part of one, or nothing comes any more."""
+        if (self._state != _OPEN or self._paused or events != _IN) and not self._attend(events):
+            return b""
+        try:
+            # All of a record, so OpenSSL keeps nothing back that the epoll does not know of.
+            data: bytes = self._records.read(_USUAL)
+            if len(data) == _USUAL and (more := self._records.pending()):
+                data += self._records.read(more)
+        except OSError as fault:
+            if isinstance(fault, _NOT_YET):
+                return b""
+            if not isinstance(fault, ssl.SSLEOFError):
+                self._break(fault)
+                return b""
+            data = b""  # without close_notify
+        if not data:
+            assert self._protocol
+            self._protocol.eof_received()
+            self.close()
+        return data
+
+    def deliver(self, data: bytes) -> None:
+        """Give the protocol what was read."""
+        if self._state == _OPEN:
+            assert self._protocol
+            self._protocol.data_received(data)
+            if len(data) == _RECORD:
+                self._read_on()
 
     def shake(self) -> None:
         """Go on with the handshake."""
@@ -199,13 +228,14 @@ class Secured(asyncio.Transport):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         if self._state != _OPEN or not data:
             return
-        piece: bytes | memoryview = bytes(data)
-        if len(piece) > _RECORD:
-            piece = memoryview(piece)
-        if self._out is None:
-            self._out = [piece]
-        else:
-            self._out.append(piece)
+        if not self._leaves and self._out is None and len(data) <= _RECORD:  # nearly always
+            self._soon = bytes(data)
+            self._leaves = True
+            self._sockets.leave(self)
+            return
+        out = self._gathered()
+        piece = bytes(data)
+        out.append(memoryview(piece) if len(piece) > _RECORD else piece)
         self._size += len(piece)
         if self._blocked:
             self._press()
@@ -218,8 +248,17 @@ class Secured(asyncio.Transport):
     def send(self) -> None:
         """The turn in which something was written is over, or the peer takes more."""
         self._leaves = False
-        if self._out and not self._blocked and self._state != _ENDED:
-            self._write()
+        soon = self._soon
+        if not soon:
+            if self._out and not self._blocked:
+                self._write()
+            return
+        self._soon = b""
+        try:
+            self._records.write(soon)
+        except OSError as fault:
+            self._out, self._size = [], len(soon)
+            self._refused(self._out, soon, fault)
 
     def close(self) -> None:
         """Send what was written and close_notify, then wait a moment for the peer to go: closed at once, what it has sent and nobody
@@ -275,30 +314,35 @@ class Secured(asyncio.Transport):
         return default
 
     def get_write_buffer_size(self) -> int:
-        return self._size
+        return self._size + len(self._soon)
 
     # -- in between
 
-    def _read(self) -> None:
-        left = _READ_BYTES
-        while left > 0 and self._state == _OPEN and not self._paused:
-            try:
-                # A record at most, and all of it, so OpenSSL keeps nothing back that the epoll does not know of.
-                data = self._records.read(_RECORD)
-            except ssl.SSLEOFError:
-                data = b""  # without close_notify
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):  # a part of a record alone
-                return
-            except OSError as error:
-                self._break(error)
-                return
-            assert self._protocol
-            if not data:
-                self._protocol.eof_received()
-                self.close()
-                return
-            self._protocol.data_received(data)
+    def _attend(self, events: int) -> bool:
+        """What is rare: whether it is to be read all the same."""
+        if self._state == _SHAKING:
+            self.shake()
+            return False
+        if events & _OUT:
+            self._blocked = False
+            self.send()
+            if events == _OUT:
+                return False
+        if self._state == _OPEN and not self._paused:
+            return True
+        if self._state == _CLOSING and not self._blocked:
+            self._ignore()
+        elif events & _HUNG_UP:
+            self._end(ConnectionResetError("the peer has gone"))
+        return False
+
+    def _read_on(self) -> None:
+        """Behind a full record there are often others."""
+        left = _READ_BYTES - _RECORD
+        while left > 0 and self._state == _OPEN and not self._paused and (data := self.ready(_IN)):
             left -= len(data)
+            assert self._protocol
+            self._protocol.data_received(data)
             if len(data) < _RECORD:
                 return
 
@@ -315,7 +359,7 @@ class Secured(asyncio.Transport):
 
     def _write(self) -> None:
         """Hand as much to the peer as it takes, a record at a time; then say goodbye, where that is due."""
-        out = self._out
+        out = self._gathered()
         while out:
             piece = out.pop(0) if self._stuck or len(out) == 1 else _joined(out)
             if len(piece) > _RECORD:
@@ -323,14 +367,8 @@ class Secured(asyncio.Transport):
                 piece = piece[:_RECORD]
             try:
                 self._records.write(piece)
-            except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
-                out.insert(0, piece)
-                self._stuck = self._blocked = True
-                self._want(self._events | _OUT)
-                self._press()
-                return
-            except OSError as error:
-                self._break(error)
+            except OSError as fault:
+                self._refused(out, piece, fault)
                 return
             self._stuck = False
             self._size -= len(piece)
@@ -343,6 +381,26 @@ class Secured(asyncio.Transport):
             self._full = False
             assert self._protocol
             self._protocol.resume_writing()
+
+    def _gathered(self) -> list[bytes | memoryview]:
+        """All that was written and has not left."""
+        if self._out is None:
+            self._out = []
+        if self._soon:
+            self._out.append(self._soon)
+            self._size += len(self._soon)
+            self._soon = b""
+        return self._out
+
+    def _refused(self, out: list[bytes | memoryview], piece: bytes | memoryview, fault: OSError) -> None:
+        """`piece`, which was the first of `out`, was not taken: not yet, or the peer has gone."""
+        if isinstance(fault, _NOT_YET):
+            out.insert(0, piece)
+            self._stuck = self._blocked = True
+            self._want(self._events | _OUT)
+            self._press()
+        else:
+            self._break(fault)
 
     def _press(self) -> None:
         if self._size > _FULL_BYTES and not self._full and self._state == _OPEN:
@@ -378,7 +436,7 @@ class Secured(asyncio.Transport):
         self._sockets.forget(self._file)
         self._tls.close()
         self._records = None
-        self._out = None
+        self._soon, self._out = b"", None
         self._make = None
         if state == _SHAKING:
             self._answer(fault or ConnectionAbortedError("the handshake was cut off"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -31,7 +32,7 @@ from uplinkd.engine import Publisher, Query, Reader, embedded, open_publisher, o
 from uplinkd.engine.embedded import Access, EmbeddedServer, access_for, find_binary
 from uplinkd.engine.jetstream import JetStreamPublisher
 from uplinkd.engine.memory import MemoryEngine
-from uplinkd.engine.stream import STREAM, changed, new_base
+from uplinkd.engine.stream import STREAM, Base, changed, new_base
 from uplinkd.settings import Settings
 from uplinkd.tasks import end_tasks
 
@@ -339,6 +340,20 @@ async def test_a_stream_made_anew_gives_no_id_twice(settings: Settings, server: 
     assert len(set(after)) == 120
     for publisher in publishers:
         await publisher.stop()
+
+
+async def test_a_stream_made_anew_among_acknowledgements_answers_each_once(settings: Settings) -> None:
+    """Those behind the first that tells of it are refused with it, and not stored a second time."""
+    publisher = JetStreamPublisher(settings, Access(("nats://127.0.0.1:1",)))
+    told: list[tuple[bytes, bool]] = []
+    numbers = [b"1", b"2", b"3", b"4"]
+    for number in numbers:
+        done = functools.partial(lambda number, message_id, _: told.append((number, message_id > 0)), number)
+        publisher._pending[number] = (done, time.monotonic(), 1)
+    publisher._adopt(Base(1 << 60))
+    publisher._sequence = 10
+    publisher.acknowledged([(b"1", b"11"), (b"2", b"3"), (b"3", b"12")], time.monotonic())
+    assert sorted(told) == [(b"1", True), (b"2", False), (b"3", False), (b"4", False)]
 
 
 def test_a_new_base_lies_beyond_all_ids_of_an_older_one() -> None:

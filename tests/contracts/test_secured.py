@@ -135,7 +135,7 @@ async def closed(writer: asyncio.StreamWriter) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS, ids=["1.2", "1.3"])
-@pytest.mark.parametrize("size", [1, 200, 16_384, 16_385, 1_000_000])
+@pytest.mark.parametrize("size", [1, 200, 959, 960, 961, 16_384, 16_385, 1_000_000])
 @on_uvloop
 async def test_what_is_sent_comes_back(door: Door, version: ssl.TLSVersion, size: int) -> None:
     """Whatever its size, whole and in order; at both ends the connection ends in peace."""
@@ -362,6 +362,33 @@ async def test_a_reset_ends_a_connection_that_is_not_read(door: Door) -> None:
     writer.transport.abort()
     await until(lambda: echo.lost)
     assert isinstance(echo.lost[0], ConnectionResetError)
+
+
+@on_uvloop
+async def test_who_is_ended_by_another_hears_no_more(door: Door) -> None:
+    """Not even what had come in the same turn."""
+    _, one, first = await door.talk()
+    _, other, second = await door.talk()
+
+    def ending(echo: Echo) -> Callable[[bytes], None]:
+        def hear(data: bytes) -> None:
+            heard.append(data)
+            assert echo.transport
+            echo.transport.abort()
+
+        return hear
+
+    heard: list[bytes] = []
+    first.data_received = ending(second)  # type: ignore[assignment, method-assign]
+    second.data_received = ending(first)  # type: ignore[assignment, method-assign]
+    for writer in (one, other):
+        writer.write(b"end of the other")
+    await until(lambda: first.lost or second.lost)
+    await asyncio.sleep(0.05)
+    assert heard == [b"end of the other"]
+    assert len(first.lost) + len(second.lost) == 1
+    for writer in (one, other):
+        await closed(writer)
 
 
 @on_uvloop

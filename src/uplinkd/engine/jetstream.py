@@ -35,7 +35,7 @@ from uplinkd.engine.stream import (
     wanted,
 )
 from uplinkd.engine.streams import check_version, differences, told_why
-from uplinkd.engine.wire import DUPLICATE, Reader, Received, ack_of
+from uplinkd.engine.wire import DUPLICATE, Reader, Received, ack_of, acks_from
 from uplinkd.metrics import Meter, spare
 from uplinkd.observe import Occasionally
 from uplinkd.settings import Settings
@@ -69,13 +69,14 @@ _GHOST_PAUSE = 0.02
 # made meanwhile; that one never stores anything. (1 in 60 deletions on a busy machine, when it was made at once.)
 _CLEAN_UP_SECONDS = 0.1
 
-_Publish = tuple[bytes, bytes, Done, float, bytes]
-_Leaving = tuple[bytes, int, bytes, bytes]
+_Publish = tuple[bytes, bytes, Done, Origin, str, float]
+_Leaving = tuple[bytes, bytes, bytes, bytes]
 
 # What names a message's origin to NATS; the usual one needs no header.
+_PLAIN = Origin.HTTPS
+_OUR_FAULT = "a fault of ours while answering what the engine said"
 _HEADERS = {
-    origin: b"" if origin is Origin.HTTPS else f"NATS/1.0\r\n{ORIGIN_HEADER}: {origin}\r\n\r\n".encode()
-    for origin in Origin
+    origin: b"" if origin is _PLAIN else f"NATS/1.0\r\n{ORIGIN_HEADER}: {origin}\r\n\r\n".encode() for origin in Origin
 }
 
 
@@ -105,10 +106,12 @@ class JetStreamPublisher:
         self._took, self._weighed = self._meter.acks.append, self._meter.sizes.append
         self._patience = settings.publish_timeout
         self._wire: _Wire | None = None  # set while publishes may be sent
-        self._pending: dict[int, tuple[Done, float, int]] = {}  # since when, and how many bytes; oldest first
+        self._pending: dict[
+            bytes, tuple[Done, float, int]
+        ] = {}  # by number; since when, and how many bytes; oldest first
         self._held: deque[_Publish] = deque()
         self._held_bytes = 0
-        self._free: list[int] = []  # numbers that are not under way: see _send
+        self._free: list[bytes] = []  # numbers that are not under way, in digits: see publish
         self._numbers = 0
         self._base = Base()
         self._ghost = 0  # the base of a stream that was deleted
@@ -143,37 +146,43 @@ class JetStreamPublisher:
     def connected(self) -> bool:
         return self._wire is not None
 
-    def publish(self, subject: bytes, payload: bytes, done: Done, origin: Origin = Origin.HTTPS, key: str = "") -> None:
+    def publish(
+        self,
+        subject: bytes,
+        payload: bytes,
+        done: Done,
+        origin: Origin = Origin.HTTPS,
+        key: str = "",
+        began: float = 0.0,
+    ) -> None:
+        """See Publisher. `began` is since when it waits (monotonic seconds), where that is not now."""
         wire = self._wire
-        header = _HEADERS[origin]
-        if key:
-            header = (header[:-2] or b"NATS/1.0\r\n") + f"Nats-Msg-Id: {key}\r\n\r\n".encode()
-        # Not the loop's clock: uvloop's counts whole milliseconds, and from the beginning of the turn.
-        began = monotonic()
-        if self._stopping:
-            self._fail(done, "uplinkd is stopping")
-        elif wire is None or wire.full:
-            self._hold((subject, payload, done, began, header))
-        else:
-            self._send(wire, subject, payload, done, began, header)
-
-    def _send(self, wire: _Wire, subject: bytes, payload: bytes, done: Done, began: float, header: bytes) -> None:
-        if len(header) + len(payload) > wire.max_payload:
+        if not began:
+            # Not the loop's clock: uvloop's counts whole milliseconds, and from the beginning of the turn.
+            began = monotonic()
+        if wire is None or wire.full or self._stopping:
+            self._hold((subject, payload, done, origin, key, began))
+            return
+        header = b"" if origin is _PLAIN and not key else _header(origin, key)
+        size = len(payload)
+        if size + len(header) > wire.max_payload:
             # The server would end the connection, and with it what others have under way.
-            self._fail(
-                done, f"it has {len(payload)} bytes and the NATS server takes {wire.max_payload} (its max_payload)"
-            )
+            self._fail(done, f"it has {size} bytes and the NATS server takes {wire.max_payload} (its max_payload)")
             return
         # A number is used again only after JetStream has answered under it in time, and the freshest first: the server keeps the few
         # reply subjects in its cache, where rising numbers would push each other out.
         if self._free:
             number = self._free.pop()
         else:
-            number = self._numbers = self._numbers + 1
-        self._pending[number] = (done, began, len(payload))
+            self._numbers += 1
+            number = b"%d" % self._numbers
+        self._pending[number] = (done, began, size)
         wire.publish(subject, number, payload, header)
 
     def _hold(self, item: _Publish) -> None:
+        if self._stopping:
+            self._fail(item[2], "uplinkd is stopping")
+            return
         size = len(item[1])
         if self._held_bytes + size > _HELD_BYTES or len(self._held) >= _HELD_COUNT:
             self._fail(item[2], f"the engine is away and too much waits for it already: {self._away}")
@@ -183,10 +192,10 @@ class JetStreamPublisher:
 
     def _release(self) -> None:
         """Send what was held while the engine was away."""
-        while self._held and self._wire and not self._wire.full:
+        while self._held and self._wire and not self._wire.full and not self._stopping:
             item = self._held.popleft()
             self._held_bytes -= len(item[1])
-            self._send(self._wire, *item)
+            self.publish(*item)
 
     def _give_up(self, item: _Publish, reason: str) -> None:
         self._held_bytes -= len(item[1])
@@ -197,7 +206,7 @@ class JetStreamPublisher:
         now = monotonic()
         too_old = now - self._patience
         self._sweeper = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
-        while self._held and self._held[0][3] <= too_old:
+        while self._held and self._held[0][-1] <= too_old:
             self._give_up(self._held.popleft(), f"the engine is away: {self._away}")
         late = []
         for number, (_, began, _) in self._pending.items():
@@ -216,7 +225,7 @@ class JetStreamPublisher:
         """Say what waits for the engine, and how long already."""
         oldest = [next(iter(self._pending.values()))[1]] if self._pending else []
         if self._held:
-            oldest.append(self._held[0][3])
+            oldest.append(self._held[0][-1])
         self._told(len(self._pending) + len(self._held), now - min(oldest) if oldest else 0.0)
 
     def _fail(self, done: Done, reason: str) -> None:
@@ -224,41 +233,45 @@ class JetStreamPublisher:
         _finish(done, 0, reason)
 
     def _fail_pending(self, reason: str) -> None:
-        pending, self._pending = self._pending, {}
-        for done, _, _ in pending.values():
+        pending = list(self._pending.values())
+        self._pending.clear()
+        for done, _, _ in pending:
             self._fail(done, reason)
 
     # -- the wire's calls
 
-    def acknowledged(self, acks: Iterable[tuple[int | bytes, int | bytes]], now: float) -> None:
-        """(number, sequence) of each, as numbers or in digits."""
+    def acknowledged(self, acks: Iterable[tuple[bytes, bytes | int]], now: float) -> None:
+        """(number, sequence) of each."""
         base, step = int(self._base), self._step
-        for digits, place in acks:
-            number, sequence = int(digits), int(place)
-            entry = self._pending.pop(number, None)
+        pop, free, took, weighed = self._pending.pop, self._free.append, self._took, self._weighed
+        for number, place in acks:
+            entry = pop(number, None)
             if entry is None:
                 continue
             done, began, size = entry
-            self._free.append(number)
-            if (
-                sequence <= self._sequence
-            ):  # sequences of one stream rise: this is another stream, though nobody told us
+            free(number)
+            sequence = int(place)
+            if sequence <= self._sequence:
+                # Sequences of one stream rise: this is another stream, though nobody told us.
                 self._fail(done, f"the stream {self.part.name} was made again")
                 self.unsettled("the stream was made again")
                 continue
             self._sequence = sequence
-            self._took(now - began)
-            self._weighed(size)
-            _finish(done, base + sequence * step, "")
+            took(now - began)
+            weighed(size)
+            try:
+                done(base + sequence * step, "")
+            except Exception:
+                log.exception(_OUR_FAULT)
 
-    def stored_before(self, number: int, sequence: int) -> None:
+    def stored_before(self, number: bytes, sequence: int) -> None:
         """Somebody has published it already, under the same key."""
         entry = self._pending.pop(number, None)
         if entry:
             self._free.append(number)
             _finish(entry[0], self._base + sequence * self._step, "")
 
-    def refused(self, number: int, reason: str) -> None:
+    def refused(self, number: bytes, reason: str) -> None:
         entry = self._pending.pop(number, None)
         if entry:
             self._free.append(number)
@@ -465,19 +478,19 @@ class _Wire(asyncio.Protocol):
         self.url = url
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._reader = Reader()
         self._out: list[bytes] = []
         self._published = 0
         self._answered = 0
         self._batch_end = 0  # how many were published when the last batch left
         self._full = _FULL_BATCH
         self._together: list[_Leaving] | None = None  # in place of _out, see store_together
-        self._batches: dict[int, list[int]] = {}  # number of the last message → those of all
+        self._batches: dict[bytes, list[bytes]] = {}  # number of the last message → those of all
         self._batch_number = 0
         self._waited = False
         self._scheduled = False
         self._gathered = 0
         self._inbox = f"_INBOX.{secrets.token_hex(8)}"
+        self._reader = Reader(acks_from(owner.part.name, self._inbox))
         self._batch_name = secrets.token_hex(8).encode()
         self._reply = f" {self._inbox}.".encode()
         self._pongs: deque[asyncio.Future[None]] = deque()
@@ -557,13 +570,14 @@ class _Wire(asyncio.Protocol):
     def _take_message(self, received: Received) -> None:
         if received.sid == 1:
             sequence, reason = ack_of(received)
+            answered = b"%d" % received.number
             if reason == DUPLICATE:
                 self._answered += 1
-                self._owner.stored_before(received.number, sequence)
+                self._owner.stored_before(answered, sequence)
                 return
             if reason is None:  # somebody who hears the devices' messages replies to them; JetStream's answer comes too
                 return
-            numbers = self._batches.pop(received.number, None) or [received.number]
+            numbers = self._batches.pop(answered, None) or [answered]
             self._answered += len(numbers)
             if reason and received.header:
                 self._owner.unsettled(reason)
@@ -633,14 +647,14 @@ class _Wire(asyncio.Protocol):
         )
         return await future
 
-    def publish(self, subject: bytes, number: int, payload: bytes, header: bytes) -> None:
+    def publish(self, subject: bytes, number: bytes, payload: bytes, header: bytes) -> None:
         if self._together is not None and b"Nats-Msg-Id" not in header:  # a duplicate would take its batch with it
             self._together.append((subject, number, payload, header))
         elif header:
             sizes = (len(header), len(header) + len(payload))
-            self._out.append(b"HPUB %b%b%d %d %d\r\n%b%b\r\n" % (subject, self._reply, number, *sizes, header, payload))
+            self._out.append(b"HPUB %b%b%b %d %d\r\n%b%b\r\n" % (subject, self._reply, number, *sizes, header, payload))
         else:
-            self._out.append(b"PUB %b%b%d %d\r\n%b\r\n" % (subject, self._reply, number, len(payload), payload))
+            self._out.append(b"PUB %b%b%b %d\r\n%b\r\n" % (subject, self._reply, number, len(payload), payload))
         self._published += 1
         if not self._scheduled and (
             self._answered >= self._batch_end or self._published - self._batch_end >= self._full
@@ -703,7 +717,7 @@ class _Wire(asyncio.Protocol):
             self._batch_number += 1
             self._batches[batch[-1][1]] = [number for _, number, _, _ in batch]
         for place, (subject, number, payload, header) in enumerate(batch, 1):
-            reply = b"%b%d" % (self._reply, number)
+            reply = self._reply + number
             if together:
                 header = b"%bNats-Batch-Id: %b.%d\r\nNats-Batch-Sequence: %d\r\n%b\r\n" % (
                     header[:-2] or b"NATS/1.0\r\n",
@@ -747,8 +761,14 @@ def _batches(together: list[_Leaving]) -> Iterator[list[_Leaving]]:
         yield batch
 
 
+def _header(origin: Origin, key: str) -> bytes:
+    """That of a message: where it comes from, and under which key it is stored once."""
+    header = _HEADERS[origin]
+    return (header[:-2] or b"NATS/1.0\r\n") + f"Nats-Msg-Id: {key}\r\n\r\n".encode() if key else header
+
+
 def _finish(done: Done, message_id: int, reason: str) -> None:
     try:
         done(message_id, reason)
     except Exception:
-        log.exception("a fault of ours while answering what the engine said")
+        log.exception(_OUR_FAULT)

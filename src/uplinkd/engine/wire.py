@@ -6,10 +6,20 @@ import json
 import re
 from dataclasses import dataclass
 
-__all__ = ["ACK", "DUPLICATE", "Reader", "Received", "ack_of"]
+__all__ = ["ACK", "DUPLICATE", "Reader", "Received", "ack_of", "acks_from"]
 
 ACK = re.compile(rb'MSG _INBOX\.[0-9a-f]+\.a\.(\d+) 1 \d+\r\n\{"stream":"[^"\\]*", ?"seq":(\d+)\}\r\n')
 """A whole acknowledgement of a stored message, the one thing that comes a thousand times as often as all else."""
+
+
+def acks_from(stream: str, inbox: str) -> re.Pattern[bytes]:
+    """The same, word for word as nats-server writes it, of one stream and with one connection's reply subjects: found in two thirds of
+    the time."""
+    subject = re.escape(inbox.encode())
+    return re.compile(
+        rb'MSG %b\.a\.(\d+) 1 \d+\r\n\{"stream":"%b","seq":(\d+)\}\r\n' % (subject, re.escape(stream.encode()))
+    )
+
 
 DUPLICATE = "duplicate"
 """In place of a reason: it was stored before, under this sequence."""
@@ -31,10 +41,12 @@ class Received:
 
 
 class Reader:
-    """Takes bytes, gives operations. `acks` gives the plain acknowledgements at the front of what it holds."""
+    """Takes bytes, gives operations. `acks` gives the plain acknowledgements at the front of what it holds; `usual` is what they nearly
+    always look like."""
 
-    def __init__(self) -> None:
+    def __init__(self, usual: re.Pattern[bytes] = ACK) -> None:
         self._buffer = b""
+        self._usual = usual
 
     def feed(self, data: bytes) -> None:
         self._buffer = self._buffer + data if self._buffer else data
@@ -44,8 +56,8 @@ class Reader:
         buffer = self._buffer
         if buffer.endswith(b"\r\n"):
             # Nearly always there is nothing else: that would have line ends of its own, around whatever it holds.
-            every: list[tuple[bytes, bytes]] = ACK.findall(buffer)
-            if 2 * len(every) == buffer.count(b"\r\n"):
+            every: list[tuple[bytes, bytes]] = self._usual.findall(buffer)
+            if 2 * len(every) == buffer.count(b"\n"):
                 self._buffer = b""
                 return every
         found, position = [], 0

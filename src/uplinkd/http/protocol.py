@@ -105,6 +105,8 @@ class Door:
     legacy: LegacyDevices | None = None  # None where no legacy suite is offered
     connections: set[Connection] = field(default_factory=set)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    resting: float = 0.0  # until when a connection may rest that was answered now
+    brief: bool = True  # no answer needs more thought than its body
     ok: bytes = b""
     heads: dict[int, bytes] = field(
         default_factory=dict
@@ -117,6 +119,7 @@ class Door:
     refused_logins: dict[tuple[str, bytes], tuple[str, Flood]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.brief = not (self.access_log or self.draining)
         self.floods = Floods(self.refused, self.clock)
         self.places = Places(self.known, "connections over HTTPS")
         self.tick()
@@ -124,6 +127,7 @@ class Door:
     def tick(self) -> None:
         """Once in a fraction of a second: renew the coarse clock and the Date header, end what has overstayed."""
         self.now = self.clock()
+        self.resting = self.now + self.limits.idle_timeout
         self.ok = (
             b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nDate: "
             + formatdate(usegmt=True).encode()
@@ -142,7 +146,7 @@ class Door:
 
     def drain(self) -> None:
         """Answer what is under way, close what is idle; a request that is just arriving still gets its answer."""
-        self.draining = True
+        self.draining, self.brief = True, False
         for connection in self.connections:
             connection.drain()
 
@@ -150,7 +154,8 @@ class Door:
 # No tuples: to unpack one that has names takes as long as all else that is done with it.
 @dataclass(slots=True)
 class _Head:
-    """What a request's head says, and where it leads: `endpoint` is auth, topic, or empty where nothing is."""
+    """What a request's head says, and where it leads: `endpoint` is auth, topic, or empty where nothing is. `request` is the last that
+    came with it: what was learned of a report's head holds for the next."""
 
     method: bytes
     path: bytes
@@ -162,13 +167,15 @@ class _Head:
     keep_alive: bool
     old: bool
     client: tuple[str, str]
+    request: Request | None = None
 
 
 @dataclass(slots=True)
 class _Known:
-    """A head that came before, byte for byte, and the size of a request that begins with it."""
+    """A head that came before, byte for byte: where the body of a request that begins with it does, and the size of both."""
 
     raw: bytes
+    begin: int
     size: int
     head: _Head
 
@@ -239,7 +246,7 @@ class Connection(asyncio.Protocol):
 
         self._held = b""  # not parsed yet
         self._queue: list[tuple[_Head, bytes]] = []  # requests not answered yet
-        self._known: tuple[_Known, ...] = ()  # heads that need no parser, the one that came last at the end
+        self._known: tuple[_Known, ...] = ()  # heads that need no parser, the newest first
         self._fault: tuple[int, str] | None = None  # why parsing ended, answered after the queue
         self._answering = False
         self._over = False  # nothing more will be answered
@@ -296,7 +303,7 @@ class Connection(asyncio.Protocol):
             return
         door.connections.add(self)
         door.meter.accepted("https")
-        self.deadline = door.now + self._limits.idle_timeout
+        self.deadline = door.resting
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._door.connections.discard(self)
@@ -324,16 +331,17 @@ class Connection(asyncio.Protocol):
         self._pump()
 
     def data_received(self, data: bytes) -> None:
-        if self._over:
-            return
-        if not (self._answering or self._blocked or self._yields):
+        if not (self._answering or self._blocked or self._yields or self._over):
             if self._stage == _IDLE:
+                size = len(data)
                 for known in self._known:
-                    if len(data) == known.size and data.startswith(known.raw):
-                        self._handle(known.head, data[len(known.raw) :])
+                    if size == known.size and data.startswith(known.raw):
+                        self._handle(known.head, data[known.begin :])
                         return
             self._feed(data)
             self._pump()
+            return
+        if self._over:
             return
         self._held += data
         if not self._paused and len(self._held) > self._limits.held_bytes:
@@ -438,7 +446,7 @@ class Connection(asyncio.Protocol):
         raw = data[: len(data) - len(body)]
         plain = self._seen & (_EXPECTS | _CHUNKED) == 0 and head.keep_alive and not head.old
         if plain and head.endpoint and head.method == b"POST" and raw.endswith(b"\r\n\r\n"):
-            self._known = (*self._known[1 - _KNOWN :], _Known(raw, len(data), head))
+            self._known = (_Known(raw, len(raw), len(data), head), *self._known[: _KNOWN - 1])
             self._parser = None
 
     def _unfinished(self, size: int) -> None:
@@ -611,11 +619,11 @@ class Connection(asyncio.Protocol):
     # -- answering
 
     def _handle(self, head: _Head, body: bytes) -> None:
-        self._path = head.path
         self._keep_alive = head.keep_alive
         self._answer_old = head.old
-        endpoint, client, password = head.endpoint, head.client, head.password
+        endpoint = head.endpoint
         if not endpoint or head.method != b"POST":
+            self._path = head.path
             self._bare = head.method == b"HEAD"
             if endpoint:
                 self._refuse(405, f"the method is {head.method.decode()}; only POST is known")
@@ -623,45 +631,63 @@ class Connection(asyncio.Protocol):
                 self._refuse(404, "there is nothing at this path; /auth and /topic/${topic} are known")
             return
         self._endpoint = endpoint
-        self._began = monotonic()
-        if endpoint == "topic":
-            if self._began < self._barred_until and password == self._barred_token and self._brief():
-                self._refuse_again(*self._barred)
+        self._began = began = monotonic()
+        request = head.request
+        if endpoint != "topic":
+            if (known := self._door.refused_logins.get((head.client[1], body))) and self._brief():
+                self._refuse_again(*known)
                 return
-        elif (known := self._door.refused_logins.get((client[1], body))) and self._brief():
-            self._refuse_again(*known)
+        elif began < self._barred_until and head.password == self._barred_token and self._brief():
+            self._refuse_again(*self._barred)
             return
+        if request is None:
+            address, network = head.client
+            request = Request(address, head.content_type, body, head.password, head.topic, head.query, network)
+            if endpoint == "topic":
+                head.request = request
+        else:
+            request.body = body
+            request.fresh = False
         self._answering = True
         self.deadline = _NEVER
-        self._request = Request(client[0], head.content_type, body, password, head.topic, head.query, client[1])
-        self._act(self._request)
+        self._request = request
+        if endpoint != "topic":
+            self._act(request)
+            return
+        try:
+            self._door.gateway.publish(request, self._stored)
+        except Exception as fault:
+            self._not_yet(request, fault)
 
     def _act(self, request: Request) -> None:
-        """Ask the gateway; on Wait fetch the missing fact in a task and ask again."""
+        """Ask the gateway."""
         try:
-            if self._endpoint == "auth":
+            if self._endpoint == "topic":
+                self._door.gateway.publish(request, self._stored)
+            else:
                 token = self._door.gateway.authenticate(request)
                 if self._looks_for_legacy and self._door.legacy and self._transport:
                     self._looks_for_legacy = self._door.legacy.signed_in(
                         self._transport, request.product_key, request.device_name, self._address, "https"
                     )
                 self._answer(wire.token_issued(token))
-            else:
-                self._door.gateway.publish(request, self._stored)
-        except Refused as refused:
-            self._answer_refused(refused)
-        except Wait as wait:
-            spawn(self._fetch(request, wait.fetch), self._door.tasks)
-        except Exception:
+        except Exception as fault:
+            self._not_yet(request, fault)
+
+    def _not_yet(self, request: Request, fault: Exception) -> None:
+        """What the gateway has raised, as its handler: on Wait fetch the missing fact in a task and ask again."""
+        if isinstance(fault, Refused):
+            self._answer_refused(fault)
+        elif isinstance(fault, Wait):
+            spawn(self._fetch(request, fault.fetch), self._door.tasks)
+        else:
             self._answer_bug()
 
     async def _fetch(self, request: Request, fetch: Callable[[], Awaitable[None]]) -> None:
         try:
             await fetch()
-        except Refused as refused:
-            self._answer_refused(refused)
-        except Exception:
-            self._answer_bug()
+        except Exception as fault:
+            self._not_yet(request, fault)
         else:
             self._act(request)
 
@@ -741,8 +767,7 @@ class Connection(asyncio.Protocol):
 
     def _brief(self) -> bool:
         """Whether the answer needs no thought."""
-        door = self._door
-        return self._keep_alive and not (self._answer_old or door.draining or door.access_log)
+        return self._door.brief and self._keep_alive and not self._answer_old
 
     def _refuse_again(self, limit: str, flood: Flood) -> None:
         """The device sends on what cannot pass yet: nothing is asked for that, and the answer is known."""
@@ -760,6 +785,8 @@ class Connection(asyncio.Protocol):
 
     def _answer(self, body: bytes, code: Code = Code.SUCCESS) -> None:
         request, self._request = self._request, None
+        if request is not None:
+            request.body = b""
         door = self._door
         if not code:
             door.meter.answered[self._endpoint].append(monotonic() - self._began)
@@ -770,14 +797,19 @@ class Connection(asyncio.Protocol):
             door.meter.held_back[self._endpoint].append(monotonic() - self._began)
         else:
             door.meter.count(self._endpoint, code, monotonic() - self._began)
-        if self._transport is None:  # the device has gone; what it sent is stored all the same
+        transport = self._transport
+        if transport is None:  # the device has gone; what it sent is stored all the same
             return
-        if door.access_log and request:
-            log.info("%s POST /%s%s %d %s", request.address, self._endpoint, request.topic, code, MESSAGES[code])
-        if self._keep_alive and not self._answer_old and not door.draining:
-            self._transport.write((door.heads.get(len(body)) or door.head(len(body))) + body)
+        if door.brief and self._keep_alive and not self._answer_old:
+            transport.write((door.heads.get(len(body)) or door.head(len(body))) + body)
+            if self._stage == _IDLE and not (self._blocked or self._queue or self._held or self._fault):
+                self._answering = False
+                self.deadline = door.resting
+                return
         else:
-            self._transport.write(b"%b%d\r\n%b\r\n%b" % (door.ok, len(body), self._connection_header(), body))
+            if door.access_log and request:
+                log.info("%s POST /%s%s %d %s", request.address, self._endpoint, request.topic, code, MESSAGES[code])
+            transport.write(b"%b%d\r\n%b\r\n%b" % (door.ok, len(body), self._connection_header(), body))
         self._answered()
 
     def _refuse(self, status: int, reason: str, *, ends: bool = False) -> None:
@@ -821,7 +853,7 @@ class Connection(asyncio.Protocol):
             self._close()
             return
         if self._stage == _IDLE and not self._blocked:
-            self.deadline = self._door.now + self._limits.idle_timeout
+            self.deadline = self._door.resting
         else:
             self._rest()
         if self._queue or self._held or self._fault:

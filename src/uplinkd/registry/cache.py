@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from uplinkd.core.errors import NotFound, Unavailable
 from uplinkd.core.model import Device, TopicClass
+from uplinkd.core.tokens import Token
 from uplinkd.core.topics import Topic
 from uplinkd.observe import Occasionally
 from uplinkd.registry import Change, Registry
@@ -35,16 +36,17 @@ class _Rights:
 
 
 class Entry:
-    """One device with its rights, as a gateway needs it. `seen` is for `presence`: the latest time that it recorded, ms; `allowed` for
-    the gateway: the topic that the device had the right to last."""
+    """One device with its rights, as a gateway needs it. `seen` is for `presence`: the latest time that it recorded, ms; for the
+    gateway are `shown`, the token that held for the device last, and `allowed`, the topic that it had the right to."""
 
-    __slots__ = ("allowed", "classes", "device", "publish_levels", "seen")
+    __slots__ = ("allowed", "classes", "device", "publish_levels", "seen", "shown")
 
     def __init__(self, device: Device, rights: _Rights) -> None:
         self.device = device
         self.classes = rights.classes
         self.publish_levels = rights.publish_levels
         self.seen = 0
+        self.shown: Token | None = None
         self.allowed: Topic | None = None
 
 
