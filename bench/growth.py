@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import functools
 import http.client
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,7 +49,7 @@ _AXES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "payload": ("Size of a report", "payload, bytes", ()),
     "reporting": ("Connections that report", "connections", ("publish",)),
     "at rest": ("Connections at rest, 64 report", "connections at rest", ("publish", "/auth")),
-    "workers": ("Workers, on one core together", "workers", ("publish", "/auth")),
+    "workers": ("Workers, on one core together", "workers", ("publish, 64 each", "/auth")),
     "stored": ("Messages stored already", "messages", ("publish",)),
 }
 
@@ -79,7 +80,7 @@ def measure(folder: Path, options: argparse.Namespace, say: Callable[[str], None
         say(f"growth, {axis}: preparing …")
         with ExitStack() as stack:
             points = prepare(place, options, stack)
-            if not points:
+            if not any(points.values()):
                 say(f"growth, {axis}: left out: {visits.build(place)[1]}")
                 continue
             found[axis] = _curves(points, options.rounds, functools.partial(_say_round, say, axis))
@@ -203,35 +204,46 @@ def _payload(folder: Path, options: argparse.Namespace, stack: ExitStack) -> Poi
 
 def _reporting(folder: Path, options: argparse.Namespace, stack: ExitStack) -> Points:
     peer = stack.enter_context(uplinkd(folder / "one", max(_REPORTING)))
+    return {
+        "publish": {
+            count: _stay(binary, peer, folder, options, count) for binary in _built(folder) for count in _REPORTING
+        }
+    }
 
-    def seconds(count: int) -> float:
-        """Long enough that the handshakes of so many, which are in the figure, hardly count."""
-        return max(float(options.seconds), count / 50)
 
-    acts = {count: _publish(peer, folder, options, connections=count, seconds=seconds(count)) for count in _REPORTING}
-    return {"publish": acts}
+def _stay(binary: Path, peer: Peer, folder: Path, options: argparse.Namespace, count: int) -> Act:
+    """Long enough that the handshakes of so many, which are in the figure, hardly count."""
+    seconds = max(float(options.seconds), count / 50)
+    return lambda: _micros(visits.stay_load(binary, peer, folder, connections=count, seconds=seconds))
+
+
+def _built(folder: Path) -> list[Path]:
+    """The program of bench.visits, if it can be compiled."""
+    binary, _ = visits.build(folder)
+    return [binary] if binary else []
 
 
 def _at_rest(folder: Path, options: argparse.Namespace, stack: ExitStack) -> Points:
     """A server for each count, which holds its connections at rest while the others are measured."""
-    binary, _ = visits.build(folder)
     points: Points = {"publish": {}, "/auth": {}}
-    for count in _sizes(_AT_REST, options) if binary else ():
-        assert binary
+    for binary, count in itertools.product(_built(folder), _sizes(_AT_REST, options)):
         place = folder / str(count)
         peer = stack.enter_context(uplinkd(place, _ACTIVE, "--idle-timeout", "1h"))
         stack.enter_context(visits.holding(binary, peer, place, count))()
         points["publish"][count] = _publish(peer, place, options)
         points["/auth"][count] = _auth(peer, place, options)
-    return points if binary else {}
+    return points
 
 
 def _workers(folder: Path, options: argparse.Namespace, stack: ExitStack) -> Points:
-    points: Points = {"publish": {}, "/auth": {}}
-    for count in _WORKERS:
+    """Two on one core share its cache, and, where the connections are as many as before, each has half of them, and batches of half
+    the size."""
+    points: Points = {"publish, 64 shared": {}, "publish, 64 each": {}, "/auth": {}}
+    for binary, count in itertools.product(_built(folder), _WORKERS):
         place = folder / str(count)
-        peer = stack.enter_context(uplinkd(place, _ACTIVE, "--workers", str(count)))
-        points["publish"][count] = _publish(peer, place, options)
+        peer = stack.enter_context(uplinkd(place, _ACTIVE * count, "--workers", str(count)))
+        points["publish, 64 shared"][count] = _stay(binary, peer, place, options, _ACTIVE)
+        points["publish, 64 each"][count] = _stay(binary, peer, place, options, _ACTIVE * count)
         points["/auth"][count] = _auth(peer, place, options)
     return points
 

@@ -2,12 +2,14 @@
 
    visits PORT SECONDS CONNECTIONS LOGINS fixed   TLS handshake, one request, its answer, close
    visits PORT SECONDS CONNECTIONS LOGINS device  TLS handshake, /auth, one report with the token just got, close
+   visits PORT SECONDS CONNECTIONS LOGINS stay    TLS handshake, /auth, then one report after the other, each connection its own device
+                                                  from first to last: wrk deals its requests out in the order in which answers come
    visits PORT 0       CONNECTIONS LOGINS hold    TLS handshake, /auth, then rest: says HELD 1, waits for a line, opens the others,
                                                   says HELD <count>, rests until its standard input ends
 
    A line of LOGINS is the path of a report, a tab, the body of a login. No session is resumed. The server's certificate is not
    checked against a root (its signature is): the load's core is the scarce one. The last line is RESULT as count.lua prints it, in
-   which the latencies are those of whole visits, and the first visits that end after SECONDS are not counted. */
+   which the latencies are those of whole visits, or of reports where connections stay; what ends after SECONDS is not counted. */
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -30,11 +32,12 @@ struct visit {
   enum stage stage;
   SSL *ssl;
   long long began;
-  char *buffer;
+  char *buffer, *report;
+  int size;
 };
 
 static char **paths, **logins;
-static int known, port, hold, device, poll_fd, opened, held;
+static int known, port, hold, device, stay, poll_fd, opened, held;
 static SSL_CTX *context;
 static long long good, bad, errors, end_at;
 static unsigned *took;
@@ -66,6 +69,8 @@ static void begin(struct visit *one) {
   one->stage = CONNECTING;
   one->began = now();
   one->ssl = NULL;
+  free(one->report);
+  one->report = NULL;
   one->fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
   if (one->fd < 0) die("socket");
   setsockopt(one->fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
@@ -95,28 +100,35 @@ static void wrong(const char *what) {
 /* The request to send next, into `request`; its size. */
 static int compose(struct visit *one) {
   int place = one->number % known;
-  if (one->asked == 0 && (device || hold))
+  if (one->report) return memcpy(request, one->report, one->size), one->size;
+  if (one->asked == 0 && (device || hold || stay))
     return snprintf(request, sizeof request,
                     "POST /auth HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %zu\r\n\r\n%s",
                     strlen(logins[place]), logins[place]);
-  char token[TOKEN + 1] = "none", *from = device ? strstr(one->buffer, "\"token\":\"") : NULL;
+  char token[TOKEN + 1] = "none", *from = device || stay ? strstr(one->buffer, "\"token\":\"") : NULL;
   if (from) sscanf(from + 9, "%2048[^\"]", token);
   int head = snprintf(request, sizeof request - PAYLOAD,
                       "POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\npassword: %s\r\n"
-                      "Connection: close\r\nContent-Length: %d\r\n\r\n",
-                      paths[place], token, PAYLOAD);
+                      "%sContent-Length: %d\r\n\r\n",
+                      paths[place], token, stay ? "" : "Connection: close\r\n", PAYLOAD);
   memset(request + head, 'x', PAYLOAD);
+  if (stay) one->report = memcpy(malloc(head + PAYLOAD), request, one->size = head + PAYLOAD);
   return head + PAYLOAD;
 }
-
-static void step(struct visit *);
 
 static void ask(struct visit *one) {
   one->out = compose(one);
   one->got = 0;
   one->stage = ASKING;
   one->asked++;
-  step(one);
+}
+
+/* A visit, or a report, has ended well. */
+static void count(struct visit *one, long long at) {
+  if (at >= end_at) return;
+  good++;
+  if (took_count == took_room && !(took = realloc(took, sizeof *took * (took_room = took_room * 2 + 4096)))) die("realloc");
+  took[took_count++] = at - one->began;
 }
 
 /* Whether the answer is there in whole: 1, with the body checked. */
@@ -151,7 +163,10 @@ static void step(struct visit *one) {
     }
     case HANDSHAKE:
       done = SSL_do_handshake(one->ssl);
-      if (done == 1) return ask(one);
+      if (done == 1) {
+        ask(one);
+        continue;
+      }
       break;
     case ASKING: /* A request fits the socket's buffer. */
       done = SSL_write(one->ssl, request, one->out);
@@ -173,11 +188,18 @@ static void step(struct visit *one) {
           one->buffer = NULL;
           return;
         }
-        if (one->asked == 1 + device) {
+        if (stay) {
+          long long at = now();
+          if (one->asked > 1) count(one, at);
+          if (at >= end_at) return leave(one, 1);
+          one->began = at;
+        }
+        if (!stay && one->asked == 1 + device) {
           one->stage = ENDING;
           continue;
         }
-        return ask(one);
+        ask(one);
+        continue;
       }
       break;
     case ENDING: {
@@ -196,13 +218,7 @@ static void step(struct visit *one) {
       return;
     }
     if (one->stage != ENDING) return leave(one, 0);
-    long long at = now();
-    if (at < end_at) {
-      good++;
-      if (took_count == took_room && !(took = realloc(took, sizeof *took * (took_room = took_room * 2 + 4096))))
-        die("realloc");
-      took[took_count++] = at - one->began;
-    }
+    count(one, now());
     return leave(one, 1);
   }
 }
@@ -212,13 +228,14 @@ static int by_size(const void *one, const void *other) {
   return (left > right) - (left < right);
 }
 
-int main(int count, char **words) {
-  if (count != 6) return fprintf(stderr, "visits PORT SECONDS CONNECTIONS LOGINS fixed|device|hold\n"), 2;
+int main(int words_count, char **words) {
+  if (words_count != 6) return fprintf(stderr, "visits PORT SECONDS CONNECTIONS LOGINS fixed|device|stay|hold\n"), 2;
   port = atoi(words[1]);
   double seconds = atof(words[2]);
   int connections = atoi(words[3]);
   hold = !strcmp(words[5], "hold");
   device = !strcmp(words[5], "device");
+  stay = !strcmp(words[5], "stay");
   FILE *file = fopen(words[4], "r");
   if (!file) die(words[4]);
   char line[4096];

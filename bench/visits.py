@@ -16,7 +16,7 @@ from bench.load import LOAD_CORE, Measured, timed
 from bench.peers import PIN, PRODUCT, SECRET, Peer, nginx, pss, uplinkd
 from uplinkd.client import login_body
 
-__all__ = ["IDLE", "build", "holding", "measure_idle", "visit_load"]
+__all__ = ["IDLE", "build", "holding", "measure_idle", "stay_load", "visit_load"]
 
 IDLE = 20_000
 _SOURCE = Path(__file__).with_suffix(".c")
@@ -42,7 +42,16 @@ def build(folder: Path) -> tuple[Path | None, str]:
 
 def visit_load(binary: Path, peer: Peer, folder: Path, *, connections: int, seconds: float) -> Measured:
     """Visits, so many at a time. nginx returns one fixed answer in each; to the others a device signs in and reports."""
-    what = "fixed" if "nginx" in peer.name else "device"
+    return _run(binary, peer, folder, connections, seconds, "fixed" if "nginx" in peer.name else "device")
+
+
+def stay_load(binary: Path, peer: Peer, folder: Path, *, connections: int, seconds: float) -> Measured:
+    """Reports over so many connections that stay, each of a device of its own from first to last. wrk's requests go to whichever
+    connection is ready next: where the answers of two workers come in any order, each brings another device every time."""
+    return _run(binary, peer, folder, connections, seconds, "stay")
+
+
+def _run(binary: Path, peer: Peer, folder: Path, connections: int, seconds: float, what: str) -> Measured:
     logins = _logins(folder, connections)
     command = [*PIN, LOAD_CORE, str(binary), str(peer.port), f"{seconds:g}", str(connections), str(logins), what]
     return timed(command, peer, within=seconds + 30)
