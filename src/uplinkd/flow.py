@@ -111,6 +111,7 @@ class Flow:
         self._login_cost = _cost(settings.auth_rate, _MINUTE)
         self._refusal_cost = _cost(settings.address_auth_rate, _MINUTE)
         self._wide = bool(self._product_cost or self._product_byte_cost or self._request_cost)
+        self.counts = self._wide or bool(self._message_cost or self._byte_cost)
         # Made once, for a flood of refusals; but for `wait` they stay as they are.
         self._refusals = {
             limit: Refused(Code.REQUEST_TOO_MANY, reason, limit=limit.removeprefix(_GUESSING))
@@ -157,7 +158,7 @@ class Flow:
         if self._wide:
             self._charge_all(device_id, size, product_key, network)
             return
-        if not self._message_cost and not self._byte_cost:
+        if not self.counts:
             return
         slot = device_id % _DEVICES * _SLOT
         until = self._until

@@ -137,6 +137,7 @@ class Gateway:
         self._monotonic = monotonic
         self._fruitless: dict[int, float] = {}
         downlink.on_waiting(self._look_again)
+        self.waiting = downlink.waiting
         self._tokens: dict[str | None, tokens.Token] = {}
         self.take_keys(keys)
         self._clock = clock
@@ -180,7 +181,8 @@ class Gateway:
         device = entry.device
         if request.fresh or request.entry is not entry:
             request.product_key, request.device_name, request.entry = device.product_key, device.name, entry
-        self._flow.message(device.id, len(request.body), device.product_key, request.network)
+        if self._flow.counts:
+            self._flow.message(device.id, len(request.body), device.product_key, request.network)
         topic = request.target
         if topic is None:
             topic = self._topic(request)
@@ -250,7 +252,7 @@ class Gateway:
     def waits(self, request: Request) -> bool:
         """Whether something may wait for the device whose publish was stored."""
         entry = request.entry
-        if entry is None or entry.device.id not in self._downlink.waiting:
+        if entry is None or entry.device.id not in self.waiting:
             return False
         return self._fruitless.get(entry.device.id, 0.0) <= self._monotonic()
 

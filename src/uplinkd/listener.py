@@ -364,12 +364,13 @@ class _Lobby:
         guest.began = self.clock()
         sock, guest.sock = guest.sock, None
         assert sock
-        make = functools.partial(self._make, guest.client)
         if self._context is None:
+            make = functools.partial(self._make, guest.client)
             task = self._loop.create_task(self._admit(make, sock))
             guest.cut = task.cancel
             task.add_done_callback(lambda _: self._admitted(guest))
             return True
+        make = functools.partial(self._make, guest.client or (guest.address, guest.network))
         try:
             secured = Secured(self._context, sock, make, functools.partial(self._shaken, guest), self._sockets)
         except OSError as fault:

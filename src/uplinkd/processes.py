@@ -6,6 +6,7 @@ By prctl(2) and /proc; where these are not, as on other systems than Linux, noth
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -36,13 +37,20 @@ def keep_memory_private() -> None:
 
 
 def die_with(parent: int) -> Callable[[], None] | None:
-    """For a new child: end when `parent` does, however that ends. Elsewhere than on Linux the child may outlive a kill -9."""
+    """For a new child: end when `parent` does, however that ends; and interrupt nobody who has the processor, though its own share
+    stays the same. Elsewhere than on Linux the child may outlive a kill -9.
+
+    Of a nats-server that shares a core with a worker: with each message that arrived it took the core from the worker, which had
+    more to send; now it finds them together (5 % less CPU for a report, and no later an answer where only one waits for it).
+    """
     if not sys.platform.startswith("linux"):
         return None
     prctl = ctypes.CDLL(None).prctl
 
     def arrange() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         if os.getppid() != parent:
             os._exit(1)
 

@@ -166,7 +166,7 @@ def test_nobody_else_is_believed(context: ssl.SSLContext, caplog: pytest.LogCapt
                 else:
                     answer = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 1000), 10)
                     assert answer == header
-            assert set(here.hall.clients) == {None}
+            assert set(here.hall.clients) == {("127.0.0.2", "127.0.0.2") if tls else None}
 
     run()
     assert "name it in the setting proxy_protocol" in caplog.text
@@ -194,7 +194,7 @@ def test_a_proxy_that_looks_whether_the_port_is_open_leaves_no_trace(
             assert not here.listener._servers[0]._guests  # type: ignore[union-attr]
             assert here.hall.clients == here.hall.missed == []
             assert await here.goes_on(here.enter(PROXY, LOCAL))
-            assert here.hall.clients == [None]  # the proxy itself
+            assert here.hall.clients == [("127.0.0.9", "127.0.0.9") if tls else None]  # the proxy itself
 
     run()
     assert not caplog.records

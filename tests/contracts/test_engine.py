@@ -570,6 +570,13 @@ def test_a_command_starts_a_server_for_itself_when_none_runs(settings: Settings)
         pass
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="scheduling policies are Linux's")
+def test_a_server_of_ours_interrupts_no_worker(server: EmbeddedServer) -> None:
+    """None of its threads, whose number is Go's to choose."""
+    threads = [int(each.name) for each in Path(f"/proc/{server.pid}/task").iterdir()]
+    assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_BATCH}
+
+
 def test_commands_at_the_same_time_wait_for_each_other(settings: Settings) -> None:
     """The server that one command has started for itself ends with it: none other may come to rely on it."""
     script = (

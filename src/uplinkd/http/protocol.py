@@ -293,8 +293,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         door = self._door
-        peer = transport.get_extra_info("peername")
-        if not self._address and peer:
+        if not self._address and (peer := transport.get_extra_info("peername")):
             self._address = peer[0]
             self._client = self._address, "" if self._proxied else network_of(self._address)
         if door.draining or not door.places.enter(self, self._client[1], self._limits.connections):
@@ -693,10 +692,10 @@ class Connection(asyncio.Protocol):
 
     def _stored(self, message_id: int, fault: str) -> None:
         """The engine's word on the publish under way."""
-        request = self._request
+        request, gateway = self._request, self._door.gateway
         if fault:
             self._answer_refused(Refused(Code.PUBLISH_MESSAGE_ERROR, fault))
-        elif request and self._door.gateway.waits(request):
+        elif gateway.waiting and request and gateway.waits(request):
             spawn(self._answer_with_message(request, message_id), self._door.tasks)
         else:
             self._answer(wire.published(message_id))

@@ -286,8 +286,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         door = self._door
-        peer = transport.get_extra_info("peername")
-        if not self.address and peer:
+        if not self.address and (peer := transport.get_extra_info("peername")):
             self.address, self._network = peer[0], network_of(peer[0])
         if door.draining or not door.places.enter(self, self._network, door.most):
             self._stage = _OVER
