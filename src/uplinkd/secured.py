@@ -21,8 +21,8 @@ __all__ = ["Secured", "Sockets"]
 log = logging.getLogger("uplinkd.secured")
 
 _RECORD = 16 * 1024
-# Nearly all that comes is smaller than this; a buffer of so much costs a tenth of one for a whole record.
-_USUAL = 960
+# What is read of all connections before any of it is handed over.
+_SMALL = 1024
 # What one connection is read of in a turn of the event loop, and how many are.
 _READ_BYTES, _EVENTS = 64 * 1024, 128
 # What one connection writes in a turn, and how many connections do, before it leaves at once.
@@ -98,7 +98,7 @@ class Sockets:
             if connection is not None:  # or it was ended by another's event
                 try:
                     data = connection.ready(events)
-                    if len(data) > _USUAL:
+                    if len(data) > _SMALL:
                         connection.deliver(data)
                     elif data:
                         arrived.append((connection, data))
@@ -185,9 +185,7 @@ class Secured(asyncio.Transport):
             return b""
         try:
             # All of a record, so OpenSSL keeps nothing back that the epoll does not know of.
-            data: bytes = self._records.read(_USUAL)
-            if len(data) == _USUAL and (more := self._records.pending()):
-                data += self._records.read(more)
+            data: bytes = self._records.read(_RECORD)
         except OSError as fault:
             if isinstance(fault, _NOT_YET):
                 return b""
