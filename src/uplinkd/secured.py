@@ -21,8 +21,6 @@ __all__ = ["Secured", "Sockets"]
 log = logging.getLogger("uplinkd.secured")
 
 _RECORD = 16 * 1024
-# What is read of all connections before any of it is handed over.
-_SMALL = 1024
 # What one connection is read of in a turn of the event loop, and how many are.
 _READ_BYTES, _EVENTS = 64 * 1024, 128
 # What one connection writes in a turn, and how many connections do, before it leaves at once.
@@ -90,25 +88,14 @@ class Sockets:
                 _ends(connection)
 
     def _poll(self) -> None:
-        """First read what is small from all that have something, then hand it over: OpenSSL and the kernel many times in a row, and
-        then the protocols, stay in the processor's cache. What is large would push the rest out of it, and is handed over at once."""
-        connections, arrived = self._connections, []
+        connections = self._connections
         for file, events in self._epoll.poll(0, _EVENTS):
             connection = connections.get(file)
             if connection is not None:  # or it was ended by another's event
                 try:
-                    data = connection.ready(events)
-                    if len(data) > _SMALL:
-                        connection.deliver(data)
-                    elif data:
-                        arrived.append((connection, data))
+                    connection.ready(events)
                 except Exception:
                     _ends(connection)
-        for connection, data in arrived:
-            try:
-                connection.deliver(data)
-            except Exception:
-                _ends(connection)
 
 
 def _ends(connection: Secured) -> None:
@@ -178,34 +165,32 @@ class Secured(asyncio.Transport):
         self._timer: asyncio.TimerHandle | None = None
         sockets.watch(self._file, self)
 
-    def ready(self, events: int) -> bytes:
-        """The socket can be read or written, or has broken. What comes is what was read, for `deliver`: a record at most, empty where
-        it is a part of one, or nothing comes any more."""
+    def ready(self, events: int) -> None:
+        """The socket can be read or written, or has broken."""
         if (self._state != _OPEN or self._paused or events != _IN) and not self._attend(events):
-            return b""
-        try:
-            # All of a record, so OpenSSL keeps nothing back that the epoll does not know of.
-            data: bytes = self._records.read(_RECORD)
-        except OSError as fault:
-            if isinstance(fault, _NOT_YET):
-                return b""
-            if not isinstance(fault, ssl.SSLEOFError):
+            return
+        left = _READ_BYTES
+        while True:
+            try:
+                # A record at most, and all of it, so OpenSSL keeps nothing back that the epoll does not know of.
+                data: bytes = self._records.read(_RECORD)
+            except ssl.SSLEOFError:
+                data = b""  # without close_notify
+            except _NOT_YET:  # a part of a record alone
+                return
+            except OSError as fault:
                 self._break(fault)
-                return b""
-            data = b""  # without close_notify
-        if not data:
-            assert self._protocol
-            self._protocol.eof_received()
-            self.close()
-        return data
-
-    def deliver(self, data: bytes) -> None:
-        """Give the protocol what was read."""
-        if self._state == _OPEN:
-            assert self._protocol
-            self._protocol.data_received(data)
-            if len(data) == _RECORD:
-                self._read_on()
+                return
+            protocol = self._protocol
+            assert protocol
+            if not data:
+                protocol.eof_received()
+                self.close()
+                return
+            protocol.data_received(data)
+            left -= len(data)
+            if len(data) < _RECORD or left <= 0 or self._state != _OPEN or self._paused:
+                return
 
     def shake(self) -> None:
         """Go on with the handshake."""
@@ -340,16 +325,6 @@ class Secured(asyncio.Transport):
         elif events & _HUNG_UP:
             self._end(ConnectionResetError("the peer has gone"))
         return False
-
-    def _read_on(self) -> None:
-        """Behind a full record there are often others."""
-        left = _READ_BYTES - _RECORD
-        while left > 0 and self._state == _OPEN and not self._paused and (data := self.ready(_IN)):
-            left -= len(data)
-            assert self._protocol
-            self._protocol.data_received(data)
-            if len(data) < _RECORD:
-                return
 
     def _ignore(self) -> None:
         """What comes behind the end is nobody's; once the peer has ended too, so has the connection."""
