@@ -137,7 +137,7 @@ class Gateway:
         self._monotonic = monotonic
         self._fruitless: dict[int, float] = {}
         downlink.on_waiting(self._look_again)
-        self.waiting = downlink.waiting
+        self.waiting = downlink.waiting  # the ids of devices for which something may
         self._tokens: dict[str | None, tokens.Token] = {}
         self.take_keys(keys)
         self._clock = clock

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Vitals", "call_me", "die_with", "environment_of_children", "keep_memory_private", "vitals"]
+__all__ = ["Vitals", "belongs_to", "call_me", "environment_of_children", "keep_memory_private", "vitals"]
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
@@ -36,7 +36,7 @@ def keep_memory_private() -> None:
     _prctl(_PR_SET_DUMPABLE, 0)
 
 
-def die_with(parent: int) -> Callable[[], None] | None:
+def belongs_to(parent: int) -> Callable[[], None] | None:
     """For a new child: end when `parent` does, however that ends; and interrupt nobody who has the processor, though its own share
     stays the same. Elsewhere than on Linux the child may outlive a kill -9.
 

@@ -493,6 +493,25 @@ async def test_what_waits_for_an_engine_is_bounded(settings: Settings, server: E
     await publisher.stop()
 
 
+async def test_what_waits_when_it_stops_is_stored_if_the_engine_comes_back(
+    settings: Settings, server: EmbeddedServer
+) -> None:
+    """It was taken; only what comes after the stop has begun is refused."""
+    publisher = JetStreamPublisher(settings, server.access)
+    await publisher.start()
+    await connected(publisher)
+    wire, publisher._wire = publisher._wire, None
+    before = asyncio.create_task(publish(publisher, b"before"))
+    await asyncio.sleep(0)
+    stopping = asyncio.create_task(publisher.stop())
+    await asyncio.sleep(0)
+    after = await publish(publisher, b"after")
+    publisher._wire = wire
+    assert await asyncio.wait_for(before, 5) > (0, "")
+    assert after == (0, "uplinkd is stopping")
+    await stopping
+
+
 async def test_a_stop_answers_everything(settings: Settings, server: EmbeddedServer) -> None:
     """What is under way is acknowledged before the connection closes."""
     publisher = open_publisher(settings, server.access)

@@ -36,7 +36,7 @@ from uplinkd.engine.nkeys import AccountKey, Credentials
 from uplinkd.engine.stream import parts
 from uplinkd.files import FileState, file_state
 from uplinkd.ports import patiently, probe
-from uplinkd.processes import die_with, environment_of_children
+from uplinkd.processes import belongs_to, environment_of_children
 from uplinkd.settings import Settings, address, reachable
 
 __all__ = ["APPS_ACCOUNT", "OLDEST", "Access", "EmbeddedServer", "access_for", "account_key", "announced"]
@@ -361,7 +361,7 @@ class EmbeddedServer:
                 pass_fds=(self._lock,),
                 # Ctrl-C in the terminal must not end it before the workers have drained.
                 start_new_session=True,
-                preexec_fn=die_with(os.getpid()),
+                preexec_fn=belongs_to(os.getpid()),
                 env=environment_of_children(os.environ),
             )
 

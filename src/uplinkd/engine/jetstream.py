@@ -106,9 +106,8 @@ class JetStreamPublisher:
         self._took, self._weighed = self._meter.acks.append, self._meter.sizes.append
         self._patience = settings.publish_timeout
         self._wire: _Wire | None = None  # set while publishes may be sent
-        self._pending: dict[
-            bytes, tuple[Done, float, int]
-        ] = {}  # by number; since when, and how many bytes; oldest first
+        # By number, oldest first: since when, and how many bytes.
+        self._pending: dict[bytes, tuple[Done, float, int]] = {}
         self._held: deque[_Publish] = deque()
         self._held_bytes = 0
         self._free: list[bytes] = []  # numbers that are not under way, in digits: see publish
@@ -155,12 +154,15 @@ class JetStreamPublisher:
         key: str = "",
         began: float = 0.0,
     ) -> None:
-        """See Publisher. `began` is since when it waits (monotonic seconds), where that is not now."""
+        """See Publisher. `began` is since when it waits (monotonic seconds), where it was taken before."""
         wire = self._wire
         if not began:
+            if self._stopping:
+                self._fail(done, "uplinkd is stopping")
+                return
             # Not the loop's clock: uvloop's counts whole milliseconds, and from the beginning of the turn.
             began = monotonic()
-        if wire is None or wire.full or self._stopping:
+        if wire is None or wire.full:
             self._hold((subject, payload, done, origin, key, began))
             return
         header = b"" if origin is _PLAIN and not key else _header(origin, key)
@@ -180,9 +182,6 @@ class JetStreamPublisher:
         wire.publish(subject, number, payload, header)
 
     def _hold(self, item: _Publish) -> None:
-        if self._stopping:
-            self._fail(item[2], "uplinkd is stopping")
-            return
         size = len(item[1])
         if self._held_bytes + size > _HELD_BYTES or len(self._held) >= _HELD_COUNT:
             self._fail(item[2], f"the engine is away and too much waits for it already: {self._away}")
@@ -192,7 +191,7 @@ class JetStreamPublisher:
 
     def _release(self) -> None:
         """Send what was held while the engine was away."""
-        while self._held and self._wire and not self._wire.full and not self._stopping:
+        while self._held and self._wire and not self._wire.full:
             item = self._held.popleft()
             self._held_bytes -= len(item[1])
             self.publish(*item)
