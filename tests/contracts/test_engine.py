@@ -395,6 +395,8 @@ async def test_a_killed_engine_loses_nothing_and_every_publish_is_answered_once(
         if number == 3000 and restart:
             await asyncio.sleep(0.1)
             server.restart()
+        elif number == 3000:
+            await connected(publisher, False)
     await asyncio.sleep(2.2)
     assert len(answers) == 4000
     assert all(len(each) == 1 for each in answers.values())
