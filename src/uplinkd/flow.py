@@ -110,9 +110,7 @@ class Flow:
         self._request_cost = _cost(settings.address_rate, 1.0)
         self._login_cost = _cost(settings.auth_rate, _MINUTE)
         self._refusal_cost = _cost(settings.address_auth_rate, _MINUTE)
-        # Whether anything but the device itself is charged for its messages, and whether anything is.
         self._wide = bool(self._product_cost or self._product_byte_cost or self._request_cost)
-        self.counts = self._wide or bool(self._message_cost or self._byte_cost)
         # Made once, for a flood of refusals; but for `wait` they stay as they are.
         self._refusals = {
             limit: Refused(Code.REQUEST_TOO_MANY, reason, limit=limit.removeprefix(_GUESSING))
@@ -159,7 +157,7 @@ class Flow:
         if self._wide:
             self._charge_all(device_id, size, product_key, network)
             return
-        if not self.counts:
+        if not self._message_cost and not self._byte_cost:
             return
         slot = device_id % _DEVICES * _SLOT
         until = self._until

@@ -137,7 +137,6 @@ class Gateway:
         self._monotonic = monotonic
         self._fruitless: dict[int, float] = {}
         downlink.on_waiting(self._look_again)
-        self.waiting = downlink.waiting  # the ids of devices for which something may
         self._tokens: dict[str | None, tokens.Token] = {}
         self.take_keys(keys)
         self._clock = clock
@@ -181,8 +180,7 @@ class Gateway:
         device = entry.device
         if request.fresh or request.entry is not entry:
             request.product_key, request.device_name, request.entry = device.product_key, device.name, entry
-        if self._flow.counts:
-            self._flow.message(device.id, len(request.body), device.product_key, request.network)
+        self._flow.message(device.id, len(request.body), device.product_key, request.network)
         topic = request.target
         if topic is None:
             topic = self._topic(request)
@@ -252,7 +250,7 @@ class Gateway:
     def waits(self, request: Request) -> bool:
         """Whether something may wait for the device whose publish was stored."""
         entry = request.entry
-        if entry is None or entry.device.id not in self.waiting:
+        if entry is None or entry.device.id not in self._downlink.waiting:
             return False
         return self._fruitless.get(entry.device.id, 0.0) <= self._monotonic()
 
@@ -366,7 +364,8 @@ class Gateway:
         return entry
 
     def _check_right(self, topic: topics.Topic, entry: Entry) -> None:
-        """What was allowed once is, until the registry changes: then the entry is another one."""
+        """Allow `topic`, or raise Refused. What was allowed is not asked again until the registry changes: then the entry is another
+        one."""
         device = entry.device
         if not topics.may_publish(topic, device, entry.publish_levels):
             raise Refused(Code.PUBLISH_MESSAGE_ERROR, topics.explain(topic, device, entry.classes), topic=topic.text)

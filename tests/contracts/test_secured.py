@@ -135,7 +135,7 @@ async def closed(writer: asyncio.StreamWriter) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS, ids=["1.2", "1.3"])
-@pytest.mark.parametrize("size", [1, 200, 1_024, 1_025, 16_384, 16_385, 1_000_000])
+@pytest.mark.parametrize("size", [1, 200, 16_384, 16_385, 1_000_000])
 @on_uvloop
 async def test_what_is_sent_comes_back(door: Door, version: ssl.TLSVersion, size: int) -> None:
     """Whatever its size, whole and in order; at both ends the connection ends in peace."""

@@ -650,16 +650,10 @@ class Connection(asyncio.Protocol):
         self._answering = True
         self.deadline = _NEVER
         self._request = request
-        if endpoint != "topic":
-            self._act(request)
-            return
-        try:
-            self._door.gateway.publish(request, self._stored)
-        except Exception as fault:
-            self._not_yet(request, fault)
+        self._act(request)
 
     def _act(self, request: Request) -> None:
-        """Ask the gateway."""
+        """Ask the gateway; on Wait fetch the missing fact in a task and ask again."""
         try:
             if self._endpoint == "topic":
                 self._door.gateway.publish(request, self._stored)
@@ -670,32 +664,29 @@ class Connection(asyncio.Protocol):
                         self._transport, request.product_key, request.device_name, self._address, "https"
                     )
                 self._answer(wire.token_issued(token))
-        except Exception as fault:
-            self._not_yet(request, fault)
-
-    def _not_yet(self, request: Request, fault: Exception) -> None:
-        """What the gateway has raised, as its handler: on Wait fetch the missing fact in a task and ask again."""
-        if isinstance(fault, Refused):
-            self._answer_refused(fault)
-        elif isinstance(fault, Wait):
-            spawn(self._fetch(request, fault.fetch), self._door.tasks)
-        else:
+        except Refused as refused:
+            self._answer_refused(refused)
+        except Wait as wait:
+            spawn(self._fetch(request, wait.fetch), self._door.tasks)
+        except Exception:
             self._answer_bug()
 
     async def _fetch(self, request: Request, fetch: Callable[[], Awaitable[None]]) -> None:
         try:
             await fetch()
-        except Exception as fault:
-            self._not_yet(request, fault)
+        except Refused as refused:
+            self._answer_refused(refused)
+        except Exception:
+            self._answer_bug()
         else:
             self._act(request)
 
     def _stored(self, message_id: int, fault: str) -> None:
         """The engine's word on the publish under way."""
-        request, gateway = self._request, self._door.gateway
+        request = self._request
         if fault:
             self._answer_refused(Refused(Code.PUBLISH_MESSAGE_ERROR, fault))
-        elif gateway.waiting and request and gateway.waits(request):
+        elif request and self._door.gateway.waits(request):
             spawn(self._answer_with_message(request, message_id), self._door.tasks)
         else:
             self._answer(wire.published(message_id))
