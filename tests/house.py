@@ -21,6 +21,7 @@ from typing import Any
 
 from click.testing import CliRunner
 
+from tests.ports import free_port
 from uplinkd.cli import main
 from uplinkd.core import signature
 from uplinkd.settings import Settings
@@ -170,7 +171,7 @@ class Server:
             ports["--console-listen"] = self.console_port
         if self.amqp_port is not None:
             ports["--amqp-listen"] = self.amqp_port
-        listen = [part for flag, port in ports.items() for part in (flag, f"127.0.0.1:{port}")]
+        listen = [part for flag, port in ports.items() for part in (flag, f"127.0.0.1:{port or free_port()}")]
         if self.console_port is None:
             listen += ["--console-listen", ""]
         with self.log.open("ab") as log:

@@ -21,6 +21,7 @@ from tests.abuse.test_lobby import HELLO, TLS, Lobby, as_a_worker_does, context,
 from tests.clients.stranger import ask_https, ask_mqtt
 from tests.core.test_proxy_protocol import SIGNATURE, v2
 from tests.house import Server, cli_json, make_devices, serving, until
+from tests.ports import free_port
 from uplinkd.core.proxy_protocol import trusting
 
 __all__ = ["context"]
@@ -290,10 +291,7 @@ def proxied(name: str, version: int, folder: Path, backs: list[int]) -> Iterator
         pytest.skip(f"{name} is not installed")
     if name == "nginx" and not STREAM.exists():
         pytest.skip("nginx' stream module is not installed")
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in backs]
-    fronts = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
+    fronts = [free_port() for _ in backs]
     command = {"nginx": nginx, "haproxy": haproxy}[name](folder, dict(zip(fronts, backs, strict=True)), version)
     process = subprocess.Popen(command, env={**os.environ, "PATH": PATH}, cwd=folder)
     try:
@@ -314,8 +312,7 @@ def proxied(name: str, version: int, folder: Path, backs: list[int]) -> Iterator
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that hears the proxy at 127.0.0.9 at each of its doors."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        plain = probe.getsockname()[1]
+    plain = free_port()
     options = ["--proxy-protocol", "127.0.0.9", "--plain-listen", f"127.0.0.1:{plain}", "--forwarded-for", "true"]
     with serving(tmp_path_factory.mktemp("told") / "data", "--workers", "1", *options) as server:
         server.plain_port = plain  # type: ignore[attr-defined]

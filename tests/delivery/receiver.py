@@ -98,10 +98,10 @@ class Receiver:
 
 @asynccontextmanager
 async def receiving(
-    answers: Answers = lambda got: 200, *, tls: ssl.SSLContext | None = None
+    answers: Answers = lambda got: 200, *, port: int = 0, tls: ssl.SSLContext | None = None
 ) -> AsyncGenerator[Receiver]:
     receiver = Receiver(answers)
-    server = await asyncio.start_server(receiver.serve, "127.0.0.1", 0, ssl=tls)
+    server = await asyncio.start_server(receiver.serve, "127.0.0.1", port, ssl=tls)
     receiver.port = server.sockets[0].getsockname()[1]
     try:
         yield receiver

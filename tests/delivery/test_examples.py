@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import socket
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -16,6 +15,7 @@ import pytest
 from tests.clients.tools import ROOT, needs, node_modules
 from tests.delivery.receiver import HERE, group, message
 from tests.house import until
+from tests.ports import free_port
 from uplinkd.core.cloudevents import event_of, request_of
 from uplinkd.core.groups import Form, Group
 from uplinkd.core.model import DeviceName, Message, ProductKey
@@ -28,9 +28,7 @@ from uplinkd.engine.memory import MemoryDeliveries
 @asynccontextmanager
 async def example(*command: str, folder: Path, secret: str) -> AsyncGenerator[tuple[int, list[str]]]:
     """The port of a receiver, and the lines that it prints."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
+    port = free_port()
     process = await asyncio.create_subprocess_exec(
         *command, str(port), cwd=folder, env=os.environ | {"WEBHOOK_SECRET": secret}, stdout=asyncio.subprocess.PIPE
     )

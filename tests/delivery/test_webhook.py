@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from standardwebhooks import Webhook
 
-from tests.delivery.receiver import HERE, Got, Receiver, answer, group, message, receiving
+from tests.delivery.receiver import HERE, Got, answer, group, message, receiving
 from tests.house import until
+from tests.ports import free_port
 from uplinkd import __version__
 from uplinkd.core.groups import Form, Group
 from uplinkd.core.model import Message
@@ -404,15 +405,13 @@ async def test_a_dead_target_holds_no_other_group_up(sender: Sender) -> None:
 
 async def test_nobody_at_the_port_is_a_fault_of_the_target(sender: Sender) -> None:
     """The messages are there when somebody listens again."""
-    async with receiving() as receiver:
-        port = receiver.port
+    port = free_port()
     async with pumping(group(f"http://127.0.0.1:{port}/hook"), sender) as (pump, deliveries):
         deliveries.offer(message(1))
         await until(lambda: pump.state().failed > 2)
         assert pump.state().fault.startswith("no connection to it: Connection refused")
-        server = await asyncio.start_server(Receiver(lambda got: 200).serve, "127.0.0.1", port)
-        await until(lambda: deliveries.accepted)
-        server.close()
+        async with receiving(port=port):
+            await until(lambda: deliveries.accepted)
 
 
 async def test_stop_ends_what_is_under_way_and_gives_the_rest_back(sender: Sender) -> None:

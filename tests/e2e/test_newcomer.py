@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.house import UPLINKD, Device, Server, alive, cli, cli_json, environment, login_body, serving, stored
+from tests.ports import free_port
 
 pytestmark = pytest.mark.xdist_group("e2e")
 
@@ -312,9 +313,7 @@ def test_two_servers_do_not_share_a_data_folder(server: Server, tmp_path: Path) 
 
 def test_the_plain_port_is_for_a_proxy_alone(tmp_path: Path) -> None:
     """Behind its switch it answers plain HTTP; a public address is refused."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with (
         serving(tmp_path / "data", "--workers", "1", "--plain-listen", f"127.0.0.1:{port}"),
         socket.create_connection(("127.0.0.1", port)) as raw,

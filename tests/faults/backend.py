@@ -15,6 +15,7 @@ from pathlib import Path
 from aiohttp import web
 
 from tests.house import Server, environment
+from tests.ports import free_port
 from uplinkd.core.topics import owner
 
 
@@ -22,7 +23,7 @@ from uplinkd.core.topics import owner
 class Target:
     """An HTTP server that answers as `answer` says (it is given how many requests there were), and remembers what it accepted."""
 
-    port: int = 0
+    port: int = field(default_factory=free_port)
     answer: Callable[[int], int] = lambda _: 204
     requests: int = 0
     got: list[tuple[int, str]] = field(default_factory=list)
@@ -37,9 +38,7 @@ class Target:
         app.router.add_post("/uplinkd", self._post)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
-        await site.start()
-        self.port = self._runner.addresses[0][1]
+        await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True).start()
 
     async def stop(self) -> None:
         if self._runner:

@@ -67,9 +67,12 @@ class NatsBus:
             client: Client | None = None
             try:
                 client = await connect(self._access, self._name, ended)
-                for ear in list(self._ears):
-                    await self._hear(client, ear)
-                await client.flush(_SETTLE_SECONDS)
+                heard = set[_Ear]()
+                while unheard := self._ears - heard:  # some begin to listen meanwhile
+                    for ear in unheard:
+                        await self._hear(client, ear)
+                    await client.flush(_SETTLE_SECONDS)
+                    heard |= unheard
                 self._client = client
                 for act in self._acts:
                     await act()
