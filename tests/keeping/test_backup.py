@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import stat
 import subprocess
 import tarfile
@@ -20,6 +19,7 @@ import pytest
 
 from tests.faults.load import LIMITS, start_load
 from tests.house import UPLINKD, Device, Server, cli, cli_json, environment, serving, stored, until
+from tests.keeping.killing import killed, seconds_of
 from uplinkd.backup import manifest_of
 from uplinkd.core.errors import Unavailable
 from uplinkd.core.model import ProductKey
@@ -306,17 +306,6 @@ def test_what_is_no_whole_backup_is_refused_and_nothing_is_made(tmp_path: Path) 
     assert "nothing to back up" in failing("backup", str(tmp_path / "x.tar"), data=tmp_path / "nowhere")
 
 
-def _killed(arguments: list[str], after: float) -> bool:
-    process = subprocess.Popen(
-        [*UPLINKD, *arguments], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        process.wait(after)
-    except subprocess.TimeoutExpired:
-        os.kill(process.pid, signal.SIGKILL)
-    return process.wait() == -signal.SIGKILL
-
-
 @pytest.mark.slow
 async def test_killed_at_any_moment_there_is_a_whole_backup_or_none_and_a_whole_folder_or_none(tmp_path: Path) -> None:
     """kill -9 while it is made: no file. While it is restored: a folder that nothing opens until it is emptied."""
@@ -327,12 +316,17 @@ async def test_killed_at_any_moment_there_is_a_whole_backup_or_none_and_a_whole_
         await lamp.login()
         await publish(lamp, *(os.urandom(60_000) for _ in range(200)))
         await lamp.close()
+        command = ["backup", str(file), "--data", str(homes.data)]
+        whole = seconds_of(*command)
+        ended = 0
         for turn in range(8):
-            killed = _killed(["backup", str(file), "--data", str(homes.data)], 0.5 + 0.06 * turn)
-            assert killed or file.exists()
+            file.unlink(missing_ok=True)
+            early = killed(command, whole * (0.4 + 0.08 * turn))
+            ended += early
+            assert early or file.exists()
             if file.exists():
                 assert manifest_of(file).ended
-            file.unlink(missing_ok=True)
+        assert ended
         cli("backup", str(file), "--overwrite", data=homes.data)
         server.stop()
     half = 0

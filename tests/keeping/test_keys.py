@@ -7,7 +7,7 @@ import json
 import os
 import random
 import secrets
-import signal
+import shutil
 import stat
 import subprocess
 import threading
@@ -19,6 +19,7 @@ import pytest
 from tests.house import UPLINKD, Device, cli, cli_json, environment, serving, until
 from tests.http.conftest import House, publish_request
 from tests.http.conftest import house as house_of_http
+from tests.keeping.killing import killed, seconds_of
 from uplinkd import rotation
 from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.core.groups import Plan, Webhook
@@ -127,18 +128,6 @@ def test_others_read_and_write_while_a_rotation_is_under_way(tmp_path: Path) -> 
     other.close()
 
 
-def _killed(arguments: list[str], after: float) -> bool:
-    """Run a command and kill it -9 after so many seconds; whether it was still at work."""
-    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
-        process.wait(after)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    _, said = process.communicate()
-    assert b"Traceback" not in said, said
-    return process.returncode == -signal.SIGKILL
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["folder", "file"])
 def test_a_rotation_killed_at_any_moment_loses_nothing(tmp_path: Path, way: str) -> None:
@@ -147,15 +136,16 @@ def test_a_rotation_killed_at_any_moment_loses_nothing(tmp_path: Path, way: str)
     registry = furnish(settings, 20_000)
     before = everything(registry)
     registry.close()
-    command = [*UPLINKD, "keys", "rotate", "--data", str(settings.data)]
+    command = ["keys", "rotate", *(["--to", str(tmp_path / "key")] if way == "file" else []), "--data"]
     if way == "file":
         (tmp_path / "key").write_bytes(base64.b64encode(secrets.token_bytes(32)))
-        command += ["--to", str(tmp_path / "key")]
-    killed = between = 0
+    shutil.copytree(settings.data, tmp_path / "copy")
+    whole = seconds_of(*command, str(tmp_path / "copy"))
+    ended = between = 0
     for turn in range(12):
-        if not _killed(command, 0.55 + 0.06 * turn + random.random() * 0.05):
+        if not killed([*command, str(settings.data)], whole * (0.4 + 0.05 * turn + 0.05 * random.random())):
             break
-        killed += 1
+        ended += 1
         try:
             there = SqlRegistry.open(settings)
         except Rejected:  # it was done a moment before
@@ -163,7 +153,7 @@ def test_a_rotation_killed_at_any_moment_loses_nothing(tmp_path: Path, way: str)
             break
         between += len(there.keys.sealed()) > 1
         there.close()
-    assert killed
+    assert ended
     if way == "folder":
         cli("keys", "rotate", data=settings.data)
     else:
