@@ -16,7 +16,7 @@ from tests.contracts.test_bus import running
 from tests.house import until
 from uplinkd.core.errors import Unavailable
 from uplinkd.engine import Downlink, SessionRecord, Waiting
-from uplinkd.engine.down import JetStreamDownlink
+from uplinkd.engine.down import SESSIONS, JetStreamDownlink
 from uplinkd.engine.embedded import read_access
 from uplinkd.engine.memory import MemoryBus, MemoryDownlink
 from uplinkd.settings import Settings
@@ -142,6 +142,31 @@ async def test_sessions_are_kept_replaced_and_forgotten(store: Store) -> None:
     await store.theirs.forget_session(1)
     assert await store.mine.session(1) is None
     await until(lambda: store.mine.persistent == {2} == store.theirs.persistent)
+
+
+async def test_a_look_at_all_sessions_does_not_undo_what_is_told_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it finds is older by the time that it has come."""
+    devices = JetStreamDownlink._devices
+
+    async def slow(downlink: JetStreamDownlink, stream: str) -> set[int]:
+        found = await devices(downlink, stream)
+        if stream == SESSIONS:
+            await pair.theirs.forget_session(1)
+            await pair.theirs.save_session(2, SessionRecord({}))
+            await until(lambda: downlink.persistent == {2})
+        return found
+
+    async with in_jetstream(tmp_path) as pair:
+        await pair.mine.save_session(1, SessionRecord({}))
+        with monkeypatch.context() as patch:
+            patch.setattr(JetStreamDownlink, "_devices", slow)
+            assert isinstance(pair.mine, JetStreamDownlink)
+            await pair.mine._settle()
+        assert pair.mine.persistent == {2}
+        await pair.mine._settle()
+        assert pair.mine.persistent == {2}
 
 
 async def test_while_the_engine_is_away_everything_says_so(store: Store) -> None:

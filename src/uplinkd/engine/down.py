@@ -82,6 +82,8 @@ class JetStreamDownlink:
         self._acts: list[Callable[[int], None]] = []
         self.waiting: set[int] = set()
         self.persistent: set[int] = set()
+        self._looking = asyncio.Lock()
+        self._news: dict[int, bool] = {}  # of sessions, while they are looked at: what is found then may be older
         bus.listen(f"{_NOTE}*.*", self._noted)
         bus.on_connected(self._settle)
 
@@ -154,12 +156,12 @@ class JetStreamDownlink:
     async def save_session(self, device_id: int, record: SessionRecord) -> None:
         payload = json.dumps({"subscriptions": record.subscriptions, "sent": record.sent}).encode()
         document_of((await self._bus.ask(f"{_SESSION_SUBJECT}{device_id}", payload)).payload)
-        self.persistent.add(device_id)
+        self._persists(device_id, True)
         self._note("session", device_id)
 
     async def forget_session(self, device_id: int) -> None:
         await self._call(f"STREAM.PURGE.{SESSIONS}", {"filter": f"{_SESSION_SUBJECT}{device_id}"})
-        self.persistent.discard(device_id)
+        self._persists(device_id, False)
         self._note("gone", device_id)
 
     def _known_base(self) -> Base:
@@ -179,9 +181,14 @@ class JetStreamDownlink:
             case "down":
                 self._waits(device_id)
             case "session":
-                self.persistent.add(device_id)
+                self._persists(device_id, True)
             case "gone":
-                self.persistent.discard(device_id)
+                self._persists(device_id, False)
+
+    def _persists(self, device_id: int, there: bool) -> None:
+        (self.persistent.add if there else self.persistent.discard)(device_id)
+        if self._looking.locked():
+            self._news[device_id] = there
 
     def _waits(self, device_id: int) -> None:
         self.waiting.add(device_id)
@@ -199,7 +206,12 @@ class JetStreamDownlink:
         for device_id in await self._devices(DOWN):
             if device_id not in self.waiting:
                 self._waits(device_id)
-        self.persistent = await self._devices(SESSIONS)
+        async with self._looking:
+            self._news.clear()
+            found = await self._devices(SESSIONS)
+            self.persistent = {*found, *self._news} - {
+                device_id for device_id, there in self._news.items() if not there
+            }
 
     async def _devices(self, stream: str) -> set[int]:
         """The ids for which the stream holds something."""
