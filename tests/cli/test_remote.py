@@ -133,8 +133,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         ("device", "list", PRODUCT, "--prefix", "lamp", "--limit", "1"),
         ("device", "show", PRODUCT, "lamp-1"),
         ("topic", "list", PRODUCT),
-        ("app", "list", "--mqtt-listen", "127.0.0.1:0"),
-        ("app", "show", "reports", "--mqtt-listen", "127.0.0.1:0"),
+        ("app", "list", "--mqtt-listen", "MQTT"),
+        ("app", "show", "reports", "--mqtt-listen", "MQTT"),
         ("group", "list"),
         ("group", "show", "tellers"),
         ("group", "dead", "list", "tellers"),
@@ -154,11 +154,10 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 )
 def test_what_is_shown_is_the_same(there: There, arguments: tuple[str, ...]) -> None:
     """As JSON and as text; an address that the local command is given stands in the server's settings."""
-    named = [
-        {"MESSAGE": str(there.message_id), "REQUEST": there.request_id, "LETTER": str(there.letter)}.get(each, each)
-        for each in arguments
-    ]
-    asked = [each for each in named if each not in ("--mqtt-listen", "127.0.0.1:0")]
+    mqtt = f"127.0.0.1:{there.server.mqtt_port}"
+    names = {"MESSAGE": str(there.message_id), "REQUEST": there.request_id, "LETTER": str(there.letter), "MQTT": mqtt}
+    named = [names.get(each, each) for each in arguments]
+    asked = [each for each in named if each not in ("--mqtt-listen", mqtt)]
     for form in (["--json"], []):
         for _ in range(3):  # a device's last sign of life may be recorded just now
             away, here = there.away(*asked, *form), there.here(*named, *form)
