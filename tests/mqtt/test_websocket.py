@@ -167,10 +167,11 @@ async def test_split_anywhere_it_is_the_same(house: House, cuts: list[int]) -> N
 
 
 async def test_packets_do_not_keep_to_frames(browser: Browser) -> None:
-    """One packet in several frames or fragments, several packets in one frame; a ping between fragments is answered."""
+    """One packet in several frames or fragments, several packets in one frame; a ping between fragments is answered, and frames may
+    be empty, the first one too."""
     browser.send(handshake())
     data = connect(login())
-    browser.send(frame(data[:5]) + frame(data[5:]))
+    browser.send(frame(b"") + frame(data[:5]) + frame(b"", last=False) + frame(data[5:], CONTINUED))
     assert await browser.packets() == [CONNACK]
     browser.send(frame(b"\xc0", last=False) + frame(b"now", PING) + frame(b"\x00\xc0", CONTINUED, last=False))
     browser.send(frame(b"\x00", CONTINUED))

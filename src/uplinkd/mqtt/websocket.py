@@ -89,7 +89,7 @@ class WebSocket(asyncio.Protocol):
         assert isinstance(event, Frame)  # a server hears no response
         if event.opcode is Opcode.TEXT:
             self._frames.fail(_UNSUPPORTED_DATA, "MQTT is binary")
-        elif event.opcode in (Opcode.BINARY, Opcode.CONT) and self._inner is not None:
+        elif event.opcode in (Opcode.BINARY, Opcode.CONT) and event.data and self._inner is not None:
             self._inner.data_received(bytes(event.data))
 
     def read_on(self, wanted: bool) -> None:
