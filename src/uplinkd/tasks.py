@@ -53,8 +53,10 @@ class Turns:
             asyncio.get_running_loop().call_soon(self._turn)
 
     def _turn(self) -> None:
-        for _ in range(min(_AT_ONCE, len(self._waiting))):
-            self._waiting.popleft()()
-        self._called = False
-        if self._waiting:
-            self._call()
+        try:
+            for _ in range(min(_AT_ONCE, len(self._waiting))):
+                self._waiting.popleft()()
+        finally:  # a fault of ours in one's turn is not the end of the others'
+            self._called = False
+            if self._waiting:
+                self._call()

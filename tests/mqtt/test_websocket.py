@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import itertools
 import os
 from collections.abc import AsyncIterator
@@ -22,6 +23,7 @@ from uplinkd.http.protocol import Connection
 from uplinkd.mqtt.session import Connection as MqttConnection
 from uplinkd.mqtt.websocket import WebSocket
 from uplinkd.settings import Settings
+from uplinkd.tasks import Turns
 
 BINARY, TEXT, CLOSE, PING, PONG, CONTINUED = 2, 1, 8, 9, 10, 0
 
@@ -164,6 +166,28 @@ async def test_split_anywhere_it_is_the_same(house: House, cuts: list[int]) -> N
     found = await browser.packets()
     assert found == [CONNACK, bytes.fromhex("9003000101"), b"\xd0\x00"]
     browser.transport.protocol.connection_lost(None)
+
+
+async def test_a_frame_without_a_byte_is_nothing(browser: Browser) -> None:
+    """Nor does it keep others from their turn, where it comes in a turn of its own."""
+    browser.send(handshake())
+    await browser.quiet()
+    browser.send(frame(b"") + frame(b"", PING) * 400 + frame(b"") + frame(connect(login())))
+    assert await browser.packets() == [CONNACK]
+
+
+async def test_a_fault_in_ones_turn_is_not_the_end_of_the_others() -> None:
+    turns, went, faults = Turns(), list[int](), list[object]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context["exception"]))
+    for number in range(3):
+        turns.wait(lambda: went.append(1 // 0))
+        turns.wait(functools.partial(went.append, number))
+    await settled()
+    assert went == [0, 1, 2]
+    assert len(faults) == 3
+    turns.wait(lambda: went.append(3))
+    await settled()
+    assert went == [0, 1, 2, 3]
 
 
 async def test_packets_do_not_keep_to_frames(browser: Browser) -> None:
