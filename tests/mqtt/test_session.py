@@ -16,7 +16,7 @@ from tests.mqtt.conftest import CONNACK, House, login, puback
 from tests.room import DEVICE, PRODUCT, SECRET, settled
 from uplinkd.core.errors import Code
 from uplinkd.core.model import App, Origin, ProductKey, Right
-from uplinkd.engine import Query
+from uplinkd.engine import Query, Waiting
 
 OWN = f"/{PRODUCT}/{DEVICE}/"
 UP, DOWN = OWN + "user/update", OWN + "user/get"
@@ -333,6 +333,26 @@ async def test_a_message_that_nobody_has_subscribed_to_waits(house: House) -> No
     (answer, found) = await client.ask(subscribe(DOWN))
     assert answer == suback(1, 1)
     assert found.endswith(b"one")
+
+
+async def test_what_was_passed_over_is_looked_at_again_once_another_filter_comes(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that comes in the moment in which what lies behind it is found."""
+    find, passed_over = house.downlink.next, OWN + "get"
+
+    async def meanwhile(device_id: int, after: int = 0) -> Waiting | None:
+        found = await find(device_id, after)
+        if after and passed_over not in client.connection.subscriptions:
+            client.send(subscribe(passed_over, number=2))
+        return found
+
+    await sent(house, b"one", passed_over)
+    await sent(house, b"two")
+    client = await house.session()
+    monkeypatch.setattr(house.downlink, "next", meanwhile)
+    answers = await client.ask(subscribe(DOWN))
+    assert {each[-3:] for each in answers if each[0] == 0x32} == {b"one", b"two"}
 
 
 async def test_at_most_twenty_are_under_way(house: House) -> None:

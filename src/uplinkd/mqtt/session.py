@@ -847,7 +847,10 @@ class Connection(asyncio.Protocol):
         """Send what waits, oldest first, as far as the client's acknowledgements allow."""
         try:
             while self._stage == _STANDING and not self._blocked and len(self._inflight) < _WINDOW:
-                found = await self._door.downlink.next(device_id, self._cursor)
+                after = self._cursor
+                found = await self._door.downlink.next(device_id, after)
+                if after != self._cursor:  # the subscriptions are others now
+                    continue
                 if found is None:
                     if not self._again:
                         return
