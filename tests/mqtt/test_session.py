@@ -370,6 +370,21 @@ async def test_at_most_twenty_are_under_way(house: House) -> None:
     assert seen == [b"%02d" % number for number in range(45)]
 
 
+async def test_what_waits_comes_once_live_messages_leave_room_for_it(house: House) -> None:
+    """They count among those that are under way, and their PUBACKs as well."""
+    topic = f"/broadcast/{PRODUCT}/all"
+    client = await house.session()
+    await client.ask(subscribe(topic))
+    await client.ask(subscribe(DOWN))
+    for _ in range(25):
+        client.connection.deliver_live(topic, b"")
+    numbers = [int.from_bytes(each[-2:]) for each in await client.heard()]
+    await sent(house, b"one")
+    assert await client.heard() == []
+    found = await client.ask(b"".join(map(puback, numbers)))
+    assert [each[-3:] for each in found] == [b"one"]
+
+
 async def test_a_persistent_session_gets_what_came_while_it_was_away(house: House) -> None:
     """CONNACK says that it is present; its subscriptions stand; what was sent before comes again, marked so, as the same packet."""
     client = await house.session(clean=False)

@@ -877,6 +877,8 @@ class Connection(asyncio.Protocol):
         sequence = self._inflight.pop(packet_id, None)
         if sequence:
             self._door.spawn(self._delivered(sequence))
+        elif len(self._inflight) == _WINDOW - 1:
+            self.deliver_soon()
 
     async def _delivered(self, sequence: int) -> None:
         try:
