@@ -14,9 +14,10 @@ from tests.clients.packets import PINGREQ, connect, packet, publish, subscribe, 
 from tests.house import until
 from tests.mqtt.conftest import CONNACK, House, login, puback
 from tests.room import DEVICE, PRODUCT, SECRET, settled
-from uplinkd.core.errors import Code
+from uplinkd.core.errors import Code, Unavailable
 from uplinkd.core.model import App, Origin, ProductKey, Right
 from uplinkd.engine import Query, Waiting
+from uplinkd.mqtt import session
 
 OWN = f"/{PRODUCT}/{DEVICE}/"
 UP, DOWN = OWN + "user/update", OWN + "user/get"
@@ -368,6 +369,25 @@ async def test_at_most_twenty_are_under_way(house: House) -> None:
         for each in found:
             client.send(puback(int.from_bytes(each[4 + len(DOWN) : 6 + len(DOWN)])))
     assert seen == [b"%02d" % number for number in range(45)]
+
+
+async def test_what_the_engine_did_not_tell_comes_once_it_is_back(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though nobody asks for it any more."""
+
+    async def away(*_: object) -> None:
+        raise Unavailable("the engine is away")
+
+    client = await house.session()
+    await client.ask(subscribe(DOWN))
+    monkeypatch.setattr(session, "_AWAY_SECONDS", 0.02)
+    with monkeypatch.context() as patch:
+        patch.setattr(house.downlink, "next", away)
+        await sent(house, b"one")
+        await settled()
+    found = await client.heard()
+    assert [each[-3:] for each in found] == [b"one"]
 
 
 async def test_what_waits_comes_once_live_messages_leave_room_for_it(house: House) -> None:

@@ -56,6 +56,8 @@ _WINDOW, _LIVE_WINDOW = 20, 1000
 _UNREAD_BYTES = 1024 * 1024
 _THROTTLE_SECONDS, _LONGEST_THROTTLE_SECONDS = 0.05, 1.0
 _PAUSE_SECONDS = 0.5
+# So long each session with something to deliver waits for an engine that is away: they may be many.
+_AWAY_SECONDS = 2.0
 _TELL_SECONDS = 5.0
 _REMEMBER_SECONDS = 3600.0
 _NEVER = float("inf")
@@ -847,31 +849,37 @@ class Connection(asyncio.Protocol):
         """Send what waits, oldest first, as far as the client's acknowledgements allow."""
         try:
             while self._stage == _STANDING and not self._blocked and len(self._inflight) < _WINDOW:
-                after = self._cursor
-                found = await self._door.downlink.next(device_id, after)
-                if after != self._cursor:  # the subscriptions are others now
-                    continue
-                if found is None:
-                    if not self._again:
+                try:
+                    if not await self._deliver_next(device_id):
                         return
-                    self._again = False
-                    continue
-                self._cursor = found.sequence
-                qos = self._granted(found.topic)
-                if qos is None or found.sequence in self._inflight.values() or self._stage != _STANDING:
-                    continue
-                packet_id = 0
-                if qos:
-                    packet_id = self._free_id(found.sequence % 0xFFFF)
-                    self._inflight[packet_id] = found.sequence
-                dup = found.sequence <= self._sent
-                self._write(packets.publish(found.topic.encode(), found.payload, packet_id=packet_id, dup=dup))
-                if not packet_id:
-                    await self._door.downlink.remove(found.sequence)
-        except Unavailable as fault:
-            log.debug("what waits for the device is delivered later: %s", fault)
+                except Unavailable as fault:
+                    log.debug("what waits for the device is delivered later: %s", fault)
+                    await asyncio.sleep(_AWAY_SECONDS)
         finally:
             self._delivering = False
+
+    async def _deliver_next(self, device_id: int) -> bool:
+        """Send the next of what waits, if it is for this session; whether there may be more."""
+        after = self._cursor
+        found = await self._door.downlink.next(device_id, after)
+        if after != self._cursor:  # the subscriptions are others now
+            return True
+        if found is None:
+            again, self._again = self._again, False
+            return again
+        self._cursor = found.sequence
+        qos = self._granted(found.topic)
+        if qos is None or found.sequence in self._inflight.values() or self._stage != _STANDING:
+            return True
+        packet_id = 0
+        if qos:
+            packet_id = self._free_id(found.sequence % 0xFFFF)
+            self._inflight[packet_id] = found.sequence
+        dup = found.sequence <= self._sent
+        self._write(packets.publish(found.topic.encode(), found.payload, packet_id=packet_id, dup=dup))
+        if not packet_id:
+            await self._door.downlink.remove(found.sequence)
+        return True
 
     def _acknowledged(self, packet_id: int) -> None:
         sequence = self._inflight.pop(packet_id, None)
