@@ -18,6 +18,7 @@ from uplinkd.core.errors import Code, Unavailable
 from uplinkd.core.model import App, Origin, ProductKey, Right
 from uplinkd.engine import Query, Waiting
 from uplinkd.mqtt import session
+from uplinkd.registry.cache import Entry
 
 OWN = f"/{PRODUCT}/{DEVICE}/"
 UP, DOWN = OWN + "user/update", OWN + "user/get"
@@ -516,6 +517,29 @@ async def test_what_ends_a_devices_rights_ends_its_session(house: House, act: ob
     await client.heard()
     assert client.transport.closed
     assert reason in client.reason
+
+
+async def test_of_two_changes_the_later_stands(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though what was read for the earlier comes last."""
+    load, later = house.cache.load, asyncio.Event()
+
+    async def slow(device_id: int) -> Entry | None:
+        entry = await load(device_id)
+        if not later.is_set():
+            house.registry.remove_topic_class(PRODUCT, "user/update")
+            await house.cache.follow()
+            later.set()
+            await asyncio.sleep(0.05)
+        return entry
+
+    client = await house.session()
+    monkeypatch.setattr(house.cache, "load", slow)
+    house.registry.remove_topic_class(PRODUCT, "user/get")
+    await house.cache.follow()
+    await later.wait()
+    await client.heard()
+    assert await client.ask(publish(UP, b"x")) == []
+    assert client.transport.closed
 
 
 async def test_a_withdrawn_class_ends_its_subscriptions_alone(house: House) -> None:

@@ -188,10 +188,13 @@ class Door:
         for device_id in device_ids:
             while isinstance(held := self.roster.here(device_id), Connection):
                 try:
-                    held.renew(await self.cache.load(device_id))
-                    break
+                    entry = await self.cache.load(device_id)
                 except Unavailable:
                     await asyncio.sleep(_PAUSE_SECONDS)
+                    continue
+                if entry is None or entry is self.cache.get(device_id):  # or it changed while it was read
+                    held.renew(entry)
+                    break
 
     def _waits(self, device_id: int) -> None:
         held = self.roster.here(device_id)
