@@ -16,8 +16,9 @@ from tests.mqtt.conftest import CONNACK, House, login, puback
 from tests.room import DEVICE, PRODUCT, SECRET, settled
 from uplinkd.core.errors import Code, Unavailable
 from uplinkd.core.model import App, Origin, ProductKey, Right
-from uplinkd.engine import Query, Waiting
+from uplinkd.engine import Query, SessionRecord, Waiting
 from uplinkd.mqtt import session
+from uplinkd.registry import Change
 from uplinkd.registry.cache import Entry
 
 OWN = f"/{PRODUCT}/{DEVICE}/"
@@ -519,6 +520,22 @@ async def test_what_ends_a_devices_rights_ends_its_session(house: House, act: ob
     assert reason in client.reason
 
 
+async def test_a_change_counts_while_its_session_is_restored(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it stands nobody knows that it is concerned."""
+    find = house.downlink.session
+
+    async def meanwhile(device_id: int) -> SessionRecord | None:
+        house.registry.set_enabled(PRODUCT, DEVICE, False)
+        await house.cache.follow()
+        return await find(device_id)
+
+    monkeypatch.setattr(house.downlink, "session", meanwhile)
+    client = await house.session(clean=False)
+    await client.heard()
+    assert client.transport.closed
+    assert "disabled" in client.reason
+
+
 async def test_of_two_changes_the_later_stands(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though what was read for the earlier comes last."""
     load, later = house.cache.load, asyncio.Event()
@@ -633,6 +650,26 @@ async def test_an_application_that_is_deleted_is_shut_out(house: House) -> None:
     assert not client.transport.closed
     del house.apps.known["app-billing"]
     await house.mqtt._renew_apps([1])
+    await client.heard()
+    assert client.transport.closed
+
+
+async def test_an_application_that_is_deleted_while_it_signs_in_is_shut_out(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read of it is older than the change."""
+    find = house.apps.signed_in
+
+    async def meanwhile(key: str, secret: bytes) -> App | None:
+        app = await find(key, secret)
+        house.apps.known.clear()
+        house.mqtt._changed(Change(ProductKey(""), None, app_id=1))
+        await settled()
+        return app
+
+    monkeypatch.setattr(house.apps, "signed_in", meanwhile)
+    client = house.client()
+    await client.open(make_app(house))
     await client.heard()
     assert client.transport.closed
 

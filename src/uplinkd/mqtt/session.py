@@ -105,6 +105,7 @@ class Door:
     connections: set[Connection] = field(default_factory=set)
     products: dict[str, set[Connection]] = field(default_factory=dict)
     apps: dict[int, set[Connection]] = field(default_factory=dict)
+    app_changes: int = 0  # counts them, so that what is read meanwhile is known to be stale
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     legacy: LegacyDevices | None = None  # None where no legacy suite is offered
     known: Known = field(default_factory=Known)
@@ -158,6 +159,7 @@ class Door:
     def _changed(self, change: Change) -> None:
         """The registry has changed: whose sessions it may concern are looked at anew."""
         if change.app_id is not None:
+            self.app_changes += 1
             self.spawn(self._renew_apps([change.app_id]))
             return
         if change.group_id is not None:
@@ -168,6 +170,7 @@ class Door:
             concerned = [each.device_id for each in self.products.get(change.product_key, ())]
         else:
             concerned = [device_id for device_id, _ in self.roster.sessions()]
+            self.app_changes += 1
             self.spawn(self._renew_apps(list(self.apps)))
         if concerned:
             self.spawn(self._renew(concerned))
@@ -551,6 +554,8 @@ class Connection(asyncio.Protocol):
         self.stamp = door.roster.stamp()
         door.products.setdefault(device.product_key, set()).add(self)
         door.roster.opened(device.id, self)
+        if entry is not door.cache.get(device.id):  # it may have changed while it was signing in
+            door.spawn(door._renew([device.id]))
         self._heard_of(door.now)
         self._rest()
         door.meter.count("mqtt_connect")
@@ -562,7 +567,7 @@ class Connection(asyncio.Protocol):
 
     async def _join_app(self, username: str, password: bytes) -> None:
         self._who = "", username[:64]
-        gateway = self._door.gateway
+        gateway, changes = self._door.gateway, self._door.app_changes
         try:
             gateway.before_app(username, self._network)
             app = await self._door.apps_known.signed_in(username, password)
@@ -587,6 +592,8 @@ class Connection(asyncio.Protocol):
         if self._transport.get_extra_info("sslcontext") is None and not is_loopback(self.address):
             self._note("the application's secret has crossed the network in plain text; let it sign in over TLS")
         self._door.apps.setdefault(app.id, set()).add(self)
+        if changes != self._door.app_changes:
+            self._door.spawn(self._door._renew_apps([app.id]))
         self._stage = _STANDING
         self._door.places.prove(self)
         self._parser.limit = _PACKET_BYTES
