@@ -10,7 +10,7 @@ from tests.http.conftest import House, Peer, Reply, publish_request, request
 from tests.room import DEVICE, PRODUCT, settled
 from uplinkd.core import wire
 from uplinkd.core.errors import NotFound, Rejected
-from uplinkd.engine import SessionRecord
+from uplinkd.engine import SessionRecord, Waiting
 
 DOWN = f"/{PRODUCT}/{DEVICE}/user/get"
 
@@ -86,6 +86,41 @@ async def test_a_message_whose_reply_was_lost_comes_again(house: House) -> None:
     slow.connection.connection_lost(ConnectionResetError())
     await asyncio.sleep(0.05)
     assert (await report(house.connect(), token)).json["info"]["data"] == "one"
+
+
+async def test_a_message_for_which_a_closing_connection_has_no_answer_comes_again(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device has ended it, and its answer is not written any more."""
+    take = house.gateway.take
+
+    async def meanwhile(device_id: int) -> Waiting | None:
+        message = await take(device_id)
+        peer.transport.close()
+        monkeypatch.setattr(peer.transport, "write", lambda _: None)
+        return message
+
+    token = await house.token()
+    await send(house, b"one")
+    peer = house.connect()
+    with monkeypatch.context() as patch:
+        patch.setattr(house.gateway, "take", meanwhile)
+        peer.send(publish_request(token))
+        await asyncio.sleep(0.05)
+    assert (await report(house.connect(), token)).json["info"].get("data") == "one"
+
+
+async def test_a_message_whose_connection_had_to_yield_comes_again(house: House) -> None:
+    """Before its answer had left."""
+    token = await house.token()
+    await send(house, b"one")
+    peer = house.connect()
+    peer.transport.unread = 1000
+    assert (await report(peer, token)).json["info"]["data"] == "one"
+    peer.connection.abort()
+    peer.connection.connection_lost(None)
+    await asyncio.sleep(0.05)
+    assert (await report(house.connect(), token)).json["info"].get("data") == "one"
 
 
 async def test_two_reports_at_once_never_bring_the_same_message(house: House) -> None:

@@ -308,7 +308,7 @@ class Connection(asyncio.Protocol):
         self._door.connections.discard(self)
         self._door.places.leave(self)
         self._over = True
-        self._broken = exc is not None
+        self._broken = self._broken or exc is not None
         self._transport = self._parser = None
         self._queue.clear()
         self._held = b""
@@ -707,6 +707,8 @@ class Connection(asyncio.Protocol):
             self._answer(wire.published(message_id))
             return
         transport = self._transport
+        if transport is not None and transport.is_closing():
+            transport = None
         self._answer(wire.published_with(message_id, message.topic, message.payload))
         if await self._has_left(transport):
             with contextlib.suppress(Unavailable):
@@ -715,7 +717,8 @@ class Connection(asyncio.Protocol):
             gateway.spared(device_id)
 
     async def _has_left(self, transport: asyncio.Transport | None) -> bool:
-        """Whether what was just written has gone to the network, and not down with the connection."""
+        """Whether what was just written has gone to the network, and not down with the connection; `transport` is None where that was
+        closing already."""
         if transport is None:
             return False
         end = self._door.clock() + self._limits.write_timeout
@@ -877,7 +880,7 @@ class Connection(asyncio.Protocol):
         if self._transport is None:
             return
         if self._blocked or (self._over and self._transport.is_closing()):
-            self._transport.abort()
+            self.abort()
         elif self._over or self._stage == _IDLE:
             self._close()
         else:
@@ -904,5 +907,6 @@ class Connection(asyncio.Protocol):
         return not (self.under_way if self._proved else self._answering)
 
     def abort(self) -> None:
+        self._broken = True
         if self._transport:
             self._transport.abort()
