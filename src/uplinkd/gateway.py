@@ -136,6 +136,7 @@ class Gateway:
         self._down_limit = settings.down_limit
         self._monotonic = monotonic
         self._fruitless: dict[int, float] = {}
+        self._looked_at: set[int] = set()  # for these is looked, and nothing new waits since that began
         downlink.on_waiting(self._look_again)
         self._tokens: dict[str | None, tokens.Token] = {}
         self.take_keys(keys)
@@ -256,26 +257,28 @@ class Gateway:
 
     def _look_again(self, device_id: int) -> None:
         self._fruitless.pop(device_id, None)
+        self._looked_at.discard(device_id)
 
     async def take(self, device_id: int) -> Waiting | None:
         """The oldest message that may ride home in an answer to the device; nobody else takes it until `arrived` or `spared`."""
         if not await self._claim(device_id):
             return None
-        after, looks, taken = 0, 0, False
+        after, taken = 0, False
+        self._looked_at.add(device_id)
         try:
             while found := await self._downlink.next(device_id, after):
                 if not wire.fits_home(found.payload) and not await self._subscribed(device_id, found.topic):
                     taken = True
                     return found
                 after = found.sequence
-                looks += 1
+            if after and device_id in self._looked_at:
+                if len(self._fruitless) >= _FRUITLESS:
+                    self._fruitless.clear()
+                self._fruitless[device_id] = self._monotonic() + _FRUITLESS_SECONDS
         finally:
+            self._looked_at.discard(device_id)
             if not taken:
                 self._let_go(device_id)
-        if looks:
-            if len(self._fruitless) >= _FRUITLESS:
-                self._fruitless.clear()
-            self._fruitless[device_id] = self._monotonic() + _FRUITLESS_SECONDS
         return None
 
     async def _claim(self, device_id: int) -> bool:

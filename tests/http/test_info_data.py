@@ -50,6 +50,27 @@ async def test_the_reply_is_as_the_seed_has_it(house: House) -> None:
     assert answer.body == expected.encode()
 
 
+async def test_what_comes_while_nothing_was_found_rides_home_with_the_next_report(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though what waited before, for a session over MQTT, is not looked at with each report."""
+    find, other = house.downlink.next, f"/{PRODUCT}/{DEVICE}/get"
+
+    async def meanwhile(device_id: int, after: int = 0) -> Waiting | None:
+        found = await find(device_id, after)
+        if found is None:
+            monkeypatch.undo()
+            await send(house, b"one", other)
+        return found
+
+    token = await house.token()
+    peer = house.connect()
+    await house.downlink.save_session(1, SessionRecord({DOWN: 1}))
+    await send(house, b"for the session")
+    monkeypatch.setattr(house.downlink, "next", meanwhile)
+    assert [(await report(peer, token)).json["info"].get("data") for _ in range(2)] == [None, "one"]
+
+
 async def test_a_device_for_which_nothing_waits_costs_no_look(house: House) -> None:
     """Nor does one that had something once, after the look that found nothing more."""
     token = await house.token()
