@@ -39,7 +39,7 @@ from uplinkd.mqtt.session import Door as MqttDoor
 from uplinkd.mqtt.websocket import WebSocket
 from uplinkd.peers import Peers
 from uplinkd.presence import Presence
-from uplinkd.registry import Registry, open_registry
+from uplinkd.registry import Change, Registry, open_registry
 from uplinkd.registry.cache import DeviceCache
 from uplinkd.roster import Roster
 from uplinkd.sending import Sending
@@ -123,7 +123,7 @@ async def _serve(task: Task) -> None:
         keys=registry.signing_keys(),
     )
     reading: set[asyncio.Task[None]] = set()
-    cache.on_change(lambda change: _follow_keys(registry, gateway, reading) if change.of_signing_keys else None)
+    _follow_keys(registry, gateway, cache, reading)
     record = _recorder(journal)
     sending = Sending(bus, gateway, lambda *broadcast: mqtt.deliver_to_product(*broadcast), _dropped(record))
     mqtt = MqttDoor(gateway, roster, downlink, bus, cache, record, _Apps(registry), sending, time.monotonic)
@@ -216,20 +216,27 @@ def introduce_anew(roster: Roster, owned: set[asyncio.Task[None]]) -> None:
     spawn(introduce(), owned)
 
 
-def _follow_keys(registry: Registry, gateway: Gateway, owned: set[asyncio.Task[None]]) -> None:
-    """Have the gateway take the signing keys as they are now."""
+def _follow_keys(registry: Registry, gateway: Gateway, cache: DeviceCache, owned: set[asyncio.Task[None]]) -> None:
+    """Have the gateway take the signing keys whenever they are others; they are read one time after the other, so that the last
+    word is the latest."""
+    reading = asyncio.Lock()
 
     async def read() -> None:
-        while True:
-            try:
-                gateway.take_keys(await asyncio.to_thread(registry.signing_keys))
-            except Unavailable as fault:
-                log.warning("the new signing key is not known here yet: %s", fault)
-                await asyncio.sleep(_KEYS_SECONDS)
-            else:
-                return
+        async with reading:
+            while True:
+                try:
+                    gateway.take_keys(await asyncio.to_thread(registry.signing_keys))
+                except Unavailable as fault:
+                    log.warning("the new signing key is not known here yet: %s", fault)
+                    await asyncio.sleep(_KEYS_SECONDS)
+                else:
+                    return
 
-    spawn(read(), owned)
+    def changed(change: Change) -> None:
+        if change.of_signing_keys:
+            spawn(read(), owned)
+
+    cache.on_change(changed)
 
 
 async def _measure(meter: Meter, https: HttpDoor, mqtt: MqttDoor) -> None:

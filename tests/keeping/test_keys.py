@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -23,6 +24,7 @@ from tests.keeping.killing import killed, seconds_of
 from uplinkd import rotation
 from uplinkd.core.errors import Rejected, Unavailable
 from uplinkd.core.groups import Plan, Webhook
+from uplinkd.core.model import SigningKey
 from uplinkd.files import keep_private
 from uplinkd.registry import ImportRow
 from uplinkd.registry.sql import SqlRegistry
@@ -31,6 +33,7 @@ from uplinkd.serving import Server as Served
 from uplinkd.serving import last_server, lock_file, running_server
 from uplinkd.serving import serving as holding
 from uplinkd.settings import Settings
+from uplinkd.worker import _follow_keys
 
 house = house_of_http
 
@@ -287,6 +290,31 @@ async def test_a_leaked_signing_key_is_retired_at_once(house: House) -> None:
     peer = house.connect()
     assert (await peer.ask(publish_request(token))).code == 20001
     assert (await peer.ask(publish_request(await house.token()))).code == 0
+
+
+async def test_of_two_changes_of_the_signing_keys_the_later_stands(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though what was read for the earlier comes late."""
+    read, reading, told = house.registry.signing_keys, set[asyncio.Task[None]](), threading.Event()
+
+    def slow() -> list[SigningKey]:
+        found = read()
+        if not told.is_set():
+            told.wait(1)
+            time.sleep(0.05)
+        return found
+
+    _follow_keys(house.registry, house.gateway, house.cache, reading)
+    monkeypatch.setattr(house.registry, "signing_keys", slow)
+    rotation.rotate_signing(house.settings, at_once=False)
+    await house.cache.follow()
+    await asyncio.sleep(0.05)
+    made = rotation.rotate_signing(house.settings, at_once=True)
+    await house.cache.follow()
+    told.set()
+    await asyncio.wait(reading)
+    assert made.id in house.gateway._keys
 
 
 def test_tokens_that_were_given_under_a_longer_setting_stand_too(tmp_path: Path) -> None:
