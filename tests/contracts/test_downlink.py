@@ -169,6 +169,18 @@ async def test_a_look_at_all_sessions_does_not_undo_what_is_told_meanwhile(
         assert pair.mine.persistent == {2}
 
 
+async def test_who_has_something_waiting_is_told_of_anew_once_the_connection_stands(tmp_path: Path) -> None:
+    """Others may have stored more for the same device before it did."""
+    async with in_jetstream(tmp_path) as pair:
+        await pair.mine.store(7, TOPIC, b"x")
+        await until(lambda: 7 in pair.theirs.waiting)
+        told: list[int] = []
+        pair.theirs.on_waiting(told.append)
+        await pair.cut()
+        await pair.mend()
+        await until(lambda: told == [7])
+
+
 async def test_while_the_engine_is_away_everything_says_so(store: Store) -> None:
     """Unavailable, never a wrong answer; and afterwards all of it is there."""
     number = await store.mine.store(1, TOPIC, b"x")

@@ -85,7 +85,7 @@ class JetStreamDownlink:
         self._looking = asyncio.Lock()
         self._news: dict[int, bool] = {}  # of sessions, while they are looked at: what is found then may be older
         bus.listen(f"{_NOTE}*.*", self._noted)
-        bus.on_connected(self._settle)
+        bus.on_connected(self._connected)
 
     def on_waiting(self, act: Callable[[int], None]) -> None:
         self._acts.append(act)
@@ -194,6 +194,11 @@ class JetStreamDownlink:
         self.waiting.add(device_id)
         for act in self._acts:
             act(device_id)
+
+    async def _connected(self) -> None:
+        """Whatever was told meanwhile was missed, also for whom something waited before."""
+        self.waiting.clear()
+        await self._settle()
 
     async def _settle(self) -> None:
         """Once the connection stands: see that the streams are there and as set, then what waits in them."""
