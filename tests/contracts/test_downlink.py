@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nats
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from tests.contracts.test_bus import running
 from tests.house import until
 from uplinkd.core.errors import Unavailable
-from uplinkd.engine import Downlink, SessionRecord, Waiting
+from uplinkd.engine import Downlink, SessionRecord, Told, Waiting
 from uplinkd.engine.down import SESSIONS, JetStreamDownlink
 from uplinkd.engine.embedded import read_access
 from uplinkd.engine.memory import MemoryBus, MemoryDownlink
@@ -167,6 +168,25 @@ async def test_a_look_at_all_sessions_does_not_undo_what_is_told_meanwhile(
         assert pair.mine.persistent == {2}
         await pair.mine._settle()
         assert pair.mine.persistent == {2}
+
+
+async def test_what_is_told_while_nothing_is_found_waits_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was looked for is older by the time that the answer has come."""
+    stored = JetStreamDownlink._stored
+
+    async def slow(downlink: JetStreamDownlink, stream: str, wanted: dict[str, Any]) -> Told | None:
+        found = await stored(downlink, stream, wanted)
+        await pair.theirs.store(7, TOPIC, b"x")
+        await until(lambda: 7 in downlink.waiting)
+        return found
+
+    async with in_jetstream(tmp_path) as pair:
+        with monkeypatch.context() as patch:
+            patch.setattr(JetStreamDownlink, "_stored", slow)
+            assert await pair.mine.next(7) is None
+        assert 7 in pair.mine.waiting
 
 
 async def test_who_has_something_waiting_is_told_of_anew_once_the_connection_stands(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ class JetStreamDownlink:
         self._base = Base()
         self._acts: list[Callable[[int], None]] = []
         self.waiting: set[int] = set()
+        self._told = 0  # counts what was told to wait: what is found meanwhile may be older
         self.persistent: set[int] = set()
         self._looking = asyncio.Lock()
         self._news: dict[int, bool] = {}  # of sessions, while they are looked at: what is found then may be older
@@ -111,10 +112,10 @@ class JetStreamDownlink:
         return int((info["state"].get("subjects") or {}).get(subject, 0))
 
     async def next(self, device_id: int, after: int = 0) -> Waiting | None:
-        base = self._known_base()
+        base, told = self._known_base(), self._told
         found = await self._stored(DOWN, {"seq": after + 1, "next_by_subj": f"{_DOWN_SUBJECT}{device_id}"})
         if found is None:
-            if not after:
+            if not after and told == self._told:
                 self.waiting.discard(device_id)
             return None
         sequence = int(found.headers["Nats-Sequence"])
@@ -191,6 +192,7 @@ class JetStreamDownlink:
             self._news[device_id] = there
 
     def _waits(self, device_id: int) -> None:
+        self._told += 1
         self.waiting.add(device_id)
         for act in self._acts:
             act(device_id)
