@@ -243,6 +243,7 @@ class _Lobby:
         self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()
         self._sock.close()
+        self._rests = False
         for guest in list(self._guests):
             guest.abort()
 

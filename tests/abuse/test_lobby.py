@@ -18,7 +18,7 @@ import pytest
 import uvloop
 
 from tests.house import until
-from uplinkd.listener import Listener
+from uplinkd.listener import Listener, _Lobby
 from uplinkd.places import Known
 from uplinkd.settings import Settings
 from uplinkd.tls import ensure_material, server_context
@@ -244,6 +244,20 @@ async def test_a_stop_ends_whoever_waits(context: ssl.SSLContext) -> None:
         await asyncio.sleep(0.1)
     assert here.hall.missed
     assert all(sock.fileno() == -1 for sock in waiting)
+
+
+@as_a_worker_does
+async def test_a_port_that_rests_is_stopped_as_any_other(context: ssl.SSLContext) -> None:
+    """The clock goes on once it is closed, and it does not begin anew."""
+    async with lobby(context) as here:
+        (port,) = here.listener._servers
+        assert isinstance(port, _Lobby)
+        port._loop.remove_reader(port._sock.fileno())
+        port._rests = True
+        port.close()
+        port.tick()
+        here.listener._servers.clear()
+        port.end()
 
 
 def test_a_worker_says_how_many_handshakes(tmp_path: Path) -> None:
