@@ -9,6 +9,8 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -18,11 +20,13 @@ from uplinkd.core.errors import Conflict, NotFound, Rejected, Stale, Unavailable
 from uplinkd.core.groups import Form, Group, Kind, Plan, Webhook
 from uplinkd.core.model import LifecycleAction, ProductKey
 from uplinkd.core.subjects import to_subject
-from uplinkd.engine import GroupState, Taken, open_publisher
+from uplinkd.delivery.sender import Sender
+from uplinkd.delivery.server import Hooks
+from uplinkd.engine import Bus, GroupState, Taken, open_publisher
 from uplinkd.engine.api import NotThere, ask_api
 from uplinkd.engine.deliveries import JetStreamDeliveries
 from uplinkd.engine.embedded import announced
-from uplinkd.engine.groups import JetStreamDesk, bury, consumer_name, open_desk, sweep
+from uplinkd.engine.groups import JetStreamDesk, bury, consumer_name, ensure, open_desk, sweep
 from uplinkd.engine.standing import Standings
 from uplinkd.engine.stream import STREAM
 from uplinkd.registry import Change, Registry, open_registry
@@ -469,12 +473,39 @@ async def test_what_groups_leave_behind_is_swept_away(hall: Hall) -> None:
         await hall.bury(group, 1)
     moved = replace(kept, generation=2)
     await hall.desk.state(moved)
-    assert await sweep(hall.line.mine, [moved]) == 2
-    assert await sweep(hall.line.mine, [moved]) == 0
+
+    async def groups() -> list[Group]:
+        return [moved]
+
+    assert await sweep(hall.line.mine, groups) == 2
+    assert await sweep(hall.line.mine, groups) == 0
     for group in (kept, gone):
         with pytest.raises(NotThere):
             await ask_api(hall.line.mine, f"CONSUMER.INFO.{STREAM}.{consumer_name(group)}")
     assert [len(await hall.desk.dead(group)) for group in (moved, gone)] == [1, 0]
+
+
+async def test_a_group_that_is_made_during_a_sweep_keeps_what_it_has(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its consumer, and so what it has accepted, and its dead letters."""
+    groups = [group_of(1)]
+    made = group_of(2)
+    await hall.store("second")
+
+    async def meanwhile(bus: Bus, group: Group) -> object:
+        groups.append(made)
+        accepted, dead = await hall.take(made, 2)
+        accepted.accept()
+        await dead.bury("nobody wants it")
+        await hall.state(made, lag=0, dead=1)
+        return await ensure(bus, group)
+
+    monkeypatch.setattr("uplinkd.delivery.server.ensure", meanwhile)
+    registry: Any = SimpleNamespace(groups=SimpleNamespace(all=lambda: [*groups]))
+    await Hooks(registry, hall.line.mine, hall.deliveries, Sender(hall.settings)).settle()
+    state = await hall.desk.state(made)
+    assert (state.lag, state.dead) == (0, 1)
 
 
 async def test_a_desk_without_an_engine_says_so(hall: Hall) -> None:

@@ -407,7 +407,11 @@ async def test_a_group_tells_its_lag_over_all_streams_and_dead_letters_come_agai
         each.accept()
     await until_state(crew, lag=0, dead=0)
     feed.close()
-    assert await sweep(crew.bus, []) == 1
+
+    async def nobody() -> list[Group]:
+        return []
+
+    assert await sweep(crew.bus, nobody) == 1
 
 
 async def test_messages_of_other_streams_come_while_one_is_gone(

@@ -199,7 +199,7 @@ class Hooks:
 
     async def settle(self) -> None:
         """Start, stop and change what the registry says; raise Unavailable."""
-        groups = await asyncio.to_thread(self._registry.groups.all)
+        groups = await self._groups()
         wanted = {group.id: group for group in groups if group.plan.webhook and not group.plan.paused}
         outdated = [key for key, (group, _, task) in self._pumps.items() if group != wanted.get(key) or task.done()]
         await asyncio.gather(*(self._end(self._pumps.pop(key), _STOP_SECONDS) for key in outdated))
@@ -216,7 +216,10 @@ class Hooks:
                 except ApiError as fault:
                     if self._warn():
                         log.warning("consumer group %s: %s", group.name, fault)
-            await sweep(self._bus, groups)
+            await sweep(self._bus, self._groups)
+
+    async def _groups(self) -> list[Group]:
+        return await asyncio.to_thread(self._registry.groups.all)
 
     async def answer_trial(self, told: Told) -> None:
         """Post a sample event to the webhook of the group that is named, and say what became of it."""

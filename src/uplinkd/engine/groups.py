@@ -14,7 +14,7 @@ import functools
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -139,14 +139,19 @@ async def bury(bus: Bus, group: Group, message: Message, tries: int, reason: str
         document_of((await bus.ask(subject, message.payload, headers)).payload)
 
 
-async def sweep(bus: Bus, groups: Sequence[Group]) -> int:
-    """Remove the consumers and dead letters of groups that are not among `groups` or have another generation by now; how many
-    consumers there were. Raise Unavailable."""
+async def sweep(bus: Bus, now: Callable[[], Awaitable[Sequence[Group]]]) -> int:
+    """Remove the consumers and dead letters of groups that are not among those of `now` or have another generation by now; how many
+    consumers there were. Raise Unavailable.
+
+    It is asked when all consumers are known: those of a group that is made meanwhile are no leftovers.
+    """
+    consumers = {part.name: await _consumers(bus, part.name) for part in await _parts(bus)}
+    retrying = await _consumers(bus, RETRY)
+    groups = await now()
     wanted = {consumer_name(group) for group in groups}
     alive = {group.id for group in groups}
-    found = {part.name: await _consumers(bus, part.name) - wanted for part in await _parts(bus)}
+    found = {stream: names - wanted for stream, names in consumers.items()}
     stale = set[str]().union(*found.values())
-    retrying = await _consumers(bus, RETRY)
     gone = {int(match[1]) for name in (*stale, *retrying) if (match := _NAME.fullmatch(name))} - alive
     for group_id in gone:
         with contextlib.suppress(NotThere):
