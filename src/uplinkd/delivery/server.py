@@ -167,6 +167,8 @@ class Hooks:
         self._sender = sender
         self._budget = budget or Budget()
         self._pumps: dict[int, tuple[Group, Pump, asyncio.Task[None]]] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+        self._stopping = False
         self._stirred = asyncio.Event()
         self._warn = Occasionally(10)
 
@@ -202,9 +204,9 @@ class Hooks:
         groups = await self._groups()
         wanted = {group.id: group for group in groups if group.plan.webhook and not group.plan.paused}
         outdated = [key for key, (group, _, task) in self._pumps.items() if group != wanted.get(key) or task.done()]
-        await asyncio.gather(*(self._end(self._pumps.pop(key), _STOP_SECONDS) for key in outdated))
+        await asyncio.gather(*(spawn(self._end(self._pumps.pop(key), _STOP_SECONDS), self._ending) for key in outdated))
         for group in wanted.values():
-            if group.id not in self._pumps:
+            if group.id not in self._pumps and not self._stopping:
                 pump = Pump(group, self._deliveries, self._sender, budget=self._budget)
                 self._pumps[group.id] = group, pump, asyncio.create_task(_guarded(group, pump))
         if self._bus.connected:
@@ -233,7 +235,9 @@ class Hooks:
         return Trial(answer.status, answer.fault, answer.text, round(answer.seconds, 3)).document()
 
     async def stop(self, within: float) -> None:
-        await asyncio.gather(*(self._end(each, within) for each in self._pumps.values()))
+        """End all pumps, and begin none any more."""
+        self._stopping = True
+        await asyncio.gather(*(self._end(each, within) for each in self._pumps.values()), *self._ending)
         self._pumps.clear()
 
     async def _end(self, pumping: tuple[Group, Pump, asyncio.Task[None]], within: float) -> None:
