@@ -144,6 +144,7 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
         doors = _Doors([(tls, context), (plain, None)], [(mqtt, context), (mqtt_plain, None)], count)
         places = tls[0].getsockname()[:2], _where(mqtt)
         supervisor = _Supervisor(settings, doors, certificates, flow, metrics, access, engine, console, amqp, places)
+        stack.callback(supervisor.stop)  # also after a fault: whoever exits waits for their processes, for ever
         with supervisor.signals():
             supervisor.start()
             authority = None if settings.tls_cert else settings.data / "tls" / "ca.pem"
@@ -248,7 +249,8 @@ class _Supervisor:
         self.lifeline = os.pipe()
         gc.collect()
         count = self.doors.workers + 1 + (self.console is not None)
-        self.workers = [self._spawn(slot) for slot in range(count)]
+        for slot in range(count):
+            self.workers.append(self._spawn(slot))
         end = time.monotonic() + _READY_SECONDS
         for worker in self.workers:
             assert worker
