@@ -55,6 +55,7 @@ _FROZEN_SECONDS = 3.0
 _STUCK_SECONDS = 15.0
 _UNSURE_SECONDS = 1.0
 _LONGEST_PAUSE = 5.0
+_NO_PROCESS_SECONDS = 1.0
 _MATERIAL_SECONDS = 12 * 3600.0
 
 _fork = multiprocessing.get_context("fork")
@@ -397,8 +398,15 @@ class _Supervisor:
                 self.workers[slot] = None
                 self.pauses[slot] = (now + pause, deaths)
             if self.workers[slot] is None and now >= self.pauses[slot][0]:
-                self.workers[slot] = fresh = self._spawn(slot)
-                fresh.fast_deaths = self.pauses.pop(slot)[1]
+                deaths = self.pauses[slot][1]
+                try:
+                    self.workers[slot] = fresh = self._spawn(slot)
+                except OSError as fault:  # neither memory nor numbers are without end
+                    log.error("no process could be made: %s; it is tried again", fault.strerror)  # noqa: TRY400
+                    self.pauses[slot] = now + _NO_PROCESS_SECONDS, deaths
+                else:
+                    fresh.fast_deaths = deaths
+                    del self.pauses[slot]
 
     def _look_after(self) -> None:
         """End what stands still; have what has outgrown its memory drain."""

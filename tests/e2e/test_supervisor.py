@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from uplinkd import app
+from uplinkd.app import _Doors, _Supervisor, _Worker
+from uplinkd.flow import Flow
+from uplinkd.metrics import Metrics
+from uplinkd.settings import Settings
 
 PROGRAM = """
 import sys
@@ -26,3 +39,54 @@ def test_a_server_with_a_fault_ends(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "nobody reads what is said" in done.stderr
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Supervisor]:
+    """Of one worker and the process that delivers, which do nothing but wait for its end."""
+
+    def wait(here: _Supervisor, _slot: int, ready: Connection) -> None:
+        here._begin("uplinkd-test")
+        ready.send_bytes(b"ready")
+        os.read(here.lifeline[0], 1)
+
+    monkeypatch.setattr(_Supervisor, "_child", wait)
+    monkeypatch.setattr(_Supervisor, "_delivery", wait)
+    monkeypatch.setattr(app, "still_serving", lambda _: True)
+    settings = Settings(data=tmp_path)
+    nothing: Any = None
+    flow, metrics = Flow(settings, shared=False), Metrics(1, others=1)
+    made = _Supervisor(
+        settings, _Doors([], [], 1), [], flow, metrics, nothing, None, None, None, (("localhost", 0), None)
+    )
+    with made.signals():
+        made.start()
+        yield made
+        made.stop()
+    for end in made.lifeline:
+        os.close(end)
+    metrics.close()
+    flow.close()
+
+
+def test_a_process_that_cannot_be_made_is_made_later(
+    supervisor: _Supervisor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where memory is short, which may be why its predecessor has died: the others go on meanwhile."""
+    spawn, before = _Supervisor._spawn, [*supervisor.workers]
+    faults = [OSError(errno.ENOMEM, "Cannot allocate memory")]
+
+    def short(here: _Supervisor, slot: int) -> _Worker:
+        if faults:
+            raise faults.pop()
+        here.stopping = 1
+        return spawn(here, slot)
+
+    monkeypatch.setattr(_Supervisor, "_spawn", short)
+    monkeypatch.setattr(app, "_NO_PROCESS_SECONDS", 0.1)
+    assert before[0]
+    before[0].process.kill()
+    supervisor.watch()
+    assert "Cannot allocate memory; it is tried again" in caplog.text
+    assert supervisor.workers[0] not in (None, before[0])
+    assert supervisor.workers[1] is before[1]
