@@ -328,7 +328,12 @@ class _Supervisor:
             self.doors.workers + 1: (self._console, "the console"),
         }.get(slot, (self._child, f"worker {slot + 1}"))
         process = _fork.Process(target=target, args=(slot, writing), name=name)
-        process.start()
+        # A stop that comes before the new process has made SIGTERM its own waits for that; the handler that it inherits is ours.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         writing.close()
         now = time.monotonic()
         return _Worker(process, reading, now, heard=now, stirred=now)
@@ -377,6 +382,7 @@ class _Supervisor:
         """In a new process: bear a name of its own in `ps` and `top`, and let go of what is the supervisor's or `others`'."""
         call_me(name)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         os.close(self.lifeline[1])
         for sock in others:
             if sock:

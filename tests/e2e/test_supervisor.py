@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,3 +91,15 @@ def test_a_process_that_cannot_be_made_is_made_later(
     assert "Cannot allocate memory; it is tried again" in caplog.text
     assert supervisor.workers[0] not in (None, before[0])
     assert supervisor.workers[1] is before[1]
+
+
+def test_a_stop_reaches_a_process_that_has_only_begun(supervisor: _Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends at once, and not by SIGKILL after the time in which others drain: what it holds by then would be lost for a while."""
+    monkeypatch.setattr(app, "call_me", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    worker = supervisor._spawn(0)
+    worker.process.join(2)
+    try:
+        assert worker.process.exitcode == -signal.SIGTERM
+    finally:
+        worker.process.kill()
+        worker.process.join()
