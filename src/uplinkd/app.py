@@ -452,7 +452,7 @@ class _Supervisor:
         log.error("nats-server has died; it is started again")
         try:
             engine.restart()
-        except (Rejected, Unavailable) as fault:
+        except (Rejected, Unavailable, OSError) as fault:  # the last where there is no room for its configuration
             log.error("nats-server could not be started: %s", fault)  # noqa: TRY400 - the line says all
             time.sleep(1)
         else:

@@ -103,3 +103,28 @@ def test_a_stop_reaches_a_process_that_has_only_begun(supervisor: _Supervisor, m
     finally:
         worker.process.kill()
         worker.process.join()
+
+
+def test_an_engine_without_room_to_start_is_started_later(
+    supervisor: _Supervisor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that is full may be why it has died."""
+    faults = [OSError(errno.ENOSPC, "No space left on device")]
+
+    class Engine:
+        def poll(self) -> bool:
+            return False
+
+        def restart(self) -> None:
+            if faults:
+                raise faults.pop()
+            supervisor.stopping = 1
+
+    engine: Any = Engine()
+    supervisor.engine = engine
+    monkeypatch.setattr("uplinkd.app.time.sleep", lambda _: None)
+    before = [*supervisor.workers]
+    supervisor.watch()
+    assert "nats-server could not be started: [Errno 28] No space left on device" in caplog.text
+    assert "nats-server is back" in caplog.text
+    assert supervisor.workers == before
