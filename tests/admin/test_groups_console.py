@@ -6,11 +6,14 @@ import asyncio
 import html
 import re
 import time
+from dataclasses import replace
+
+import pytest
 
 from tests.admin.conftest import House
 from tests.admin.test_groups_api import delivering, letter
 from uplinkd.asking import Consumer, HookState, Live
-from uplinkd.core.groups import Form, Kind, Plan, Webhook
+from uplinkd.core.groups import Form, Group, Kind, Plan, Webhook
 from uplinkd.core.operators import Role
 from uplinkd.engine import GroupState
 
@@ -90,6 +93,24 @@ async def test_a_group_of_an_application_is_made_changed_moved_and_deleted(house
         assert (await browser.post("/groups/reports/delete")).headers["Location"] == "/groups?done=group.delete"
         assert house.registry.groups.all() == []
         assert (await browser.get("/groups/reports")).status_code == 404
+
+
+async def test_a_pause_undoes_no_change_that_is_made_meanwhile(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused then, as any change of a group that is another by now."""
+    groups = house.registry.groups
+    before: Group = groups.create("reports", Plan())
+    with monkeypatch.context() as patch:
+
+        def seen(name: str) -> Group:
+            patch.undo()
+            groups.change(name, replace(before.plan, tries=7))
+            return before
+
+        patch.setattr(groups, "get", seen)
+        async with house.signed_in() as browser:
+            refused = await browser.post("/groups/reports/pause", paused="1")
+    assert (refused.status_code, "was changed meanwhile" in refused.text) == (412, True)
+    assert groups.get("reports").plan == replace(before.plan, tries=7)
 
 
 async def test_what_was_typed_stands_there_after_a_fault(house: House) -> None:

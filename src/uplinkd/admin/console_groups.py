@@ -304,8 +304,9 @@ async def pause_group(request: Request, office: In, who: Administers, name: str)
     form = await request.form()
 
     def act() -> Group:
-        plan = office.registry.groups.get(name).plan
-        return office.registry.groups.change(name, replace(plan, paused=bool(form.get("paused"))))
+        before = office.registry.groups.get(name)
+        plan = replace(before.plan, paused=bool(form.get("paused")))
+        return office.registry.groups.change(name, plan, version=before.version)
 
     return await attempt(
         act,
