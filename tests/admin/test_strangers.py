@@ -14,13 +14,13 @@ import httpx
 import pytest
 
 from tests.admin.conftest import PASSWORD, URL, House
-from uplinkd.admin import door, doorkeeper, guard
-from uplinkd.admin.access import Attempts, TooOften, sign_in
+from uplinkd.admin import access, door, doorkeeper, guard
+from uplinkd.admin.access import Attempts, Denied, TooOften, check_password, hash_password, sign_in
 from uplinkd.admin.documents import JobDocument
 from uplinkd.admin.jobs import Job, Jobs, JobState
 from uplinkd.admin.server import _server, application
 from uplinkd.core.errors import NotFound, Unavailable
-from uplinkd.core.operators import Scope
+from uplinkd.core.operators import Role, Scope, User
 from uplinkd.engine import StreamState
 
 V1 = "/api/v1"
@@ -171,6 +171,22 @@ def test_attempts_are_counted_by_what_nobody_has_without_end(house: House) -> No
         attempts.check("alice", "192.0.2.1")
     with pytest.raises(TooOften):
         sign_in(house.registry.operators, attempts, "alice", PASSWORD, "::ffff:192.0.2.1")
+
+
+def test_a_password_that_is_replaced_while_it_is_checked_opens_nothing(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check takes its time, and all sessions have ended by then."""
+    operators = house.registry.operators
+    operators.create_user("alice", Role.VIEWER, hash_password(PASSWORD), one_time=False)
+
+    def meanwhile(user: User | None, password: str) -> bool:
+        operators.renew_password("alice")
+        return check_password(user, password)
+
+    monkeypatch.setattr(access, "check_password", meanwhile)
+    with pytest.raises(Denied):
+        sign_in(operators, Attempts(), "alice", PASSWORD, "192.0.2.1")
 
 
 async def test_looking_does_not_wait_for_an_import(house: House) -> None:

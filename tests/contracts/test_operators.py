@@ -53,9 +53,11 @@ def test_users_have_a_role_a_password_and_sessions(registry: Registry) -> None:
     assert operators.session("token", idle=5, longest=10_000) is None
     assert operators.session("token", idle=10_000, longest=5) is None
     assert operators.session("guess", idle=10_000, longest=10_000) is None
-    operators.set_password("alice", "other", one_time=False)
+    renewed = operators.set_password("alice", "other", one_time=False)
     assert operators.session("token", idle=10_000, longest=10_000) is None
-    operators.open_session(user, "second")
+    assert not operators.open_session(user, "late")
+    assert operators.session("late", idle=10_000, longest=10_000) is None
+    assert operators.open_session(renewed, "second")
     operators.close_session("second")
     assert operators.session("second", idle=10_000, longest=10_000) is None
 

@@ -133,13 +133,11 @@ def sign_in(operators: Operators, attempts: Attempts, name: str, password: str, 
     attempts.check(name, address)
     user = operators.find_user(name)
     acting.set(Actor(user.name if user else "(unknown)", "console", address))
-    if not check_password(user, password):
+    right, token = check_password(user, password), new_token()
+    if not right or user is None or not operators.open_session(user, token):
         attempts.failed(name, address)
         operators.note("session.refused", user.name if user else "", "" if user else "there is no such user")
         raise Denied("the user name or the password is wrong")
-    assert user
-    token = new_token()
-    operators.open_session(user, token)
     return user, token
 
 

@@ -158,7 +158,9 @@ class Operators(AccessManagement, Protocol):
     def set_password(self, name: str, password_hash: str, *, one_time: bool) -> User:
         """The user's sessions end with it."""
 
-    def open_session(self, user: User, token: str) -> None: ...
+    def open_session(self, user: User, token: str) -> bool:
+        """False where the user is gone, or has another password by now."""
+
     def session(self, token: str, *, idle: int, longest: int) -> User | None:
         """Whose session it is; None for one unused for `idle` ms, or older than `longest` ms."""
 

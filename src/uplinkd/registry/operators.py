@@ -94,12 +94,15 @@ class SqlOperators:
 
     # sessions
 
-    def open_session(self, user: User, token: str) -> None:
+    def open_session(self, user: User, token: str) -> bool:
         now = _now()
+        same = (users.c.id == user.id) & (users.c.password_hash == user.password_hash)
         with self._writing() as connection:
+            if not connection.execute(update(users).where(same).values(last_sign_in=now)).rowcount:
+                return False
             connection.execute(insert(sessions).values(token_hash=_hash(token), user_id=user.id, created=now, used=now))
-            connection.execute(update(users).where(users.c.id == user.id).values(last_sign_in=now))
             audit.note(connection, "session.begin", user.name)
+            return True
 
     def session(self, token: str, *, idle: int, longest: int) -> User | None:
         now = _now()
