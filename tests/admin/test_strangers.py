@@ -15,11 +15,11 @@ import pytest
 
 from tests.admin.conftest import PASSWORD, URL, House
 from uplinkd.admin import access, door, doorkeeper, guard
-from uplinkd.admin.access import Attempts, Denied, TooOften, check_password, hash_password, sign_in
+from uplinkd.admin.access import Attempts, Denied, TooOften, change_password, check_password, hash_password, sign_in
 from uplinkd.admin.documents import JobDocument
 from uplinkd.admin.jobs import Job, Jobs, JobState
 from uplinkd.admin.server import _server, application
-from uplinkd.core.errors import NotFound, Unavailable
+from uplinkd.core.errors import NotFound, Stale, Unavailable
 from uplinkd.core.operators import Role, Scope, User
 from uplinkd.engine import StreamState
 
@@ -187,6 +187,24 @@ def test_a_password_that_is_replaced_while_it_is_checked_opens_nothing(
     monkeypatch.setattr(access, "check_password", meanwhile)
     with pytest.raises(Denied):
         sign_in(operators, Attempts(), "alice", PASSWORD, "192.0.2.1")
+
+
+def test_a_password_that_is_replaced_while_another_is_chosen_stays(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An admin has given a new one, perhaps since a stranger knows the old one."""
+    operators = house.registry.operators
+    user = operators.create_user("alice", Role.VIEWER, hash_password(PASSWORD), one_time=False)
+    given: list[str] = []
+
+    def meanwhile(user: User | None, password: str) -> bool:
+        given.append(operators.renew_password("alice")[1])
+        return check_password(user, password)
+
+    monkeypatch.setattr(access, "check_password", meanwhile)
+    with pytest.raises(Stale, match="changed meanwhile"):
+        change_password(operators, Attempts(), user, PASSWORD, "another long one", "192.0.2.1")
+    assert check_password(operators.find_user("alice"), given[0])
 
 
 async def test_looking_does_not_wait_for_an_import(house: House) -> None:

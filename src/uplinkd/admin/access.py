@@ -152,7 +152,7 @@ def change_password(operators: Operators, attempts: Attempts, user: User, old: s
     check_new_password(new, user.name)
     if old == new:
         raise Rejected("the new password is the present one")
-    operators.set_password(user.name, hash_password(new), one_time=False)
+    operators.set_password(user.name, hash_password(new), one_time=False, instead_of=user.password_hash)
 
 
 def check_new_password(password: str, name: str) -> None:

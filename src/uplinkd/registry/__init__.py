@@ -155,8 +155,8 @@ class Operators(AccessManagement, Protocol):
 
     def find_user(self, name: str) -> User | None: ...
     def create_user(self, name: str, role: Role, password_hash: str, *, one_time: bool) -> User: ...
-    def set_password(self, name: str, password_hash: str, *, one_time: bool) -> User:
-        """The user's sessions end with it."""
+    def set_password(self, name: str, password_hash: str, *, one_time: bool, instead_of: str | None = None) -> User:
+        """The user's sessions end with it. Stale where they have another than that with the hash `instead_of` by now."""
 
     def open_session(self, user: User, token: str) -> bool:
         """False where the user is gone, or has another password by now."""

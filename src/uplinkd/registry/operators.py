@@ -16,7 +16,7 @@ from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.engine import Connection
 
 from uplinkd.core import names
-from uplinkd.core.errors import Conflict, NotFound
+from uplinkd.core.errors import Conflict, NotFound, Stale
 from uplinkd.core.operators import ApiKey, AuditEntry, Role, Scope, User
 from uplinkd.registry import Answer, audit
 from uplinkd.registry.schema import answers, api_keys, sessions, users
@@ -76,9 +76,11 @@ class SqlOperators:
             audit.note(connection, "user.role", name, f"{user.role} → {role}")
             return _user_named(connection, name)
 
-    def set_password(self, name: str, password_hash: str, *, one_time: bool) -> User:
+    def set_password(self, name: str, password_hash: str, *, one_time: bool, instead_of: str | None = None) -> User:
         with self._writing() as connection:
             user = _user_named(connection, name)
+            if instead_of not in (None, user.password_hash):
+                raise Stale(f"the password of {name!r} was changed meanwhile")
             values = {"password_hash": password_hash, "one_time": one_time}
             connection.execute(update(users).where(users.c.id == user.id).values(values))
             connection.execute(delete(sessions).where(sessions.c.user_id == user.id))
