@@ -7,12 +7,16 @@ import base64
 import csv
 import io
 import re
+import threading
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.admin.conftest import House
+from tests.house import until
 from uplinkd.core.errors import Unavailable
+from uplinkd.core.model import Device
 from uplinkd.core.operators import Scope
 
 V1 = "/api/v1"
@@ -156,6 +160,31 @@ async def test_a_repeated_creation_happens_once(house: House) -> None:
         assert failed.status_code == 400
         corrected = await api.post(f"{V1}/products", json={"name": "other lamps"}, headers={"Idempotency-Key": "8"})
         assert corrected.status_code == 201
+
+
+async def test_a_creation_that_a_stop_cuts_off_happens_once(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a thread does goes on, and nobody hears its outcome: the same request again is told to look first."""
+    product = house.registry.create_product("my lamps")
+    begun, going_on, create = threading.Event(), threading.Event(), house.registry.create_device
+
+    def slow(*given: Any, **more: Any) -> Device:
+        begun.set()
+        going_on.wait(10)
+        device: Device = create(*given, **more)
+        return device
+
+    monkeypatch.setattr(house.registry, "create_device", slow)
+    url, headers = f"{V1}/products/{product.key}/devices", {"Idempotency-Key": "order 7"}
+    async with house.key() as api:
+        first = asyncio.create_task(api.post(url, json={}, headers=headers))
+        await until(begun.is_set)
+        first.cancel()
+        await asyncio.wait([first])
+        going_on.set()
+        await until(lambda: list(house.registry.devices(product.key)))
+        again = await api.post(url, json={}, headers=headers)
+    assert (again.status_code, "its outcome is not known" in again.text) == (409, True)
+    assert len(list(house.registry.devices(product.key))) == 1
 
 
 async def test_devices_are_paged_by_cursor_prefix_and_state(house: House) -> None:

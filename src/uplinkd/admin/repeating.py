@@ -49,7 +49,7 @@ class RepeatableRoute(APIRoute):
                 return _again(answered.body)
             try:
                 response = await handle(request)
-            except BaseException:
+            except Exception:  # one that is cancelled, by a stop, may have been done all the same
                 await run_in_threadpool(operators.forget_answer, key)
                 raise
             if response.status_code < 300:
