@@ -31,6 +31,7 @@ __all__ = [
     "Refusal",
     "Wanted",
     "after",
+    "after_shared",
     "counts",
     "follow",
     "held_back",
@@ -227,8 +228,7 @@ def read(settings: Settings, wanted: Wanted, limit: int) -> list[Refusal]:
 
 def read_shared(settings: Settings, wanted: Wanted, limit: int) -> list[Refusal]:
     """The same for one of several gateways: the ids that are given, and `wanted.before`, are in one order for all of them, by time."""
-    mark = zlib.crc32(settings.gateway.encode()) & 63
-    shared = f"((at << 20) | ((id & 16383) << 6) | {mark})"
+    shared = f"((at << 20) | ((id & 16383) << 6) | {_mark(settings)})"
     where, values = _where(replace(wanted, before=None))
     if wanted.before is not None:
         where += f" AND at <= ? AND {shared} < ?"
@@ -293,6 +293,13 @@ def after(settings: Settings, wanted: Wanted, last: int | None) -> tuple[int, li
         return upto, found, upto < newest
 
 
+def after_shared(settings: Settings, wanted: Wanted, last: int | None) -> tuple[int, list[Refusal], bool]:
+    """The same for one of several gateways, with ids as `read_shared` gives them; cursors are its own."""
+    cursor, found, more = after(settings, wanted, last)
+    mark = _mark(settings)
+    return cursor, [replace(each, id=each.at << 20 | (each.id & 16383) << 6 | mark) for each in found], more
+
+
 def follow(settings: Settings, wanted: Wanted) -> Iterator[Refusal]:
     """Those that match as they are recorded, for ever; those since `wanted.since` first, where it is given."""
     last: int | None = 0 if wanted.since is not None else None
@@ -301,6 +308,11 @@ def follow(settings: Settings, wanted: Wanted) -> Iterator[Refusal]:
         yield from found
         if not more:
             time.sleep(_POLL_SECONDS)
+
+
+def _mark(settings: Settings) -> int:
+    """What tells the ids of this gateway from those of others."""
+    return zlib.crc32(settings.gateway.encode()) & 63
 
 
 def journal_file(settings: Settings) -> Path:

@@ -51,7 +51,7 @@ def answer(settings: Settings, told: Told) -> bytes:
                 document["refusals"] = _fitting(found)
             case "after":
                 last = asked["cursors"].get(settings.gateway)
-                document["cursor"], found, _ = journal.after(settings, Wanted(**asked["wanted"]), last)
+                document["cursor"], found, _ = journal.after_shared(settings, Wanted(**asked["wanted"]), last)
                 document["refusals"] = _fitting(found)
             case "counts":
                 document["counts"] = journal.counts(settings, asked["since"])

@@ -88,7 +88,8 @@ async def test_counts_and_what_was_held_back_are_added_up(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("shared", [True, False])
 async def test_new_ones_are_followed(tmp_path: Path, shared: bool) -> None:
-    """From each gateway where the look before ended."""
+    """From each gateway where the look before ended, under the ids that the list has them under: whoever reads both knows them by
+    that."""
     bus = MemoryBus()
     one = await gateway(bus, tmp_path, "one", refusal(NOW, "a"))
     if not shared:
@@ -101,4 +102,5 @@ async def test_new_ones_are_followed(tmp_path: Path, shared: bool) -> None:
     await journal.close()
     cursors, found = await records.after(Wanted(), cursors)
     assert [each.device_name for each in found] == ["b"]
+    assert [each.id for each in found] == [each.id for each in (await records.read(Wanted(), 1)).refusals]
     assert (await records.after(Wanted(), cursors))[1] == []
