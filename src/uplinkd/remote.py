@@ -959,8 +959,24 @@ async def _follow(
     wanted = {**filters, **(listed or {})}
     pause, longest = _RETRY_SECONDS
     begun = lost = False
+    last = 0
+    given: dict[int, None] = {}
+
+    def is_new(item: Json) -> bool:
+        """Of several gateways or streams an item may come after a younger one."""
+        nonlocal last
+        number = _number(remote, record, item)
+        if number in given:
+            return False
+        if len(given) > _MOST_MISSED:
+            del given[next(iter(given))]
+        given[number] = None
+        last = max(last, number)
+        return True
+
     async with remote.asynchronous() as client:
-        last = 0 if since is not None else await _newest(remote, client, record, wanted)
+        if since is None:
+            last = await _newest(remote, client, record, wanted)
         while True:
             try:
                 with remote.faults():
@@ -971,8 +987,8 @@ async def _follow(
                             lost = False
                             remote.tell(f"{remote.url} is there again")
                         for item in await _missed(remote, client, record, {**wanted, "since": since}, last):
-                            last = _number(remote, record, item)
-                            yield item
+                            if is_new(item):
+                                yield item
                         async for event, data in _events(response.aiter_lines()):
                             with remote.understood():
                                 told = dict(json.loads(data)) if event == record.event else {}
@@ -983,8 +999,7 @@ async def _follow(
                             else:
                                 missed = []
                             for item in [*missed, *([] if listed else told.get("items", []))]:
-                                if (number := _number(remote, record, item)) > last:
-                                    last = number
+                                if is_new(item):
                                     yield item
                     raise httpx.RemoteProtocolError("the stream was ended")
             except Unavailable as fault:

@@ -662,6 +662,21 @@ async def test_what_was_missed_while_the_stream_was_broken_is_fetched(
     assert "is there again" in told[1]
 
 
+async def test_what_comes_late_from_another_gateway_is_given(actor: Actor) -> None:
+    """Each gateway writes down its own in turn, so that one may come after a younger one of another."""
+    actor.acts = [
+        listed(3),
+        (200, streamed(5, 9)[1] + streamed(7, 9)[1] + streamed(8)[1]), listed(3), listed(3, 5),
+    ]  # fmt: skip
+    found = []
+    async with contextlib.aclosing(RemoteJournal(actor.remote()).follow(Wanted())) as refusals:
+        async for each in refusals:
+            found.append(each.id)
+            if len(found) == 4:
+                break
+    assert found == [5, 9, 7, 8]
+
+
 async def test_a_reader_of_a_server_elsewhere_is_a_reader(there: There) -> None:
     """What is stored, by id and in sum, as `engine.Reader` has it."""
     reader = RemoteReader(there.remote())
