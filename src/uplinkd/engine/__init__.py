@@ -3,7 +3,7 @@ gateways tell each other. A Protocol for each of these four."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -273,8 +273,10 @@ class Downlink(Protocol):
     devices that have a persistent session.
     """
 
-    waiting: set[int]
     persistent: set[int]
+
+    @property
+    def waiting(self) -> Set[int]: ...
 
     def on_waiting(self, act: Callable[[int], None]) -> None:
         """Have `act` called with the id of a device for which something new waits."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -80,8 +81,10 @@ class JetStreamDownlink:
         self._clock = clock
         self._base = Base()
         self._acts: list[Callable[[int], None]] = []
-        self.waiting: set[int] = set()
-        self._told = 0  # counts what was told to wait: what is found meanwhile may be older
+        # Device → which note has told last that something waits for it: what is found meanwhile may be older.
+        self._told: dict[int, int] = {}
+        self._notes = itertools.count()
+        self.waiting: Set[int] = self._told.keys()
         self.persistent: set[int] = set()
         self._looking = asyncio.Lock()
         self._news: dict[int, bool] = {}  # of sessions, while they are looked at: what is found then may be older
@@ -112,11 +115,11 @@ class JetStreamDownlink:
         return int((info["state"].get("subjects") or {}).get(subject, 0))
 
     async def next(self, device_id: int, after: int = 0) -> Waiting | None:
-        base, told = self._known_base(), self._told
+        base, told = self._known_base(), self._told.get(device_id)
         found = await self._stored(DOWN, {"seq": after + 1, "next_by_subj": f"{_DOWN_SUBJECT}{device_id}"})
         if found is None:
-            if not after and told == self._told:
-                self.waiting.discard(device_id)
+            if not after and told is not None and told == self._told.get(device_id):
+                del self._told[device_id]
             return None
         sequence = int(found.headers["Nats-Sequence"])
         return Waiting(base.id(sequence), sequence, unquote(found.headers.get(_TOPIC_HEADER, "")), found.payload)
@@ -192,14 +195,13 @@ class JetStreamDownlink:
             self._news[device_id] = there
 
     def _waits(self, device_id: int) -> None:
-        self._told += 1
-        self.waiting.add(device_id)
+        self._told[device_id] = next(self._notes)
         for act in self._acts:
             act(device_id)
 
     async def _connected(self) -> None:
         """Whatever was told meanwhile was missed, also for whom something waited before."""
-        self.waiting.clear()
+        self._told.clear()
         await self._settle()
 
     async def _settle(self) -> None:
