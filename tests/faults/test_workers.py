@@ -82,14 +82,14 @@ async def test_a_server_that_was_frozen_as_a_whole_kills_nobody(tmp_path: Path, 
 
 async def test_a_worker_that_outgrows_its_memory_is_replaced_without_harm(tmp_path: Path, tell: Tell) -> None:
     """Thousands of idle connections make it grow. It answers what is under way, closes them, and its successor takes over."""
-    with serving(tmp_path / "data", *LIMITS, "--workers", "1", "--worker-memory", "96MiB") as server:
+    with serving(tmp_path / "data", *LIMITS, "--workers", "1", "--worker-memory", "128MiB") as server:
         (worker,) = server.children("uplinkd-worker")
         load = Load(make_devices(server, 4))
         idle: list[asyncio.StreamWriter] = []
         context = server.context()
         async with load.under_way():
             while "more than worker_memory allows" not in server.log.read_text():
-                assert len(idle) < 6000
+                assert len(idle) < 9000
                 made = await asyncio.gather(*(_connected(server, context) for _ in range(25)), return_exceptions=True)
                 idle += [each for each in made if isinstance(each, asyncio.StreamWriter)]
             load.harmed = time.monotonic()

@@ -358,6 +358,41 @@ async def test_what_was_passed_over_is_looked_at_again_once_another_filter_comes
     assert {each[-3:] for each in answers if each[0] == 0x32} == {b"one", b"two"}
 
 
+@pytest.mark.parametrize("found_first", [False, True])
+async def test_what_was_acknowledged_is_not_sent_again_with_another_filter(
+    house: House, monkeypatch: pytest.MonkeyPatch, found_first: bool
+) -> None:
+    """That comes while the engine removes it still, or has found it before it did."""
+    find, remove, go_on = house.downlink.next, house.downlink.remove, asyncio.Event()
+
+    async def find_slowly(device_id: int, after: int = 0) -> Waiting | None:
+        found = await find(device_id, after)
+        if found_first and subscribed:
+            await go_on.wait()
+        return found
+
+    async def remove_slowly(sequence: int) -> None:
+        if not found_first:
+            await go_on.wait()
+        await remove(sequence)
+
+    subscribed = False
+    await sent(house, b"one")
+    client = await house.session()
+    _, first = await client.ask(subscribe(DOWN))
+    assert first.endswith(b"one")
+    monkeypatch.setattr(house.downlink, "next", find_slowly)
+    monkeypatch.setattr(house.downlink, "remove", remove_slowly)
+    subscribed = True
+    client.send(subscribe(OWN + "get", number=2))
+    await settled(20)
+    client.send(puback(int.from_bytes(first[-5:-3])))
+    client.send(subscribe(OWN + "get", number=3))
+    await settled(20)
+    go_on.set()
+    assert [each[0] for each in await client.ask(PINGREQ)] == [0x90, 0x90, 0xD0]
+
+
 async def test_at_most_twenty_are_under_way(house: House) -> None:
     """The rest follows as they are acknowledged; each once."""
     client = await house.session()

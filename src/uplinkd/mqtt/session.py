@@ -226,6 +226,7 @@ class Connection(asyncio.Protocol):
         "_held",
         "_inflight",
         "_keep_alive",
+        "_leaving",
         "_legacy",
         "_network",
         "_next_id",
@@ -282,6 +283,8 @@ class Connection(asyncio.Protocol):
 
         self._ears: dict[str, list[Callable[[], None]]] = {}
         self._inflight: dict[int, int] = {}  # packet id → sequence of what waits for the device, 0 of a live message
+        # Sequence that was acknowledged → whether the engine has removed it: a look that began before may find it still.
+        self._leaving: dict[int, bool] = {}
         self._next_id = 0
         self._cursor = 0
         self._sent = 0  # sequences up to here were sent in this session's earlier life
@@ -870,6 +873,8 @@ class Connection(asyncio.Protocol):
 
     async def _deliver_next(self, device_id: int) -> bool:
         """Send the next of what waits, if it is for this session; whether there may be more."""
+        for gone in [sequence for sequence, removed in self._leaving.items() if removed]:
+            del self._leaving[gone]
         after = self._cursor
         found = await self._door.downlink.next(device_id, after)
         if after != self._cursor:  # the subscriptions are others now
@@ -879,7 +884,7 @@ class Connection(asyncio.Protocol):
             return again
         self._cursor = found.sequence
         qos = self._granted(found.topic)
-        if qos is None or found.sequence in self._inflight.values() or self._stage != _STANDING:
+        if qos is None or self._is_sent(found.sequence) or self._stage != _STANDING:
             return True
         packet_id = 0
         if qos:
@@ -891,9 +896,13 @@ class Connection(asyncio.Protocol):
             await self._door.downlink.remove(found.sequence)
         return True
 
+    def _is_sent(self, sequence: int) -> bool:
+        return sequence in self._inflight.values() or sequence in self._leaving
+
     def _acknowledged(self, packet_id: int) -> None:
         sequence = self._inflight.pop(packet_id, None)
         if sequence:
+            self._leaving[sequence] = False
             self._door.spawn(self._delivered(sequence))
         elif len(self._inflight) == _WINDOW - 1:
             self.deliver_soon()
@@ -903,6 +912,9 @@ class Connection(asyncio.Protocol):
             await self._door.downlink.remove(sequence)
         except Unavailable as fault:
             log.debug("a message that was delivered will be delivered again: %s", fault)
+            del self._leaving[sequence]
+        else:
+            self._leaving[sequence] = True
         self.deliver_soon()
 
     async def _remember(self, device_id: int) -> None:
