@@ -119,7 +119,7 @@ class Roster:
         return any(filter_matches(each, topic) for each in filters)
 
     def forget(self, instance: str) -> None:
-        """A worker has gone, without a word: none of its sessions stands."""
+        """A worker has gone, without a word, or tells of all its sessions anew: none that was known stands."""
         for device_id in [each for each, away in self._elsewhere.items() if away.worker == instance]:
             del self._elsewhere[device_id]
 
@@ -127,7 +127,7 @@ class Roster:
         """What was told meanwhile was missed on both sides: tell all, and ask all others to."""
         self._elsewhere.clear()
         self._bus.tell(_HELLO, self.instance.encode())
-        self._send(list(self._here))
+        self._send(list(self._here), anew=True)
 
     def renew(self) -> None:
         """Others may have taken the sessions here for ended: those that still stand, after all others had their say, are told of as if
@@ -147,13 +147,14 @@ class Roster:
         news, self._news = self._news, set()
         self._send(news)
 
-    def _send(self, device_ids: Iterable[int]) -> None:
+    def _send(self, device_ids: Iterable[int], *, anew: bool = False) -> None:
+        """`anew`: these are all that stand here, whatever others know."""
         rows = []
         for device_id in device_ids:
             held = self._here.get(device_id)
             rows.append([device_id, held.stamp, list(held.subscriptions)] if held else [device_id, 0, []])
-        for first in range(0, len(rows), _PART):
-            document = {"from": self.instance, "sessions": rows[first : first + _PART]}
+        for first in range(0, len(rows) or anew, _PART):
+            document = {"from": self.instance, "sessions": rows[first : first + _PART], "anew": anew and not first}
             self._bus.tell(_NEWS, json.dumps(document).encode())
 
     def _heard_hello(self, told: Told) -> None:
@@ -182,6 +183,8 @@ class Roster:
         sender: str = document["from"]
         if sender == self.instance:
             return
+        if document.get("anew"):
+            self.forget(sender)
         for device_id, stamp, filters in document["sessions"]:
             known = self._elsewhere.get(device_id)
             if not stamp:

@@ -178,6 +178,32 @@ async def test_sessions_of_a_worker_that_is_gone_are_forgotten() -> None:
     assert not second.subscribed(DEVICE, "/pk/dn/user/get")
 
 
+async def test_sessions_that_ended_while_their_worker_was_cut_off_are_forgotten() -> None:
+    """By those who were not; the others of that worker stand."""
+    bus = MemoryBus()
+    first, second = (Roster(bus, f"{name}.0") for name in "ab")
+    sessions = {number: Session(first.stamp(), {f"/pk/{number}": 1}) for number in (1, 2)}
+    for number, session in sessions.items():
+        first.opened(number, session)
+    await settled_news()
+    assert second.subscribed(1, "/pk/1")
+    bus.connected = False
+    first.closed(1, sessions.pop(1))
+    await settled_news()
+    bus.connected = True
+    await first.introduce()
+    await settled_news()
+    assert not second.subscribed(1, "/pk/1")
+    assert second.subscribed(2, "/pk/2")
+    bus.connected = False
+    first.closed(2, sessions[2])
+    await settled_news()
+    bus.connected = True
+    await first.introduce()
+    await settled_news()
+    assert not second.subscribed(2, "/pk/2")
+
+
 async def settled_news() -> None:
     await asyncio.sleep(0.03)
     await settled()
