@@ -8,13 +8,16 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nats.aio.client import Client
+from nats.aio.transport import TcpTransport
 
 from tests.house import until
 from uplinkd.core.errors import Unavailable
 from uplinkd.engine import Bus, Told
+from uplinkd.engine.api import connect
 from uplinkd.engine.bus import NatsBus
 from uplinkd.engine.embedded import EmbeddedServer
 from uplinkd.engine.memory import MemoryBus
@@ -189,6 +192,33 @@ async def test_who_begins_to_listen_while_it_connects_hears(tmp_path: Path, monk
             calm.theirs.tell(each, b"")
         await until(lambda: len(heard) == 5)
     assert heard == begun
+
+
+async def test_a_connection_that_ends_while_very_many_begin_to_listen_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client has room for 1,024 that wait for the socket; those beyond would wait for ever."""
+    heard, ended = list[str](), list[Client]()
+
+    async def brief(*given: Any) -> Client:
+        client = await connect(*given)
+        if not ended:
+            ended.append(client)
+            assert isinstance(client._transport, TcpTransport)
+            assert client._transport._io_reader
+            client._transport._io_reader.feed_eof()
+        return client
+
+    async with over_nats(tmp_path) as line:
+        await line.cut()
+        for bus in (line.mine, line.theirs):
+            for number in range(1500):
+                bus.listen(f"many.{number}", lambda told: heard.append(told.subject))
+        with monkeypatch.context() as patch:
+            patch.setattr("uplinkd.engine.bus.connect", brief)
+            await line.mend()
+        line.theirs.tell("many.1499", b"")
+        await until(lambda: heard == ["many.1499"] * 2)
 
 
 async def test_a_listener_that_fails_does_not_stop_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

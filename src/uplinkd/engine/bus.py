@@ -165,7 +165,9 @@ class NatsBus:
             except Exception:
                 log.exception("a fault of ours while hearing %s", ear.subject)
 
-        ear.subscription = await client.subscribe(ear.subject, queue=ear.queue, cb=take)
+        # The client has room for 1,024 that wait for the socket, and forgets those beyond when the connection ends.
+        async with asyncio.timeout(_SETTLE_SECONDS):
+            ear.subscription = await client.subscribe(ear.subject, queue=ear.queue, cb=take)
         if ear not in self._ears:  # it was ended meanwhile
             await _unsubscribe(ear.subscription)
 
@@ -186,7 +188,8 @@ async def _publish_each(client: Client, told: Sequence[tuple[str, bytes]]) -> No
 
 async def _unsubscribe(subscription: Subscription) -> None:
     with contextlib.suppress(nats.errors.Error, OSError, ValueError):
-        await subscription.unsubscribe()
+        async with asyncio.timeout(_SETTLE_SECONDS):
+            await subscription.unsubscribe()
 
 
 def _told(message: Msg) -> Told:
