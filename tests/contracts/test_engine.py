@@ -495,6 +495,23 @@ async def test_what_waits_for_an_engine_is_bounded(settings: Settings, server: E
     await publisher.stop()
 
 
+async def test_what_was_held_for_a_slow_engine_is_stored_before_what_comes_after(
+    settings: Settings, server: EmbeddedServer
+) -> None:
+    """A device that does not wait for its acknowledgements finds its messages in their order."""
+    publisher = JetStreamPublisher(settings, server.access)
+    await publisher.start()
+    await connected(publisher)
+    assert publisher._wire
+    publisher._wire.pause_writing()
+    first = asyncio.create_task(publish(publisher, b"1"))
+    await asyncio.sleep(0)
+    publisher._wire.resume_writing()
+    second = await publish(publisher, b"2")
+    assert (await first)[0] < second[0]
+    await publisher.stop()
+
+
 async def test_what_waits_when_it_stops_is_stored_if_the_engine_comes_back(
     settings: Settings, server: EmbeddedServer
 ) -> None:

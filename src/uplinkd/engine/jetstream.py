@@ -189,8 +189,8 @@ class JetStreamPublisher:
         self._held_bytes += size
         self._held.append(item)
 
-    def _release(self) -> None:
-        """Send what was held while the engine was away."""
+    def release(self) -> None:
+        """Send what was held while the engine was away or did not read, before anything that comes after."""
         while self._held and self._wire and not self._wire.full:
             item = self._held.popleft()
             self._held_bytes -= len(item[1])
@@ -215,7 +215,7 @@ class JetStreamPublisher:
         for number in late:
             done, _, _ = self._pending.pop(number)
             self._fail(done, f"the engine did not acknowledge within {self._patience:g} s")
-        self._release()
+        self.release()
         if self._wire:
             self._wire.write_off(len(late))
         self._tell(now)
@@ -315,7 +315,7 @@ class JetStreamPublisher:
                 continue
             pause = _FIRST_PAUSE
             self._wire = wire
-            self._release()
+            self.release()
             try:
                 await self._look_after(wire)
             finally:
@@ -421,7 +421,7 @@ class JetStreamPublisher:
                     await asyncio.sleep(_GHOST_PAUSE)
                     continue
                 self._wire = wire
-                self._release()
+                self.release()
             silence = self._loop.time() - wire.heard
             if silence > _SILENCE_SECONDS:
                 wire.fail(f"the server has been silent for {silence:.0f} s")
@@ -514,6 +514,7 @@ class _Wire(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.full = False
+        self._owner.release()
 
     def data_received(self, data: bytes) -> None:
         now = monotonic()
