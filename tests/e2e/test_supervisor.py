@@ -20,6 +20,9 @@ from uplinkd.flow import Flow
 from uplinkd.metrics import Metrics
 from uplinkd.settings import Settings
 
+# Python 3.12 and later warn of a fork beside other threads: those of the test run, which the new processes do not touch.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
 PROGRAM = """
 import sys
 from pathlib import Path
