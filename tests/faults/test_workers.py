@@ -94,11 +94,11 @@ async def test_a_worker_that_outgrows_its_memory_is_replaced_without_harm(tmp_pa
                 idle += [each for each in made if isinstance(each, asyncio.StreamWriter)]
             load.harmed = time.monotonic()
             await until(load.is_back, 15)
+            await until(lambda: not alive(worker), 15)
         for writer in idle:
             writer.transport.abort()
         assert not load.refused
         row = load.row("worker outgrows its memory", server.data)
-        assert not alive(worker)
         log = server.log.read_text()
         assert "its successor is started" in log
         assert "ERROR" not in log
