@@ -220,11 +220,10 @@ class Server:
 
     def kill(self) -> None:
         """kill -9 of the supervisor, every worker and the engine at once."""
-        children = self.children("")
-        self.kill_supervisor()
-        for pid in children:
+        for pid in (self.pid, *self.children("")):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        self.kill_supervisor()
 
     def kill_supervisor(self) -> None:
         """kill -9 of it alone."""
