@@ -259,16 +259,26 @@ async def test_what_mqtt_refuses_closes_the_websocket_too(browser: Browser) -> N
         (handshake().replace(b"Sec-WebSocket-Version: 13\r\n", b""), 400),
         (handshake().replace(b"Sec-WebSocket-Key: ", b"X: "), 400),
         (handshake(*(f"X-{number}: {'x' * 1000}" for number in range(20))), 431),
+        (handshake().replace(b"Version: 13", b"Version: \xff"), 400),
+        (handshake().replace(b"Key: ", b"Key: \xff"), 400),
+        (handshake("Sec-WebSocket-Extensions: \xff"), 400),
+        (handshake(protocol="\xff"), 400),
     ],
-    ids=["auth", "deeper", "topic", "post", "h2c", "no version", "no key", "large head"],
+    ids=[
+        *("auth", "deeper", "topic", "post", "h2c", "no version", "no key", "large head"),
+        *("odd version", "odd key", "odd extensions", "odd protocol"),
+    ],
 )
-async def test_other_upgrades_are_refused(browser: Browser, data: bytes, status: int) -> None:
-    """And the connection closes."""
+async def test_other_upgrades_are_refused(
+    browser: Browser, caplog: pytest.LogCaptureFixture, data: bytes, status: int
+) -> None:
+    """The connection closes, and no traceback is logged."""
     browser.send(data)
     answer, _ = await browser.heard()
     assert answer
     assert answer.status == status
     assert await browser.closed()
+    assert not caplog.records
 
 
 async def test_a_connection_that_has_served_requests_stays_https(browser: Browser) -> None:

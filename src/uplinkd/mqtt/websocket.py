@@ -22,6 +22,8 @@ _SUBPROTOCOLS = [Subprotocol("mqtt"), Subprotocol("mqttv3.1")]
 # One frame may hold several packets, and one packet may come in several frames.
 _FRAME_BYTES = 1024 * 1024
 _UNSUPPORTED_DATA = 1003
+# The headers of the handshake that the library reads. On bytes beyond ASCII in them it fails, or logs a traceback (websockets 16).
+_READ = ("Connection", "Upgrade", *(f"Sec-WebSocket-{name}" for name in ("Key", "Version", "Protocol", "Extensions")))
 # The library takes all frames out of what it is given at once: it is given so many bytes at a time, until so many frames were
 # handled and it is the others' turn.
 _SLICE = 2 * 1024
@@ -108,7 +110,12 @@ class WebSocket(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _shake_hands(self, request: Request) -> None:
-        response = self._frames.accept(request)
+        headers = request.headers
+        odd = next((name for name in _READ if not all(value.isascii() for value in headers.get_all(name))), "")
+        if odd:
+            response = self._frames.reject(400, f"The header {odd} holds bytes that are not ASCII.\n")
+        else:
+            response = self._frames.accept(request)
         self._frames.send_response(response)
         self.flush()
         if response.status_code == 101 and self._transport is not None:
