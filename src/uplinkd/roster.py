@@ -15,9 +15,9 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from uplinkd.core.topics import filter_matches
 from uplinkd.engine import Bus, Told
@@ -28,7 +28,8 @@ _NEWS, _HELLO = "uplinkd.roster.news", "uplinkd.roster.hello"
 _GATHER_SECONDS = 0.005
 # Many may introduce themselves at the same time: all of them get one answer.
 _GREET_SECONDS = 0.05
-_PART = 1000
+# NATS takes a megabyte at once, if its owner has not set less; no session alone comes near this.
+_PART_BYTES = 48 * 1024
 
 
 class Held(Protocol):
@@ -153,9 +154,10 @@ class Roster:
         for device_id in device_ids:
             held = self._here.get(device_id)
             rows.append([device_id, held.stamp, list(held.subscriptions)] if held else [device_id, 0, []])
-        for first in range(0, len(rows) or anew, _PART):
-            document = {"from": self.instance, "sessions": rows[first : first + _PART], "anew": anew and not first}
+        for part in _parts(rows) if rows or anew else ():
+            document = {"from": self.instance, "sessions": part, "anew": anew}
             self._bus.tell(_NEWS, json.dumps(document).encode())
+            anew = False
 
     def _heard_hello(self, told: Told) -> None:
         """A worker has started, or was away: sessions of its predecessor are gone, and of ours it does not know."""
@@ -205,3 +207,17 @@ class Roster:
         """Of a session elsewhere, for people."""
         (mine, *_), (theirs, *_) = (each.rsplit(".", 2) for each in (self.instance, sender))
         return "on another worker" if mine == theirs else f"on the gateway {theirs}"
+
+
+def _parts(rows: list[list[Any]]) -> Iterator[list[list[Any]]]:
+    """One at least."""
+    part: list[list[Any]] = []
+    left = _PART_BYTES
+    for row in rows:
+        size = len(json.dumps(row)) + 2
+        if part and size > left:
+            yield part
+            part, left = [], _PART_BYTES
+        part.append(row)
+        left -= size
+    yield part

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tests.room import settled
 from uplinkd.engine.memory import MemoryBus
 from uplinkd.peers import Peers
-from uplinkd.roster import Roster
+from uplinkd.roster import Roster, _Elsewhere
 
 DEVICE = 7
 
@@ -140,6 +140,26 @@ async def test_who_knows_of_a_session_makes_a_younger_one_though_its_clock_is_be
     assert (older.over, younger.over) == ("on the gateway b", "")
     assert first.here(DEVICE) is None
     assert second.here(DEVICE) is younger
+
+
+async def test_very_many_sessions_with_many_subscriptions_are_all_known_elsewhere() -> None:
+    """Of a worker that came before, and of one that tells all anew: NATS takes a megabyte at once."""
+    bus = MemoryBus()
+    first = Roster(bus, "a.0")
+    filters = {f"/a1B2c3D4e5F/{'x' * 60}/{number}": 1 for number in range(20)}
+    for number in range(1500):
+        first._here[number] = Session(first.stamp(), {**filters, f"/pk/{number}": 1})
+    second = Roster(bus, "b.0")
+    await second.introduce()
+    await asyncio.sleep(0.06)
+    await settled_news()
+    assert all(second.subscribed(number, f"/pk/{number}") for number in range(1500))
+    second.forget(first.instance)
+    second._elsewhere[1500] = _Elsewhere(first.instance, 1, ("/pk/1500",))
+    await first.introduce()
+    await settled_news()
+    assert all(second.subscribed(number, f"/pk/{number}") for number in range(1500))
+    assert not second.subscribed(1500, "/pk/1500")
 
 
 async def test_of_two_that_did_not_know_of_each_other_one_stands_and_all_know_which() -> None:

@@ -104,6 +104,16 @@ async def test_what_is_told_is_heard_with_its_headers(line: Line) -> None:
     assert len(heard) == 2
 
 
+async def test_what_is_larger_than_nats_takes_is_lost_alone(line: Line) -> None:
+    """Whoever tells much has to tell it in parts."""
+    heard: list[int] = []
+    line.theirs.listen("much", lambda told: heard.append(len(told.payload)))
+    await line.theirs.settled()
+    for size in (1024**2 + 1, 1024**2, 1):
+        line.mine.tell("much", bytes(size))
+    await until(lambda: heard == [1024**2, 1])
+
+
 async def test_of_a_queue_one_alone_hears_each_message(line: Line) -> None:
     """However many listen; who listens without the queue hears all."""
     shared: list[bytes] = []

@@ -32,6 +32,8 @@ from uplinkd.engine.stream import new_base
 
 __all__ = ["MemoryBus", "MemoryDeliveries", "MemoryDesk", "MemoryDownlink", "MemoryEngine"]
 
+_MAX_PAYLOAD = 1024**2
+
 
 class MemoryEngine:
     """Publisher and Reader in one; keeps the newest `keep` messages. What is stored is told on `bus`, as NATS does."""
@@ -122,7 +124,7 @@ class MemoryEngine:
 
 
 class MemoryBus:
-    """One bus that several gateways of a test may share."""
+    """One bus that several gateways of a test may share. Nobody hears of what is larger than NATS takes, as there."""
 
     def __init__(self) -> None:
         self._ears: list[tuple[list[str], str, Handler]] = []
@@ -140,7 +142,7 @@ class MemoryBus:
             await act()
 
     def tell(self, subject: str, payload: bytes, headers: Mapping[str, str] | None = None, *, reply: str = "") -> None:
-        if self.connected:
+        if self.connected and len(payload) <= _MAX_PAYLOAD:
             asyncio.get_running_loop().call_soon(self._deliver, Told(subject, payload, dict(headers or {}), reply))
 
     def tell_each(self, told: Sequence[tuple[str, bytes]]) -> None:
