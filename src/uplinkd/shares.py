@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from dataclasses import fields
+from typing import Any
 
 from uplinkd.engine import Bus, Told
 from uplinkd.flow import Charges, Flow, Notes
@@ -20,6 +21,8 @@ __all__ = ["Shares"]
 _CHARGED = "uplinkd.charged."
 _WINDOW_SECONDS = 0.1
 _ROWS_A_MESSAGE = 2000
+# NATS takes a megabyte at once, if its owner has not set less; who is refused may have called itself by 4 kB.
+_BYTES_A_MESSAGE = 128 * 1024
 
 
 class Shares:
@@ -58,4 +61,14 @@ def _parts(charges: Charges) -> Iterator[bytes]:
     for each in fields(Charges):
         rows = getattr(charges, each.name)
         for first in range(0, len(rows), _ROWS_A_MESSAGE):
-            yield json.dumps({each.name: rows[first : first + _ROWS_A_MESSAGE]}, separators=(",", ":")).encode()
+            yield from _within_bounds(each.name, rows[first : first + _ROWS_A_MESSAGE])
+
+
+def _within_bounds(name: str, rows: list[Any]) -> Iterator[bytes]:
+    part = json.dumps({name: rows}, separators=(",", ":")).encode()
+    if len(part) <= _BYTES_A_MESSAGE or len(rows) == 1:
+        yield part
+        return
+    half = len(rows) // 2
+    yield from _within_bounds(name, rows[:half])
+    yield from _within_bounds(name, rows[half:])

@@ -124,6 +124,19 @@ async def test_refused_logins_are_told_one_by_one(towns: Callable[[Settings], To
     assert second.flow.guessed(PRODUCT, "other", NETWORK) == ""
 
 
+async def test_so_are_those_with_names_of_any_length(towns: Callable[[Settings], Town]) -> None:
+    """Nobody hides guesses behind long names, which together would be more than NATS takes."""
+    town = towns(Settings(auth_rate=10))
+    first, second = town.gateways
+    for number in range(200):
+        assert first.flow.refused_login(PRODUCT, f"{number}" + "é" * 1900, "192.0.2.2") == ""
+    for _ in range(10):
+        assert first.flow.refused_login(PRODUCT, "lamp", NETWORK) == ""
+    first.shares.tell()
+    await settled()
+    assert second.flow.guessed(PRODUCT, "lamp", NETWORK) == "auth_rate"
+
+
 async def test_logins_are_charged_everywhere(towns: Callable[[Settings], Town]) -> None:
     town = towns(Settings(auth_rate=10))
     first, second = town.gateways
