@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -324,6 +325,33 @@ async def test_at_qos_0_a_message_is_done_with_when_it_is_written(house: House) 
     await client.ask(subscribe(DOWN, qos=0))
     await sent(house, b"one")
     assert await client.heard() == [message(DOWN, b"one")]
+    assert await house.downlink.count(client.connection.device_id) == 0
+
+
+@pytest.mark.parametrize("qos", [0, 1])
+async def test_what_was_delivered_is_removed_though_the_engine_was_away(
+    house: House, monkeypatch: pytest.MonkeyPatch, qos: int
+) -> None:
+    """It does not come again, neither in this session nor in the next one."""
+    monkeypatch.setattr(session, "_AWAY_SECONDS", 0.01)
+    remove, tries = house.downlink.remove, itertools.count()
+
+    async def late(sequence: int) -> None:
+        if next(tries) < 2:
+            raise Unavailable("the engine is away")
+        await remove(sequence)
+
+    monkeypatch.setattr(house.downlink, "remove", late)
+    client = await house.session()
+    await client.ask(subscribe(DOWN, qos=qos))
+    await sent(house, b"one")
+    await until(lambda: bool(client.transport.writes[-1:] and client.transport.writes[-1].endswith(b"one")))
+    if qos:
+        client.send(puback(int.from_bytes(client.transport.writes[-1][4 + len(DOWN) : 6 + len(DOWN)])))
+        await settled()
+    client.send(subscribe(DOWN, qos=qos))  # has what waits looked at anew
+    await until(lambda: next(tries) > 3 and not house.mqtt.tasks)
+    assert b"".join(client.transport.writes).count(b"one") == 1
     assert await house.downlink.count(client.connection.device_id) == 0
 
 

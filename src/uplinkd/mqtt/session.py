@@ -893,7 +893,8 @@ class Connection(asyncio.Protocol):
         dup = found.sequence <= self._sent
         self._write(packets.publish(found.topic.encode(), found.payload, packet_id=packet_id, dup=dup))
         if not packet_id:
-            await self._door.downlink.remove(found.sequence)
+            self._leaving[found.sequence] = False
+            await self._removed(found.sequence)
         return True
 
     def _is_sent(self, sequence: int) -> bool:
@@ -908,14 +909,22 @@ class Connection(asyncio.Protocol):
             self.deliver_soon()
 
     async def _delivered(self, sequence: int) -> None:
-        try:
-            await self._door.downlink.remove(sequence)
-        except Unavailable as fault:
-            log.debug("a message that was delivered will be delivered again: %s", fault)
-            del self._leaving[sequence]
-        else:
-            self._leaving[sequence] = True
+        await self._removed(sequence)
         self.deliver_soon()
+
+    async def _removed(self, sequence: int) -> None:
+        """Return once the engine has removed what the client has, or the session is over: then it is delivered again."""
+        while True:
+            try:
+                await self._door.downlink.remove(sequence)
+            except Unavailable as fault:
+                log.debug("a message that was delivered is not removed yet: %s", fault)
+                if self._stage == _OVER:
+                    return
+                await asyncio.sleep(_AWAY_SECONDS)
+            else:
+                self._leaving[sequence] = True
+                return
 
     async def _remember(self, device_id: int) -> None:
         """Keep a persistent session anew, so that its time runs from now on; what was sent and not acknowledged is sent again
