@@ -285,6 +285,16 @@ async def test_a_session_has_a_hundred_subscriptions(house: House) -> None:
     assert (await client.ask(subscribe(f"/broadcast/{PRODUCT}/n7")))[0][-1] == 1
 
 
+async def test_of_one_subscribe_a_hundred_filters_are_looked_at(house: House) -> None:
+    """The others are refused together: 65,000 fit into one packet, and each would be a refusal of its own in the record."""
+    client = await house.session()
+    body = (text("a") + b"\0") * 1000
+    assert await client.ask(packet(0x82, b"\0\5" + text(DOWN) + b"\1" + body)) == [suback(5, 1, *[0x80] * 1000)]
+    assert len(house.outcomes) == 100
+    assert client.reason == "a SUBSCRIBE has 1001 filters; at most 100 are looked at"
+    assert client.connection.subscriptions == {DOWN: 1}
+
+
 async def test_what_a_device_publishes_where_it_may_subscribe_comes_back(house: House) -> None:
     """By either door, at the QoS that was granted; nothing once it has unsubscribed."""
     house.registry.add_topic_class(PRODUCT, "both", Right.BOTH)

@@ -711,7 +711,7 @@ class Connection(asyncio.Protocol):
     def _subscribe(self, packet: packets.Subscribe) -> None:
         codes = []
         granted: dict[str, int] = {}
-        for topic_filter, qos in packet.filters:
+        for topic_filter, qos in packet.filters[:_MAX_SUBSCRIPTIONS]:
             try:
                 self._check_subscription(topic_filter, len(self.subscriptions | granted))
             except Refused as refused:
@@ -721,6 +721,10 @@ class Connection(asyncio.Protocol):
                 granted[topic_filter] = min(qos, 1)
                 self._door.meter.count("mqtt_subscribe")
                 codes.append(min(qos, 1))
+        if further := len(packet.filters) - len(codes):
+            reason = f"a SUBSCRIBE has {len(packet.filters)} filters; at most {_MAX_SUBSCRIPTIONS} are looked at"
+            self._record(Code.PARAM_ERROR, reason, endpoint="mqtt_subscribe")
+            codes += [_REFUSED] * further
         self.subscriptions |= granted
         self._settle(packets.suback(packet.packet_id, codes), granted)
 
