@@ -173,8 +173,8 @@ def _copied(source: Path, beside: Path) -> Iterator[Path]:
     except sqlite3.Error as error:
         raise Unavailable(f"{source} cannot be copied: {error}") from error
     finally:
-        for path in beside.parent.glob(f"{copy.name}*"):
-            path.unlink()
+        for suffix in ("", "-journal", "-wal", "-shm"):
+            copy.with_name(copy.name + suffix).unlink(missing_ok=True)
 
 
 def _counts(database: Path) -> dict[str, int]:

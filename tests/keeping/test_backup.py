@@ -261,6 +261,15 @@ async def test_without_a_server_it_is_the_same(tmp_path: Path) -> None:
             server.stop()
 
 
+def test_beside_a_backup_nothing_stays_whatever_it_is_called(tmp_path: Path) -> None:
+    """A name may have what patterns of names are made of; the copy that was taken of the registry is gone."""
+    Homes(tmp_path / "data")
+    where = tmp_path / "backups"
+    where.mkdir()
+    cli("backup", str(where / "homes[1].tar"), data=tmp_path / "data")
+    assert [path.name for path in where.iterdir()] == ["homes[1].tar"]
+
+
 def test_a_backup_without_keys_wants_the_key(tmp_path: Path) -> None:
     """It holds neither key nor TLS material, and nothing is made of it without the key."""
     homes = Homes(tmp_path / "data")
