@@ -121,7 +121,8 @@ def back_up(
         archive.add_bytes(_SERVED, served)
         if keys:
             for path in (path for pattern in _SECRET for path in sorted(settings.data.glob(pattern))):
-                archive.add(path.relative_to(settings.data).as_posix(), path)
+                if path.is_file():
+                    archive.add(path.relative_to(settings.data).as_posix(), path)
         if journal and journal_file(settings).exists():
             progress("journal", None)
             with _copied(journal_file(settings), file) as copy:

@@ -270,6 +270,17 @@ def test_beside_a_backup_nothing_stays_whatever_it_is_called(tmp_path: Path) -> 
     assert [path.name for path in where.iterdir()] == ["homes[1].tar"]
 
 
+def test_a_folder_among_the_certificates_is_left_out(tmp_path: Path) -> None:
+    """Whoever puts old certificates aside there still gets a backup."""
+    data = tmp_path / "data"
+    Homes(data)
+    (data / "tls" / "old").mkdir(parents=True)
+    (data / "tls" / "ca.pem").touch()
+    cli("backup", str(tmp_path / "homes.tar"), data=data)
+    with tarfile.open(tmp_path / "homes.tar") as archive:
+        assert [name for name in archive.getnames() if name.startswith("tls")] == ["tls/ca.pem"]
+
+
 def test_a_backup_without_keys_wants_the_key(tmp_path: Path) -> None:
     """It holds neither key nor TLS material, and nothing is made of it without the key."""
     homes = Homes(tmp_path / "data")
