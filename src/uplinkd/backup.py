@@ -100,8 +100,10 @@ def back_up(
             "the messages lie in your own NATS servers (nats_url): back those up with their own means, such as `nats stream backup`, "
             "and the rest by adding --without-messages"
         )
-    if file.exists() and not overwrite:
+    if os.path.lexists(file) and not overwrite:
         raise Rejected(f"{file} is there already: name another file, or add --overwrite")
+    if os.path.exists(file) and not file.is_file():
+        raise Rejected(f"{file} is a device or a pipe, which a backup would take the place of: name a file")
     source = None if is_shared(settings) else database_file(settings)
     if source and not source.exists():
         raise Rejected(f"there is nothing to back up: {source} is not there; name the data folder with --data")

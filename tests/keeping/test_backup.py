@@ -281,6 +281,18 @@ def test_a_folder_among_the_certificates_is_left_out(tmp_path: Path) -> None:
         assert [name for name in archive.getnames() if name.startswith("tls")] == ["tls/ca.pem"]
 
 
+def test_a_backup_takes_no_place_of_what_is_no_file(tmp_path: Path) -> None:
+    """Of a device such as /dev/stdout, a root's --overwrite would leave a file for everybody; a name can be too long as well."""
+    data = tmp_path / "data"
+    Homes(data)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        assert "is a device or a pipe" in failing("backup", str(tmp_path / name), "--overwrite", data=data)
+    assert stat.S_ISFIFO((tmp_path / "link").stat().st_mode)
+    assert "File name too long" in failing("backup", str(tmp_path / ("x" * 300)), data=data)
+
+
 def test_a_backup_without_keys_wants_the_key(tmp_path: Path) -> None:
     """It holds neither key nor TLS material, and nothing is made of it without the key."""
     homes = Homes(tmp_path / "data")
