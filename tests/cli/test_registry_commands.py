@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from uplinkd.cli import uplinkd
-from uplinkd.core.errors import Conflict, NotFound, Rejected
+from uplinkd.core.errors import Conflict, NotFound, Rejected, Unavailable
+from uplinkd.registry.sql import SqlRegistry
 
 PRODUCT = "a1Commands"
 
@@ -232,6 +234,29 @@ def test_what_is_exported_can_be_imported(shop: Run, tmp_path: Path) -> None:
     assert (
         document(moved)["deviceSecret"] == document(shop("device", "show", PRODUCT, "lamp-1", "--json"))["deviceSecret"]
     )
+
+
+def test_an_export_that_breaks_off_leaves_the_one_before(
+    shop: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody takes a part of a fleet for all of it, whether it ends by an outage or a full disk."""
+    shop("device", "create", PRODUCT, "lamp-1")
+    (tmp_path / "backups").mkdir()
+    file = tmp_path / "backups" / "out.csv"
+    (tmp_path / "out").symlink_to(file)
+    assert shop("device", "export", PRODUCT, "-o", "out").exit_code == 0
+    whole = file.read_text()
+
+    def breaks_off(_: object, product_key: str) -> Iterator[str]:
+        yield f"ProductKey,DeviceName,DeviceSecret\n{product_key},"
+        raise Unavailable("the registry is away")
+
+    monkeypatch.setattr(SqlRegistry, "export_fleet", breaks_off)
+    assert isinstance(shop("device", "export", PRODUCT, "-o", "out").exception, Unavailable)
+    assert (file.read_text(), os.listdir(file.parent)) == (whole, ["out.csv"])
+    monkeypatch.undo()
+    assert "No space left" in refusal(shop("device", "export", PRODUCT, "-o", "/dev/full"))
+    assert "too long" in refusal(shop("device", "export", PRODUCT, "-o", "x" * 300))
 
 
 def test_every_command_says_what_it_does(run: Run) -> None:

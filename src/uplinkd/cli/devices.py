@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import secrets
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 from urllib.parse import urlsplit
 
 import click
@@ -204,17 +207,32 @@ def export(settings: Settings, pk: str, output: Path | None) -> None:
             for part in parts:
                 click.echo(part, nl=False)
             return
-        try:
-            descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            os.fchmod(descriptor, 0o600)  # also where a file for everybody was there before
-        except OSError as error:
-            raise Rejected(f"{output} cannot be written: {error.strerror}") from error
-        with os.fdopen(descriptor, "w", newline="", encoding="utf-8") as stream:
-            lines = 0
+        lines = 0
+        with _written_whole(output) as stream:
             for part in parts:
                 lines += part.count("\n")
                 stream.write(part)
     warn(f"{lines - 1} devices written to {output}")  # the first line names the columns
+
+
+@contextlib.contextmanager
+def _written_whole(path: Path) -> Iterator[TextIO]:
+    """A file for its owner alone, which takes the place of `path` when all is written; a device or a pipe is written as it is."""
+    try:
+        whole = path.is_file() or not path.exists()
+        place = path.resolve() if whole else path
+        draft = place.with_name(f".{place.name}.{secrets.token_hex(4)}") if whole else path
+        descriptor = os.open(draft, os.O_WRONLY | (os.O_CREAT | os.O_EXCL if whole else 0), 0o600)
+        try:
+            with os.fdopen(descriptor, "w", newline="", encoding="utf-8") as stream:
+                yield stream
+            if whole:
+                draft.replace(place)
+        finally:
+            if whole:
+                draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise Rejected(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _import(registry: Management, file: BinaryIO, *, skip_bad: bool) -> ImportReport:
