@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -9,12 +10,12 @@ import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 from uplinkd.core import signature
 from uplinkd.core.errors import Rejected, Unavailable
 
-__all__ = ["Answered", "Device", "Published", "login_body"]
+__all__ = ["Answered", "Device", "Published", "login_body", "split_url"]
 
 _SECONDS = 10
 # OpenSSL's numbers for a certificate that is trusted and does not name the host or the address.
@@ -48,19 +49,17 @@ class Device:
         self._url = url.rstrip("/")
         self._names = (product_key, device_name)
         self._secret = secret
-        parts = urlsplit(self._url)
-        if parts.scheme not in ("https", "http") or not parts.hostname:
-            raise Rejected(f"{url!r} is not a URL such as https://127.0.0.1:8443")
+        parts = split_url(self._url)
         if parts.scheme == "https":
             try:
                 context = ssl.create_default_context(cafile=str(ca) if ca else None)
             except (OSError, ssl.SSLError) as error:
                 raise Rejected(f"the CA file {ca} cannot be used: {error.strerror or error}") from error
             self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                parts.hostname, parts.port, timeout=_SECONDS, context=context
+                str(parts.hostname), parts.port, timeout=_SECONDS, context=context
             )
         else:
-            self._connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=_SECONDS)
+            self._connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=_SECONDS)
 
     def close(self) -> None:
         self._connection.close()
@@ -117,6 +116,22 @@ class Device:
             request_id = (answer.get("info") or {}).get("requestId") or response.getheader("X-Request-Id") or ""
             raise Answered(response.status, code, message, str(request_id))
         return answer
+
+
+def split_url(url: str) -> SplitResult:
+    """The parts of the URL of a device endpoint; raise Rejected for what cannot be one."""
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        if (
+            parts.scheme in ("https", "http")
+            and host.encode("idna")
+            and host.isprintable()
+            and " " not in host
+            and port != 0
+        ):
+            return parts
+    raise Rejected(f"{url!r} is not a URL such as https://127.0.0.1:8443")
 
 
 def login_body(

@@ -170,6 +170,35 @@ def test_the_secret_can_stay_in_the_registry(endpoint: Endpoint, tmp_path: Path)
         run("publish", TOPIC, "x", "--product", PRODUCT, "--device", "nobody", "--url", endpoint.url)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1",
+        "https://",
+        "https://[::1",
+        "https://127.0.0.1:port",
+        "http://127.0.0.1:99999",
+        "http://a b/",
+        "http://灯..x",
+    ],
+)
+def test_what_is_no_url_is_refused_in_a_line(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device's program for it could not be made either."""
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        ("publish", *WHO, "--secret", SECRET, TOPIC),
+        ("device", "snippet", PRODUCT, DEVICE, "--language", "c"),
+    ):
+        if command[0] == "device":
+            registry = open_registry(Settings(data=tmp_path))
+            registry.create_product("snippets", key=PRODUCT)
+            registry.create_device(PRODUCT, DEVICE)
+            registry.close()
+        result = CliRunner().invoke(uplinkd, [*command, "--url", url, "--data", str(tmp_path)])
+        assert isinstance(result.exception, Rejected)
+        assert "is not a URL" in str(result.exception)
+
+
 def test_a_server_that_cannot_be_talked_to_is_explained(endpoint: Endpoint, tmp_path: Path) -> None:
     """Nothing listening, another CA, a name that the certificate has not, a name that does not exist, a wrong CA file."""
     with pytest.raises(Unavailable, match="is `uplinkd serve` running"):

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
-from urllib.parse import urlsplit
 
 import click
 
@@ -26,6 +25,7 @@ from uplinkd.cli.common import (
     warn,
 )
 from uplinkd.cli.products import UNSEEN, opened
+from uplinkd.client import split_url
 from uplinkd.core import snippets
 from uplinkd.core.errors import Rejected
 from uplinkd.core.model import Device
@@ -160,13 +160,11 @@ def _place(settings: Settings, url: str | None) -> snippets.Place:
     """Where a device of this installation finds its server."""
     host, port = address(settings.listen)
     url = url or f"https://{reachable(host)}:{port}"
-    parts = urlsplit(url)
-    if parts.scheme not in ("https", "http") or not parts.hostname:
-        raise Rejected(f"{url!r} is not a URL such as https://127.0.0.1:8443")
+    parts = split_url(url)
     authority = settings.data / "tls" / "ca.pem"
     own = parts.scheme == "https" and not settings.tls_cert and authority.exists()
     mqtt_port = address(settings.mqtt_listen)[1] if settings.mqtt_listen else 0
-    return snippets.Place(url, parts.hostname, mqtt_port, str(authority.resolve()) if own else "")
+    return snippets.Place(url, str(parts.hostname), mqtt_port, str(authority.resolve()) if own else "")
 
 
 @device.command("import")
