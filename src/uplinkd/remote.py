@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, M
 from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeVar
 from urllib.parse import quote, urlsplit
 
 import httpx
@@ -69,6 +69,7 @@ _NAME_MISMATCHES = (62, 64)
 
 Json = dict[str, Any]
 Tell = Callable[[str], None]
+T = TypeVar("T")
 
 
 class _Forbidden(Rejected):
@@ -162,7 +163,7 @@ class Remote:
     ) -> Iterator[httpx.Response]:
         """The answer, of which nothing is read yet but that it is a success."""
         if self._client is None:
-            self._client = httpx.Client(**self._options)
+            self._client = self._made(httpx.Client)
         with self.faults(), self._client.stream(method, path, params=_given(params), **more) as response:
             if not response.is_success:
                 response.read()
@@ -171,7 +172,18 @@ class Remote:
 
     def asynchronous(self) -> httpx.AsyncClient:
         """A client for what is followed; its answers go through `check`, within `faults`."""
-        return httpx.AsyncClient(**self._options)
+        return self._made(httpx.AsyncClient)
+
+    def _made(self, kind: Callable[..., T]) -> T:
+        """A client of this kind, which looks at the URL and at the environment's proxies when it is made."""
+        try:
+            return kind(**self._options)
+        except httpx.InvalidURL as error:
+            raise Rejected(f"{self.url} is not a URL that can be used: {error}") from error
+        except (ValueError, ImportError) as error:
+            raise Rejected(
+                f"the proxy that the environment names (HTTPS_PROXY, ALL_PROXY) cannot be used: {error}"
+            ) from error
 
     async def check(self, response: httpx.Response) -> None:
         if not response.is_success:

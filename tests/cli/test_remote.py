@@ -78,6 +78,23 @@ def refusal(result: Result, kind: type[Exception] = Rejected) -> str:
     return str(result.exception)
 
 
+@pytest.mark.parametrize(
+    ("url", "proxy", "rule"),
+    [
+        ("https://灯..x", "", "is not a URL that can be used"),
+        ("https://x.invalid", "foo://me:word@proxy", "the proxy that the environment names"),
+        ("https://x.invalid", "socks5://proxy", "the proxy that the environment names"),
+    ],
+)
+def test_what_no_connection_can_be_made_with_is_refused_in_a_line(url: str, proxy: str, rule: str) -> None:
+    """Without the proxy's password, by what asks once and by what follows."""
+    variables = {"UPLINKD_URL": url, "UPLINKD_KEY": "k", "HTTPS_PROXY": proxy}
+    for arguments in (("product", "list"), ("messages", "tail")):
+        said = refusal(CliRunner().invoke(uplinkd, arguments, env=variables))
+        assert rule in said
+        assert "word" not in said
+
+
 @pytest.fixture(scope="module")
 def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[There]:
     server = Server(tmp_path_factory.mktemp("remote") / "data", ("--console-tls", "true"), console_port=0).start()
