@@ -52,6 +52,7 @@ _WRITER_PATIENCE = 1.0
 _ROWS_A_STATEMENT = 500
 _POLL_SECONDS = 0.3
 _STRETCH = 5000
+_LARGEST = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +341,10 @@ def _insert(connection: sqlite3.Connection, refusals: list[Refusal], into: str =
 
 
 def _storable(value: object) -> object:
-    """Within bounds, and without halves of surrogate pairs: any device can put them into JSON, SQLite takes none."""
+    """Within bounds, and without halves of surrogate pairs: any device can put them into JSON, SQLite takes none. Nor does it take
+    numbers beyond its own."""
+    if isinstance(value, int):
+        return max(-_LARGEST, min(value, _LARGEST))
     if not isinstance(value, str):
         return value
     if value.isascii():

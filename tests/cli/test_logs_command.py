@@ -57,6 +57,14 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_numbers_beyond_what_is_kept_match_nothing_or_all(data: Path) -> None:
+    """A code that is none, and an age before all times."""
+    assert json.loads(run(data, "--code", str(10**30), "--json").stdout) == []
+    everything = run(data, "--json").stdout
+    for age in ("30000d", "99999999999999d"):
+        assert run(data, "--since", age, "--json").stdout == everything
+
+
 def test_people_see_all_that_ends_the_search(data: Path) -> None:
     """Code, message, device, address, requestId, topic and reason, with no control character of a device's making."""
     text = run(data).output

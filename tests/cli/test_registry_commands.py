@@ -259,6 +259,11 @@ def test_an_export_that_breaks_off_leaves_the_one_before(
     assert "too long" in refusal(shop("device", "export", PRODUCT, "-o", "x" * 300))
 
 
+def test_a_limit_beyond_all_numbers_is_a_wrong_argument(shop: Run) -> None:
+    """It is refused as any other, with the exit code 2."""
+    assert shop("device", "list", PRODUCT, "--limit", str(2**64)).exit_code == 2
+
+
 def test_every_command_says_what_it_does(run: Run) -> None:
     """--help of each group and command has a sentence of its own."""
     for group in ("product", "device", "topic"):

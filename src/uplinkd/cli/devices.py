@@ -58,7 +58,7 @@ def create(settings: Settings, pk: str, name: str | None, secret: str | None, as
 @device.command("list")
 @click.argument("pk")
 @click.option("--prefix", default="", metavar="P", help="Only names that begin so.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="At most this many.")
+@click.option("--limit", type=click.IntRange(1, sys.maxsize), metavar="N", help="At most this many.")
 @json_option
 @_options
 def list_devices(settings: Settings, pk: str, prefix: str, limit: int | None, as_json: bool) -> None:

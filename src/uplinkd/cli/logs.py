@@ -69,7 +69,7 @@ def logs(
 
     A note tells of what was not refused, and is worth knowing: ignored, slowed down, taken over, dropped.
     """
-    oldest = round((time.time() - duration(since)) * 1000) if since else None
+    oldest = max(0, round((time.time() - duration(since)) * 1000)) if since else None
     if request_id and request and request_id != request:
         raise click.UsageError(f"two requests are asked for: {request_id} and {request}")
     if follow and endpoint == journal.STANDING:
