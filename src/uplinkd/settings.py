@@ -16,6 +16,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
@@ -102,9 +103,17 @@ def address(text: str) -> tuple[str, int]:
     """(host, port) of `host:port` or `[v6]:port`; ValueError with the rule otherwise."""
     host, colon, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+    if not colon or not _is_host(host) or not port.isdecimal() or int(port) > 65535:
         raise ValueError("an address is host:port with a port from 0 to 65535, such as 127.0.0.1:8443 or [::1]:8443")
     return host, int(port)
+
+
+def _is_host(text: str) -> bool:
+    """Whether it is an address, or what a name server can be asked for."""
+    try:
+        return bool(text.encode("idna")) and not re.search(r"[\s\[\]]", text)
+    except UnicodeError:
+        return False
 
 
 def reachable(host: str) -> str:
@@ -160,11 +169,20 @@ def _nats_url(text: str) -> str:
     scheme = urls[0].partition("://")[0] if urls else ""
     urls = [url if "://" in url else f"{scheme}://{url}" for url in urls]
     for url in urls:
-        if not re.fullmatch(r"(nats|tls)://[^\s/]+", url.strip()):
+        if not re.fullmatch(r"(nats|tls)://[^\s/]+", url.strip()) or not _is_split(url):
             raise ValueError(
                 "a NATS URL looks like nats://host:4222 or tls://user:password@host:4222; several by comma"
             )
     return ",".join(urls)
+
+
+def _is_split(url: str) -> bool:
+    """Whether it has a host, and no port that is none."""
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _gateway(text: str) -> str:

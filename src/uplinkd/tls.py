@@ -277,10 +277,10 @@ def _certificate(pair: CertificateFiles) -> x509.Certificate:
 def _wanted_names(settings: Settings) -> list[str]:
     host, _ = address(settings.listen)
     wildcard = host in ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
-    hostname: list[str] = []
-    with contextlib.suppress(UnicodeError):  # a machine may be called what no certificate can say
-        hostname = [_ascii(socket.gethostname())]
-    names = ["localhost", "127.0.0.1", "::1", *hostname, *([] if wildcard else [host])]
+    names = ["localhost", "127.0.0.1", "::1"]
+    for name in (socket.gethostname(), "" if wildcard else host):
+        with contextlib.suppress(UnicodeError):  # a machine may be called what no certificate can say
+            names.append(_ascii(name))
     for name in settings.tls_name:
         try:
             names.append(_ascii(name))

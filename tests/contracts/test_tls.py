@@ -274,6 +274,7 @@ def test_a_ca_whose_key_was_moved_away_is_never_replaced(tmp_path: Path) -> None
 
 def test_a_name_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
     """By the setting's name, with the value."""
+    ensure_material(Settings(data=tmp_path, listen="灯.example:8443"))
     with pytest.raises(Rejected, match="tls_name 'a b'"):
         ensure_material(Settings(data=tmp_path, tls_name=("a b",)))
 
