@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import sys
 
@@ -36,6 +38,26 @@ COMMANDS = {
 }
 
 
+# What is no fault of ours: files that are not there or not allowed, and disks and tables of the system that are full.
+_SURROUNDINGS = frozenset(
+    (
+        errno.EACCES,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EIO,
+        errno.EISDIR,
+        errno.EMFILE,
+        errno.ENAMETOOLONG,
+        errno.ENFILE,
+        errno.ENOENT,
+        errno.ENOSPC,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    )
+)
+
+
 class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -66,4 +88,14 @@ def main() -> None:
         sys.exit(1)
     except BrokenPipeError:
         sys.stderr.close()
+        sys.exit(1)
+    except OSError as fault:
+        if fault.errno not in _SURROUNDINGS:
+            raise
+        from uplinkd.cli.common import printable  # only when a command fails
+
+        where = f"{fault.filename}: " if fault.filename else ""
+        click.echo(f"uplinkd: {printable(f'{where}{fault.strerror}')}", err=True)
+        with contextlib.suppress(OSError):
+            sys.stdout.close()  # Python would write at its exit what could not be written
         sys.exit(1)
