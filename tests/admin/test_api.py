@@ -7,14 +7,17 @@ import base64
 import csv
 import io
 import re
+import tempfile
 import threading
-from typing import Any
+from typing import Any, BinaryIO
 
 import httpx
 import pytest
 
 from tests.admin.conftest import House
 from tests.house import until
+from uplinkd.admin.access import csrf_token
+from uplinkd.admin.doorkeeper import COOKIE
 from uplinkd.core.errors import Unavailable
 from uplinkd.core.model import Device
 from uplinkd.core.operators import Scope
@@ -277,6 +280,23 @@ async def test_a_file_that_is_no_fleet_is_refused_at_once_and_bad_rows_by_line(h
         assert (result["stored"], result["bad"][0]["line"]) == (False, 3)  # type: ignore[index]
         kept = await api.post(f"{V1}/imports", content=fleet, headers=headers, params={"skipBad": "true"})
         assert (await finished(api, kept.json()))["result"]["created"] == 1  # type: ignore[index]
+
+
+async def test_a_fleet_for_which_there_is_no_room_is_told_so(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the API and on the console's page: it is no fault of uplinkd, and may be tried again."""
+
+    def full(**_: object) -> BinaryIO:
+        return open("/dev/full", "w+b")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    fleet = b"ProductKey,DeviceName,DeviceSecret\n" + b"pk,lamp-1,\n" * 2000
+    async with house.key() as api:
+        answer = await api.post(f"{V1}/imports", content=fleet, headers={"Content-Type": "text/csv"})
+        assert (answer.status_code, "No space left on device" in answer.json()["detail"]) == (503, True)
+    async with house.signed_in() as browser:
+        token = {"X-CSRF-Token": csrf_token(browser.client.cookies[COOKIE])}
+        shown = await browser.client.post("/import", headers=token, files={"file": ("fleet.csv", fleet, "text/csv")})
+        assert (shown.status_code, "No space left on device" in shown.text) == (503, True)
 
 
 async def test_a_cancelled_import_stores_nothing(house: House) -> None:

@@ -356,17 +356,21 @@ async def import_devices(
 
 
 async def uploaded(office: Office, parts: AsyncGenerator[bytes]) -> tuple[BinaryIO, int]:
-    """What arrives, in a file without a name that only this process has, and its size in bytes; raise Rejected over 256 MiB."""
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(tempfile.TemporaryFile(dir=office.settings.data))
-        size = 0
-        async for part in parts:
-            size += len(part)
-            if size > MAX_UPLOAD:
-                raise Rejected(f"the file is larger than {MAX_UPLOAD // 1024**2} MiB; import it in parts")
-            await run_in_threadpool(file.write, part)
-        file.seek(0)
-        stack.pop_all()
+    """What arrives, in a file without a name that only this process has, and its size in bytes; raise Rejected over 256 MiB, and
+    Unavailable where there is no room for it."""
+    try:
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(tempfile.TemporaryFile(dir=office.settings.data))
+            size = 0
+            async for part in parts:
+                size += len(part)
+                if size > MAX_UPLOAD:
+                    raise Rejected(f"the file is larger than {MAX_UPLOAD // 1024**2} MiB; import it in parts")
+                await run_in_threadpool(file.write, part)
+            file.seek(0)
+            stack.pop_all()
+    except OSError as error:
+        raise Unavailable(f"the file cannot be kept in the data folder: {error.strerror}") from error
     return file, size
 
 

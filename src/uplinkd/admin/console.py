@@ -657,7 +657,7 @@ async def import_devices(request: Request, office: In, who: Operates) -> Respons
 
     try:
         stream, total = await api.uploaded(office, parts())
-    except Rejected as fault:
+    except (Rejected, Unavailable) as fault:
         return await with_status(fault, again(str(fault)))
     finally:
         await request.close()
