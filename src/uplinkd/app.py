@@ -144,7 +144,10 @@ def serve(settings: Settings, *, prepare: Callable[[Settings], None], started: C
 
         doors = _Doors([(tls, context), (plain, None)], [(mqtt, context), (mqtt_plain, None)], count)
         places = tls[0].getsockname()[:2], _where(mqtt)
-        supervisor = _Supervisor(settings, doors, certificates, flow, metrics, access, engine, console, amqp, places)
+        operators = operator_context(certificates) if amqp or (console and settings.console_tls) else None
+        supervisor = _Supervisor(
+            settings, doors, certificates, operators, flow, metrics, access, engine, console, amqp, places
+        )
         stack.callback(supervisor.stop)  # also after a fault: whoever exits waits for their processes, for ever
         with supervisor.signals():
             supervisor.start()
@@ -232,6 +235,8 @@ class _Supervisor:
     settings: Settings
     doors: _Doors = field(repr=False)
     certificates: list[CertificateFiles]
+    operators: ssl.SSLContext | None = field(repr=False)
+    """The context of the AMQP door and the console. A process that is started anew may find files that are just being replaced."""
     flow: Flow
     metrics: Metrics
     access: Access
@@ -351,7 +356,7 @@ class _Supervisor:
 
         self._begin("uplinkd-deliver", self.console)
         self.doors.close()
-        context = operator_context(self.certificates) if self.amqp else None
+        context = self.operators if self.amqp else None
         meter, lifeline = self.metrics.meter(slot), self.lifeline[0]
         run(DeliveryTask(self.settings, self.amqp, context, self.certificates, self.access, meter, ready, lifeline))
 
@@ -361,7 +366,7 @@ class _Supervisor:
 
         self._begin("uplinkd-console", self.amqp)
         self.doors.close()
-        context = operator_context(self.certificates) if self.settings.console_tls else None
+        context = self.operators if self.settings.console_tls else None
         assert self.console
         run(
             ConsoleTask(

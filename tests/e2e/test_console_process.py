@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -50,6 +51,34 @@ def console_pid(server: Server) -> int:
     ]
     assert len(holders) == 1, holders
     return holders[0]
+
+
+@pytest.mark.slow
+async def test_a_console_comes_back_with_the_certificate_that_was_there_while_another_does_not_fit(
+    tmp_path: Path,
+) -> None:
+    """A certificate whose key was not replaced yet is left alone, by a process that is started anew as by those that run."""
+    server = Server(tmp_path / "data", console_port=0, options=("--console-tls", "true", "--workers", "1")).start()
+
+    trusted = ssl.create_default_context(cafile=str(server.ca))
+
+    def answers() -> bool:
+        try:
+            return httpx.get(f"https://127.0.0.1:{server.console_port}/healthz", verify=trusted).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    try:
+        tls = server.data / "tls"
+        (tls / "server-rsa.key").write_bytes((tls / "ca.key").read_bytes())
+        os.kill(server.children("uplinkd-console")[0], signal.SIGKILL)
+        await until(lambda: "the console was killed by SIGKILL" in server.log.read_text())
+        await until(answers, 15)
+        assert "Traceback" not in server.log.read_text()
+        assert server.stop() == 0
+    finally:
+        if server.process and server.process.poll() is None:
+            server.kill()
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Sup
     nothing: Any = None
     flow, metrics = Flow(settings, shared=False), Metrics(1, others=1)
     made = _Supervisor(
-        settings, _Doors([], [], 1), [], flow, metrics, nothing, None, None, None, (("localhost", 0), None)
+        settings, _Doors([], [], 1), [], None, flow, metrics, nothing, None, None, None, (("localhost", 0), None)
     )
     with made.signals():
         made.start()
