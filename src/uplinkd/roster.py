@@ -15,10 +15,11 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from uplinkd.core.messages import in_messages
 from uplinkd.core.topics import filter_matches
 from uplinkd.engine import Bus, Told
 
@@ -29,7 +30,7 @@ _GATHER_SECONDS = 0.005
 # Many may introduce themselves at the same time: all of them get one answer.
 _GREET_SECONDS = 0.05
 # NATS takes a megabyte at once, if its owner has not set less; no session alone comes near this.
-_PART_BYTES = 48 * 1024
+_MOST_BYTES = 48 * 1024
 
 
 class Held(Protocol):
@@ -154,9 +155,12 @@ class Roster:
         for device_id in device_ids:
             held = self._here.get(device_id)
             rows.append([device_id, held.stamp, list(held.subscriptions)] if held else [device_id, 0, []])
-        for part in _parts(rows) if rows or anew else ():
-            document = {"from": self.instance, "sessions": part, "anew": anew}
-            self._bus.tell(_NEWS, json.dumps(document).encode())
+
+        def message(part: Sequence[list[Any]]) -> bytes:
+            return json.dumps({"from": self.instance, "sessions": part, "anew": anew}).encode()
+
+        for news in in_messages(rows, message, _MOST_BYTES) if rows or anew else ():
+            self._bus.tell(_NEWS, news)
             anew = False
 
     def _heard_hello(self, told: Told) -> None:
@@ -207,17 +211,3 @@ class Roster:
         """Of a session elsewhere, for people."""
         (mine, *_), (theirs, *_) = (each.rsplit(".", 2) for each in (self.instance, sender))
         return "on another worker" if mine == theirs else f"on the gateway {theirs}"
-
-
-def _parts(rows: list[list[Any]]) -> Iterator[list[list[Any]]]:
-    """One at least."""
-    part: list[list[Any]] = []
-    left = _PART_BYTES
-    for row in rows:
-        size = len(json.dumps(row)) + 2
-        if part and size > left:
-            yield part
-            part, left = [], _PART_BYTES
-        part.append(row)
-        left -= size
-    yield part

@@ -7,11 +7,13 @@ of a second of it for each further gateway, and by a burst for each where all ar
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
+from uplinkd.core.messages import in_messages
 from uplinkd.engine import Bus, Told
 from uplinkd.flow import Charges, Flow, Notes
 from uplinkd.peers import Peers
@@ -20,9 +22,8 @@ __all__ = ["Shares"]
 
 _CHARGED = "uplinkd.charged."
 _WINDOW_SECONDS = 0.1
-_ROWS_A_MESSAGE = 2000
 # NATS takes a megabyte at once, if its owner has not set less; who is refused may have called itself by 4 kB.
-_BYTES_A_MESSAGE = 128 * 1024
+_MOST_BYTES = 128 * 1024
 
 
 class Shares:
@@ -48,8 +49,8 @@ class Shares:
         elif self._flow.notes is None:
             self._flow.notes = Notes()
         else:
-            for part in _parts(self._flow.charged(len(self._peers.gateways), _WINDOW_SECONDS)):
-                self._bus.tell(_CHARGED + self._gateway, part)
+            for message in _messages(self._flow.charged(len(self._peers.gateways), _WINDOW_SECONDS)):
+                self._bus.tell(_CHARGED + self._gateway, message)
 
     def _heard(self, told: Told) -> None:
         if told.subject != _CHARGED + self._gateway:
@@ -57,18 +58,11 @@ class Shares:
             self._flow.add(Charges(**{each.name: document.get(each.name, []) for each in fields(Charges)}))
 
 
-def _parts(charges: Charges) -> Iterator[bytes]:
-    for each in fields(Charges):
-        rows = getattr(charges, each.name)
-        for first in range(0, len(rows), _ROWS_A_MESSAGE):
-            yield from _within_bounds(each.name, rows[first : first + _ROWS_A_MESSAGE])
+def _messages(charges: Charges) -> Iterator[bytes]:
+    for name in (each.name for each in fields(Charges)):
+        if rows := getattr(charges, name):
+            yield from in_messages(rows, functools.partial(_message, name), _MOST_BYTES)
 
 
-def _within_bounds(name: str, rows: list[Any]) -> Iterator[bytes]:
-    part = json.dumps({name: rows}, separators=(",", ":")).encode()
-    if len(part) <= _BYTES_A_MESSAGE or len(rows) == 1:
-        yield part
-        return
-    half = len(rows) // 2
-    yield from _within_bounds(name, rows[:half])
-    yield from _within_bounds(name, rows[half:])
+def _message(name: str, rows: Sequence[Any]) -> bytes:
+    return json.dumps({name: rows}, separators=(",", ":")).encode()
