@@ -14,6 +14,7 @@ from urllib.parse import SplitResult, quote, urlsplit
 
 from uplinkd.core import signature
 from uplinkd.core.errors import Rejected, Unavailable
+from uplinkd.settings import is_host
 
 __all__ = ["Answered", "Device", "Published", "login_body", "split_url"]
 
@@ -122,14 +123,7 @@ def split_url(url: str) -> SplitResult:
     """The parts of the URL of a device endpoint; raise Rejected for what cannot be one."""
     with contextlib.suppress(ValueError):
         parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-        if (
-            parts.scheme in ("https", "http")
-            and host.encode("idna")
-            and host.isprintable()
-            and " " not in host
-            and port != 0
-        ):
+        if parts.scheme in ("https", "http") and is_host(parts.hostname or "") and parts.port != 0:
             return parts
     raise Rejected(f"{url!r} is not a URL such as https://127.0.0.1:8443")
 

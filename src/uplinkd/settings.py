@@ -103,23 +103,23 @@ def address(text: str) -> tuple[str, int]:
     """(host, port) of `host:port` or `[v6]:port`; ValueError with the rule otherwise."""
     host, colon, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not colon or not _is_host(host) or not port.isdecimal() or int(port) > 65535:
+    if not colon or not is_host(host) or not port.isdecimal() or int(port) > 65535:
         raise ValueError("an address is host:port with a port from 0 to 65535, such as 127.0.0.1:8443 or [::1]:8443")
     return host, int(port)
-
-
-def _is_host(text: str) -> bool:
-    """Whether it is an address, or what a name server can be asked for."""
-    try:
-        return bool(text.encode("idna")) and not re.search(r"[\s\[\]]", text)
-    except UnicodeError:
-        return False
 
 
 def reachable(host: str) -> str:
     """`host` of a listener as it stands in a URL: what one can connect to, an IPv6 address in brackets."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - turns it into what one can connect to
     return f"[{host}]" if ":" in host else host
+
+
+def is_host(text: str) -> bool:
+    """Whether it is an address, or what a name server can be asked for."""
+    try:
+        return bool(text.encode("idna")) and text.isprintable() and not re.search(r"[\s\[\]]", text)
+    except UnicodeError:
+        return False
 
 
 def is_address(name: str) -> bool:

@@ -278,7 +278,7 @@ def _wanted_names(settings: Settings) -> list[str]:
     host, _ = address(settings.listen)
     wildcard = host in ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
     names = ["localhost", "127.0.0.1", "::1"]
-    for name in (socket.gethostname(), "" if wildcard else host):
+    for name in (socket.gethostname(), *([] if wildcard else [host])):
         with contextlib.suppress(UnicodeError):  # a machine may be called what no certificate can say
             names.append(_ascii(name))
     for name in settings.tls_name:
