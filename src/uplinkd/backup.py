@@ -103,7 +103,9 @@ def back_up(
     if os.path.lexists(file) and not overwrite:
         raise Rejected(f"{file} is there already: name another file, or add --overwrite")
     if os.path.exists(file) and not file.is_file():
-        raise Rejected(f"{file} is a device or a pipe, which a backup would take the place of: name a file")
+        raise Rejected(
+            f"{file} is a device or a pipe (or a folder), which a backup cannot take the place of: name a file"
+        )
     source = None if is_shared(settings) else database_file(settings)
     if source and not source.exists():
         raise Rejected(f"there is nothing to back up: {source} is not there; name the data folder with --data")

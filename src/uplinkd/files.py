@@ -9,6 +9,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from uplinkd.core.errors import Rejected
 
@@ -21,6 +22,7 @@ __all__ = [
     "publish",
     "sync_folder",
     "unfinished_file",
+    "written_whole",
 ]
 
 # What of a data folder holds secrets, in the clear or sealed.
@@ -109,7 +111,7 @@ def check_whole(data: Path) -> None:
 
 def publish(path: Path, content: bytes) -> bool:
     """Make `path` with all of `content` or not at all, for its owner alone; False where it is there already and is left so."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    draft = _draft(path)
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as stream:
@@ -123,6 +125,31 @@ def publish(path: Path, content: bytes) -> bool:
         return False
     finally:
         draft.unlink()
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[TextIO]:
+    """A file for its owner alone, which takes the place of `path` when all is written; a device or a pipe is written as it is. Raise
+    Rejected where it cannot be written."""
+    try:
+        whole = path.is_file() or not path.exists()
+        place = path.resolve() if whole else path
+        draft = _draft(place) if whole else path
+        descriptor = os.open(draft, os.O_WRONLY | (os.O_CREAT | os.O_EXCL if whole else 0), 0o600)
+        try:
+            with os.fdopen(descriptor, "w", newline="", encoding="utf-8") as stream:
+                yield stream
+            if whole:
+                draft.replace(place)
+        finally:
+            if whole:
+                draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise Rejected(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
-import secrets
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 import click
 
@@ -29,6 +25,7 @@ from uplinkd.client import split_url
 from uplinkd.core import snippets
 from uplinkd.core.errors import Rejected
 from uplinkd.core.model import Device
+from uplinkd.files import written_whole
 from uplinkd.registry import ImportProgress, ImportReport, Management
 from uplinkd.settings import Settings, address, reachable
 
@@ -206,31 +203,11 @@ def export(settings: Settings, pk: str, output: Path | None) -> None:
                 click.echo(part, nl=False)
             return
         lines = 0
-        with _written_whole(output) as stream:
+        with written_whole(output) as stream:
             for part in parts:
                 lines += part.count("\n")
                 stream.write(part)
     warn(f"{lines - 1} devices written to {output}")  # the first line names the columns
-
-
-@contextlib.contextmanager
-def _written_whole(path: Path) -> Iterator[TextIO]:
-    """A file for its owner alone, which takes the place of `path` when all is written; a device or a pipe is written as it is."""
-    try:
-        whole = path.is_file() or not path.exists()
-        place = path.resolve() if whole else path
-        draft = place.with_name(f".{place.name}.{secrets.token_hex(4)}") if whole else path
-        descriptor = os.open(draft, os.O_WRONLY | (os.O_CREAT | os.O_EXCL if whole else 0), 0o600)
-        try:
-            with os.fdopen(descriptor, "w", newline="", encoding="utf-8") as stream:
-                yield stream
-            if whole:
-                draft.replace(place)
-        finally:
-            if whole:
-                draft.unlink(missing_ok=True)
-    except OSError as error:
-        raise Rejected(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _import(registry: Management, file: BinaryIO, *, skip_bad: bool) -> ImportReport:
